@@ -1,0 +1,111 @@
+"""What every program shares: absl flags in either spelling, help, and errors of one line."""
+
+import itertools
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from hipgpt_jax import version
+
+_USAGE_FLAGS = ("help", "h", "version")
+
+
+def run(name: str, summary: str, values: flags.FlagValues, main: Callable[[], None]) -> None:
+    """Parses ``sys.argv`` and runs a program, then exits.
+
+    A mistake of the user's is one line on stderr, ``name: error: …``, and exit code 1. A closed pipe
+    and Ctrl-C end quietly, with the exit codes a shell gives them.
+
+    Args:
+        name: The program's name, without ``hipgpt-``.
+        summary: What ``--help`` says first.
+        values: The program's flags.
+        main: The program; it reads its flags from ``values``.
+    """
+    try:
+        if asked := [word for word in sys.argv[1:] if word.lstrip("-") in _USAGE_FLAGS and word.startswith("-")]:
+            print(version.__version__ if asked[0] == "--version" else help_text(name, summary, values))
+        else:
+            parse(values, sys.argv[1:])
+            main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        sys.exit(128 + 2)
+    except (flags.Error, ValueError, ArithmeticError, OSError) as error:
+        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+
+
+def parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Sets ``values`` from a command line; what it does not name takes its default.
+
+    ``--run-name`` and ``--run_name`` are the same flag, as are ``--flag value`` and ``--flag=value``;
+    a value may begin with ``-``. ``--flagfile=FILE`` reads flags from a file.
+
+    Raises:
+        flags.Error: A flag is unknown, lacks its value or has one of the wrong type.
+        ValueError: A word belongs to no flag.
+    """
+    for flag in values:
+        values[flag].unparse()
+    words = _respell(values, values.read_flags_from_files(list(arguments), force_gnu=False))
+    if rest := values(["program", *words])[1:]:
+        raise ValueError(f"unexpected argument {rest[0]!r}: flags begin with '--', and text with blanks needs quotes")
+
+
+def help_text(name: str, summary: str, values: flags.FlagValues) -> str:
+    """Returns what ``--help`` prints: the summary and every flag with its default."""
+    lines = [summary.strip(), "", f"usage: hipgpt-{name} [--flag value | --flag=value] …", ""]
+    for flag in values:
+        holder = values[flag]
+        if holder.name != flag:
+            continue
+        spelled = f"--[no]{flag}" if holder.boolean else f"--{flag}"
+        default = "" if holder.default is None else f" (default: {holder.default_as_str})"
+        lines.append(f"  {spelled}")
+        lines.extend(textwrap.wrap(f"{holder.help}{default}", 90, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    return "\n".join(lines)
+
+
+def require(values: flags.FlagValues, *names: str) -> None:
+    """Raises ValueError where a flag that has no default was not given."""
+    for name in names:
+        if values[name].value is None:
+            raise ValueError(f"--{name} is required: {values[name].help}")
+
+
+def note(line: str) -> None:
+    """Writes a fact to stderr; stdout is for text alone."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _respell(values: flags.FlagValues, words: Sequence[str]) -> list[str]:
+    """Gives each flag the spelling it was defined with, and leaves values alone."""
+    known = {flag.replace("-", "_"): flag for flag in values}
+    spelled: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--" or not word.startswith("-") or word == "-":
+            spelled.append(word)
+            continue
+        given, equals, value = word.lstrip("-").partition("=")
+        plain = given.replace("-", "_")
+        negated = plain.removeprefix("no_") if plain.startswith("no_") else plain.removeprefix("no")
+        if plain in known:
+            flag, off = known[plain], ""
+        elif plain.startswith("no") and negated in known and values[known[negated]].boolean:
+            flag, off = known[negated], "no"
+        else:
+            flag, off = given, ""
+        spelled.append(f"--{off}{flag}{equals}{value}")
+        if flag in values and not values[flag].boolean and not equals:
+            spelled.extend(itertools.islice(rest, 1))
+    return spelled

@@ -1,0 +1,189 @@
+"""``hipgpt-train``: a run from a text."""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from hipgpt_jax import config, devices
+from hipgpt_jax.cli import program
+from hipgpt_jax.runs import directory
+from hipgpt_jax.text import dataset
+
+if TYPE_CHECKING:
+    from hipgpt_jax.training import loop
+
+SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. Log lines go to stdout. Examples:
+
+  hipgpt-train --data-path data/data.txt --run-name my_run
+  hipgpt-train --flagfile=configs/shakespeare.flags"""
+
+_FLAGS = flags.FlagValues()
+_MODEL, _TRAIN = config.ModelConfig(), config.TrainConfig()
+
+
+def _integer(name: str, default: int, text: str) -> flags.FlagHolder[int]:
+    return flags.DEFINE_integer(name, default, text, flag_values=_FLAGS)
+
+
+def _float(name: str, default: float | None, text: str) -> flags.FlagHolder[float]:
+    return flags.DEFINE_float(name, default, text, flag_values=_FLAGS)
+
+
+_DATA_PATH = flags.DEFINE_string(
+    "data-path", "data/data.txt", "Text file to train on; its last tenth is the validation split.", flag_values=_FLAGS
+)
+_RUN_NAME = flags.DEFINE_string("run-name", None, "Name of the run; run_ and the time if absent.", flag_values=_FLAGS)
+_SEQ = _integer("seq", _MODEL.max_seq_len, "Context: tokens in a training sequence.")
+_VOCAB_SIZE = _integer("vocab-size", _MODEL.vocab_size, "Ids of the tokenizer, 256 upwards; 256 is plain bytes.")
+_DIM = _integer("dim", _MODEL.embed_dim, "Width of the model.")
+_HEADS = _integer("heads", _MODEL.num_heads, "Attention heads; they must divide the width.")
+_FF = _integer("ff", _MODEL.ff_hidden_dim, "Width of the feed-forward layer.")
+_LAYERS = _integer("layers", _MODEL.num_layers, "Transformer blocks.")
+_BATCH = _integer("batch", _TRAIN.batch_size, "Sequences in a step.")
+_STEPS = _integer("steps", _TRAIN.steps, "Optimizer steps in all.")
+_LR = _float("lr", _TRAIN.learning_rate, "Peak learning rate.")
+_WARMUP_STEPS = _integer("warmup-steps", _TRAIN.warmup_steps, "Steps of linear warm-up to the peak.")
+_MIN_LR = _float("min-lr", _TRAIN.min_lr, "Learning rate at the last step; a tenth of --lr if absent.")
+_BETA2 = _float("beta2", _TRAIN.beta2, "AdamW's decay of the second moment.")
+_WEIGHT_DECAY = _float("weight-decay", _TRAIN.weight_decay, "AdamW's decay of matrices.")
+_CLIP = _float("clip", _TRAIN.clip, "Largest global norm of the gradient.")
+_DROPOUT = _float("dropout", _TRAIN.dropout, "Share of activations dropped while training.")
+_SEED = _integer("seed", _TRAIN.seed, "Seed of the weights, the data order and dropout.")
+_LOG_EVERY = _integer("log-every", _TRAIN.log_every, "Steps between log lines.")
+_EVAL_EVERY = _integer("eval-every", _TRAIN.eval_every, "Steps between evaluations; 0: with each checkpoint.")
+_EVAL_BATCHES = _integer("eval-batches", _TRAIN.eval_batches, "Batches in an evaluation; 0: the whole split.")
+_CKPT_EVERY = _integer("ckpt-every", _TRAIN.ckpt_every, "Steps between checkpoints; 0: only the last.")
+_KEEP_LAST = _integer("keep-last", _TRAIN.keep_last, "Checkpoints kept, the newest by step.")
+_WEIGHTS_DTYPE = flags.DEFINE_enum(
+    "weights-dtype", "float32", ["float32", "float16"], "Type of the weights on disk.", flag_values=_FLAGS
+)
+_RESET = flags.DEFINE_boolean("reset", False, "Delete the run of this name and start it anew.", flag_values=_FLAGS)
+_RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest saved state of the run.", flag_values=_FLAGS)
+_DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=_FLAGS)
+
+
+def main() -> None:
+    """Runs ``hipgpt-train``."""
+    program.run("train", SUMMARY, _FLAGS, _train)
+
+
+def _train() -> None:
+    train = _train_config()
+    _model_config(_VOCAB_SIZE.value)
+    run = directory.check_name(_RUN_NAME.value or time.strftime("run_%Y%m%d-%H%M%S"))
+    device = devices.start(_DEVICE.value, program.note)
+    devices.use_compilation_cache()
+    run_directory, source = directory.CHECKPOINTS / run, Path(_DATA_PATH.value)
+    _check_start(run_directory)
+    data = _prepare(run_directory, source)
+    model = _model_config(data.manifest.vocab_size)
+    data.check_length(model.max_seq_len)
+    if data.manifest.vocab_size < _VOCAB_SIZE.value:
+        program.note(f"the text gave {data.manifest.vocab_size} ids, fewer than --vocab-size {_VOCAB_SIZE.value}")
+    program.note(
+        f"run {run} on {device}: {data.manifest.train_tokens} training and "
+        f"{data.manifest.validation_tokens} validation tokens"
+    )
+
+    from hipgpt_jax.training import loop
+
+    with _reporting(train.steps) as report:
+        loop.train(run_directory, data, model, train, report, resume=_RESUME.value, weights_dtype=_WEIGHTS_DTYPE.value)
+    program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
+
+
+def _check_start(run_directory: Path) -> None:
+    """Decides between a new run, a resumed one and one started anew, before anything is written."""
+    exists = run_directory.exists()
+    if _RESET.value and _RESUME.value:
+        raise ValueError("--reset deletes the run and --resume goes on with it: give one of them")
+    if _RESUME.value and not exists:
+        raise FileNotFoundError(f"run {run_directory.name!r} not found in {directory.CHECKPOINTS}/: nothing to resume")
+    if exists and (run_directory / directory.LATEST_CONFIG).exists() and not (_RESET.value or _RESUME.value):
+        raise ValueError(
+            f"run {run_directory.name!r} exists already: --resume goes on with it, --reset deletes it and starts anew"
+        )
+
+
+def _prepare(run_directory: Path, source: Path) -> dataset.Dataset:
+    """Prepares the data; a run that was new and could not be prepared leaves no directory."""
+    if not source.is_file():
+        raise FileNotFoundError(f"data file not found: {source}. Give a text file with --data-path")
+    if _RESET.value:
+        shutil.rmtree(run_directory, ignore_errors=True)
+    new = not run_directory.exists()
+    run_directory.mkdir(parents=True, exist_ok=True)
+    try:
+        data = dataset.prepare(run_directory, source, _VOCAB_SIZE.value)
+        data.check_length(_SEQ.value)
+    except BaseException:
+        if new:
+            shutil.rmtree(run_directory, ignore_errors=True)
+        raise
+    return data
+
+
+def _model_config(vocab_size: int) -> config.ModelConfig:
+    return config.ModelConfig(
+        vocab_size=vocab_size,
+        max_seq_len=_SEQ.value,
+        embed_dim=_DIM.value,
+        num_heads=_HEADS.value,
+        ff_hidden_dim=_FF.value,
+        num_layers=_LAYERS.value,
+    )
+
+
+def _train_config() -> config.TrainConfig:
+    return config.TrainConfig(
+        batch_size=_BATCH.value,
+        steps=_STEPS.value,
+        learning_rate=_LR.value,
+        warmup_steps=_WARMUP_STEPS.value,
+        min_lr=_MIN_LR.value,
+        beta2=_BETA2.value,
+        weight_decay=_WEIGHT_DECAY.value,
+        clip=_CLIP.value,
+        dropout=_DROPOUT.value,
+        seed=_SEED.value,
+        log_every=_LOG_EVERY.value,
+        eval_every=_EVAL_EVERY.value,
+        eval_batches=_EVAL_BATCHES.value,
+        ckpt_every=_CKPT_EVERY.value,
+        keep_last=_KEEP_LAST.value,
+    )
+
+
+@contextlib.contextmanager
+def _reporting(steps: int) -> Iterator["loop.Report"]:
+    """Log lines on stdout, and a progress bar on stderr where that is a terminal."""
+    from rich import console, progress
+
+    from hipgpt_jax.training import loop
+
+    columns = (
+        progress.TextColumn("step {task.completed}/{task.total}"),
+        progress.BarColumn(),
+        progress.TextColumn("loss {task.fields[loss]:.3f}"),
+        progress.TimeRemainingColumn(),
+    )
+    terminal = console.Console(stderr=True)
+    bar = progress.Progress(
+        *columns, console=terminal, disable=not terminal.is_terminal, redirect_stdout=sys.stdout.isatty()
+    )
+    with bar:
+        task = bar.add_task("train", total=steps, loss=float("nan"))
+        yield loop.Report(
+            line=lambda text: print(text, flush=True),
+            progress=lambda step, loss: bar.update(task, completed=step, loss=loss),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""What a model, a sampling run and a training run are made of: frozen, validated values.
+
+Every default in the package stands here, once. Nothing here imports JAX, so the command line can
+refuse a bad flag before the slow imports begin.
+"""
+
+import dataclasses
+import math
+
+
+def _require_int(name: str, value: object, low: int, meaning: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low} ({meaning}): got {value!r}")
+
+
+def _require_finite(name: str, value: float, meaning: str) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number ({meaning}): got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a GPT-2 model; the names are the keys of a run's config file.
+
+    Attributes:
+        vocab_size: Number of token ids, ``V``.
+        max_seq_len: Number of learned positions, the longest context the model can see.
+        embed_dim: Width of the residual stream, ``D``; a multiple of ``num_heads``.
+        num_heads: Attention heads, ``N``.
+        ff_hidden_dim: Width of the feed-forward layer, ``F``.
+        num_layers: Transformer blocks, ``L``.
+
+    Raises:
+        ValueError: A value is not a positive integer, or the heads do not divide the width.
+    """
+
+    vocab_size: int = 5000
+    max_seq_len: int = 32
+    embed_dim: int = 128
+    num_heads: int = 4
+    ff_hidden_dim: int = 256
+    num_layers: int = 2
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require_int(field.name, getattr(self, field.name), 1, "a size of the model")
+        if self.embed_dim % self.num_heads:
+            divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+            raise ValueError(
+                f"embed_dim (--dim) must be a multiple of num_heads (--heads): got {self.embed_dim} "
+                f"and {self.num_heads}, remainder {self.embed_dim % self.num_heads}. "
+                f"Choose num_heads from {divisors}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, ``H``."""
+        return self.embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen from the logits.
+
+    The order of operations is fixed: repetition penalty, temperature, top-k, top-p, draw. Each
+    setting has a neutral value at which its operation is an exact identity.
+
+    Attributes:
+        temperature: Divides the logits; at least 0. 0 always takes the most likely token; 1 is neutral.
+        top_k: Keeps exactly the ``top_k`` most likely tokens; 0, or more than the vocabulary, keeps all.
+        top_p: Keeps the smallest set of most likely tokens whose probability reaches it; in (0, 1],
+            1 keeps all.
+        repetition_penalty: Divides positive and multiplies negative logits of every token already in
+            the prompt or the output, once for each distinct token; above 0, 1 is neutral.
+
+    Raises:
+        ValueError: A value is out of its range, infinite or not a number.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 5
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
+
+    def __post_init__(self) -> None:
+        _require_finite("temp", self.temperature, "0 takes the most likely token, 1 is neutral")
+        _require_finite("rep_penalty", self.repetition_penalty, "1 is neutral")
+        _require_int("top_k", self.top_k, 0, "0 keeps every token")
+        if self.temperature < 0:
+            raise ValueError(f"temp must be at least 0 (0 takes the most likely token): got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (1 keeps every token): got {self.top_p}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"rep_penalty must be above 0 (1 is neutral): got {self.repetition_penalty}")
+
+
+OVERFLOW_RULES = ("roll", "stop", "error")
+MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How far and through which window text is generated. Changing one of these compiles again.
+
+    Attributes:
+        window: Tokens the model sees at most, ``W``; None takes the model's ``max_seq_len``.
+        window_stride: Tokens dropped at a time once the window is full, in ``[1, window]``. 1 is the
+            exact sliding window; ``N`` recomputes the window only every ``N`` tokens.
+        overflow: What happens when the window is full: ``roll`` slides it, ``stop`` ends the sample,
+            ``error`` refuses a request that could not fit.
+        width: Rows of the compiled decode step, the decode width; rows never affect each other.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    window: int | None = None
+    window_stride: int = 1
+    overflow: str = "roll"
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            _require_int("max_seq_len", self.window, 1, "tokens the model may see")
+        _require_int("window_stride", self.window_stride, 1, "tokens dropped at a time, 1 is exact")
+        _require_int("batch_size", self.width, 1, "rows decoded side by side")
+        if self.overflow not in OVERFLOW_RULES:
+            raise ValueError(f"overflow must be one of {', '.join(OVERFLOW_RULES)}: got {self.overflow!r}")
+
+    def resolve_window(self, model: ModelConfig) -> int:
+        """Returns the window ``W`` for ``model``.
+
+        Raises:
+            ValueError: The window exceeds the model's positions, or the stride exceeds the window.
+        """
+        window = model.max_seq_len if self.window is None else self.window
+        if window > model.max_seq_len:
+            raise ValueError(
+                f"max_seq_len must be at most the run's own {model.max_seq_len} (its learned positions): got {window}"
+            )
+        if self.window_stride > window:
+            raise ValueError(f"window_stride must be at most the window of {window} tokens: got {self.window_stride}")
+        return window
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What one request asks for, beside the prompt and the way a token is chosen.
+
+    Attributes:
+        num_tokens: New tokens for each sample; at least 0.
+        num_samples: Samples for each prompt; at least 1.
+        seed: In ``[0, 2**32)``; with the prompt's ids, the sample's index and the token's index it is
+            all that the random numbers depend on.
+        eos_id: Token that ends a sample and is not part of its text; -1 for none.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    num_tokens: int = 50
+    num_samples: int = 1
+    seed: int = 0
+    eos_id: int = -1
+
+    def __post_init__(self) -> None:
+        _require_int("num_tokens", self.num_tokens, 0, "new tokens to generate")
+        _require_int("num_samples", self.num_samples, 1, "samples for each prompt")
+        _require_int("eos_id", self.eos_id, -1, "-1 disables it")
+        _require_int("seed", self.seed, 0, "the same seed gives the same tokens")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {self.seed}")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError where ``eos_id`` is no token of a vocabulary of ``vocab_size``."""
+        if self.eos_id >= vocab_size:
+            raise ValueError(f"eos_id must be -1 or below the vocabulary's size {vocab_size}: got {self.eos_id}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        batch_size: Sequences in a step, ``B``.
+        steps: Optimizer steps in all; the cosine schedule ends there.
+        learning_rate: Peak of the schedule, above 0.
+        warmup_steps: Steps of linear warm-up from 0; at least 0.
+        min_lr: Learning rate at the last step, in [0, learning_rate]; None takes a tenth of the peak.
+        beta2: AdamW's decay of the second moment, in [0, 1).
+        weight_decay: AdamW's decoupled decay of weight matrices; at least 0.
+        clip: Largest global norm of the gradient, above 0.
+        dropout: Probability of dropping an activation while training, in [0, 1).
+        seed: Of the initial weights, the data order and dropout; in ``[0, 2**32)``.
+        log_every: Steps between log lines.
+        eval_every: Steps between evaluations; 0 evaluates with each checkpoint.
+        eval_batches: Batches of the validation split in an evaluation; 0 takes the whole split.
+        ckpt_every: Steps between checkpoints; 0 writes only the last.
+        keep_last: Checkpoints kept, the newest by step number.
+
+    Raises:
+        ValueError: A value is out of its range, infinite or not a number.
+    """
+
+    batch_size: int = 4
+    steps: int = 2000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    min_lr: float | None = None
+    beta2: float = 0.99
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 0
+    eval_batches: int = 0
+    ckpt_every: int = 500
+    keep_last: int = 5
+
+    def __post_init__(self) -> None:
+        for name, low, meaning in (
+            ("batch_size", 1, "sequences in a step"),
+            ("steps", 1, "optimizer steps"),
+            ("warmup_steps", 0, "0 starts at the peak"),
+            ("seed", 0, "the same seed gives the same weights"),
+            ("log_every", 1, "steps between log lines"),
+            ("eval_every", 0, "0 evaluates with each checkpoint"),
+            ("eval_batches", 0, "0 takes the whole split"),
+            ("ckpt_every", 0, "0 writes only the last"),
+            ("keep_last", 1, "checkpoints kept"),
+        ):
+            _require_int(name, getattr(self, name), low, meaning)
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {self.seed}")
+        _require_finite("lr", self.learning_rate, "the peak learning rate")
+        _require_finite("weight_decay", self.weight_decay, "0 is none")
+        _require_finite("clip", self.clip, "the gradient's largest norm")
+        if self.learning_rate <= 0 or self.clip <= 0:
+            raise ValueError(f"lr and clip must be above 0: got {self.learning_rate} and {self.clip}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0: got {self.weight_decay}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1: got {self.dropout}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must be at least 0 and below 1: got {self.beta2}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.learning_rate:
+            raise ValueError(f"min_lr must lie between 0 and lr {self.learning_rate}: got {self.min_lr}")
+
+    @property
+    def final_learning_rate(self) -> float:
+        """Learning rate at the last step."""
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr

@@ -1,0 +1,102 @@
+"""The platform that JAX computes on, chosen before it starts, and its compilation cache."""
+
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+
+DEVICES = ("auto", "cpu", "rocm", "cuda")
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+# Captured command buffers crash some ROCm set-ups, above all in loops; AMD's documents and JAX's own
+# ROCm tests switch them off. Taking memory as it is needed leaves a desktop card usable.
+_ROCM_XLA_FLAG = "--xla_gpu_enable_command_buffer="
+_ROCM_PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+
+
+def rocm_defaults(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """Returns the settings that ROCm needs and the environment does not already decide."""
+    chosen = {}
+    flags = environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_command_buffer" not in flags:
+        chosen["XLA_FLAGS"] = f"{flags} {_ROCM_XLA_FLAG}".strip()
+    if _ROCM_PREALLOCATE not in environ:
+        chosen[_ROCM_PREALLOCATE] = "false"
+    return chosen
+
+
+def plugins() -> list[str]:
+    """Returns the installed JAX accelerator plugins, as ``name version``, without importing any."""
+    found = importlib.metadata.distributions()
+    pattern = re.compile(r"jax-(cuda|rocm)\d+-plugin")
+    return sorted({f"{d.name} {d.version}" for d in found if d.name and pattern.fullmatch(d.name)})
+
+
+def start(device: str, tell: Callable[[str], None]) -> str:
+    """Starts JAX on ``device`` and returns what it computes on, as ``platform (kind)``.
+
+    ``auto`` leaves the choice to JAX, and to ``JAX_PLATFORMS`` where the user has set it; it says so
+    where a GPU plugin is installed and JAX took the CPU all the same. Every setting made here is told.
+
+    Args:
+        device: One of ``DEVICES``.
+        tell: Takes a line for the user.
+
+    Raises:
+        ValueError: JAX has no such device; the message says what it found and how to install.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}: got {device!r}")
+    installed = plugins()
+    if device == "rocm" or (device == "auto" and any("rocm" in plugin for plugin in installed)):
+        for name, value in rocm_defaults(os.environ).items():
+            os.environ[name] = value
+            tell(f"set {name}={value}")
+
+    import jax
+
+    if device != "auto":
+        jax.config.update("jax_platforms", device)
+    try:
+        first = jax.devices()[0]
+    except RuntimeError as error:
+        if device == "auto":
+            raise ValueError(f"JAX {jax.__version__} could not start: {_first_line(error)}") from error
+        raise ValueError(
+            f"--device {device}: JAX {jax.__version__} found no such device "
+            f"(plugins installed: {', '.join(installed) or 'none'}; it said: {_first_line(error)}). "
+            f"{_advice(device)}, or use --device cpu"
+        ) from error
+    if device == "auto" and first.platform == "cpu" and installed and not os.environ.get("JAX_PLATFORMS"):
+        tell(f"computing on the CPU, although {', '.join(installed)} is installed: no GPU was found")
+    return f"{first.platform} ({first.device_kind})"
+
+
+def use_compilation_cache() -> Path:
+    """Turns on JAX's persistent compilation cache and returns its directory.
+
+    ``JAX_COMPILATION_CACHE_DIR`` is respected; otherwise the directory is ``hipgpt_jax`` in the user's
+    cache directory, for that user alone, because compiled code in it is run.
+    """
+    import jax
+
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = root / "hipgpt_jax" / "xla"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
+
+
+def _advice(device: str) -> str:
+    needs = "ROCm 7 on the host" if device == "rocm" else "an NVIDIA driver"
+    return f"Install with pip install 'hipgpt-jax[{device}]' (it needs {needs})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

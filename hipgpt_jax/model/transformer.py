@@ -1,0 +1,250 @@
+"""GPT-2 as pure functions of its parameters.
+
+Axes: ``B`` batch, ``T`` new token, ``S`` cache slot, ``N`` head, ``H`` head width, ``D`` model,
+``F`` feed-forward, ``V`` vocabulary, ``L`` layer, ``M`` the ``B * T`` tokens in one row each.
+
+Parameters carry the names of Hugging Face's GPT-2: ``wte``, ``wpe``, ``h_0.attn.c_attn``, …, ``ln_f``.
+
+References:
+    Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hipgpt_jax import config
+from hipgpt_jax.model import cache as kv
+
+_INIT_STDDEV = 0.02
+_LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5)
+
+
+def attend(
+    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, dropout: float, dropout_key: jax.Array | None
+) -> jax.Array:
+    """Causal attention of new tokens among themselves; softmax in float32.
+
+    Returns:
+        ``[B, T, N, H]``.
+    """
+    T = q_BTNH.shape[1]
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / math.sqrt(q_BTNH.shape[-1])
+    causal_TS = jnp.tril(jnp.ones((T, T), bool))
+    scores_BNTS = jnp.where(causal_TS[None, None], scores_BNTS, jnp.finfo(scores_BNTS.dtype).min)
+    probs_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
+    if dropout_key is not None:
+        probs_BNTS = drop(probs_BNTS, dropout, dropout_key)
+    return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS, v_BTNH)
+
+
+def attend_cached(
+    q_BNH: jax.Array, k_BNH: jax.Array, v_BNH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, length_B: jax.Array
+) -> jax.Array:
+    """Attention of one new token to the ``length`` cached ones and itself; softmax in float32.
+
+    The cache is read as it was before the token, and the token's own key and value stand beside it:
+    a cache that is written and read in one program is copied, 48 MB a token at GPT-2's size.
+
+    Returns:
+        ``[B, N, H]``.
+    """
+    scale = 1 / math.sqrt(q_BNH.shape[-1])
+    past_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH) * scale
+    seen_BS = jnp.arange(k_BNSH.shape[2])[None] < length_B[:, None]
+    past_BNS = jnp.where(seen_BS[:, None], past_BNS, jnp.finfo(past_BNS.dtype).min)
+    self_BN1 = jnp.sum(q_BNH * k_BNH, axis=-1, keepdims=True) * scale
+    top_BN1 = jnp.maximum(past_BNS.max(axis=-1, keepdims=True), self_BN1)
+    past_BNS = jnp.where(seen_BS[:, None], jnp.exp(past_BNS - top_BN1), 0)
+    self_BN1 = jnp.exp(self_BN1 - top_BN1)
+    total_BN1 = past_BNS.sum(axis=-1, keepdims=True) + self_BN1
+    mixed_BNH = jnp.einsum("BNS,BNSH->BNH", past_BNS, v_BNSH) + self_BN1 * v_BNH
+    return mixed_BNH / total_BN1
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zeroes each element with probability ``rate``, to 16 bits, and scales up the rest.
+
+    References:
+        Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014.
+    """
+    threshold = round(rate * 2**16)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
+    return jnp.where(keep, x / (1 - threshold / 2**16), 0)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    config: config.ModelConfig
+
+    def setup(self) -> None:
+        model = self.config
+        self.c_attn = _dense(3 * model.embed_dim)
+        self.c_proj = _dense(model.embed_dim, residual_of=model)
+
+    def _heads(self, x_MD: jax.Array) -> list[jax.Array]:
+        """Returns queries, keys and values, each ``[M, N, H]``."""
+        qkv_MD = jnp.split(self.c_attn(x_MD), 3, axis=-1)
+        return [part_MD.reshape(-1, self.config.num_heads, self.config.head_dim) for part_MD in qkv_MD]
+
+    def __call__(self, x_MD: jax.Array, batch: int, dropout: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q_BTNH, k_BTNH, v_BTNH = (part.reshape(batch, -1, *part.shape[1:]) for part in self._heads(x_MD))
+        key = self.make_rng("dropout") if dropout else None
+        mixed_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, dropout=dropout, dropout_key=key)
+        return self.c_proj(mixed_BTNH.reshape(x_MD.shape)), k_BTNH.swapaxes(1, 2), v_BTNH.swapaxes(1, 2)
+
+    def decode(
+        self, x_BD: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, length_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q_BNH, k_BNH, v_BNH = self._heads(x_BD)
+        mixed_BNH = attend_cached(q_BNH, k_BNH, v_BNH, k_BNSH, v_BNSH, length_B)
+        return self.c_proj(mixed_BNH.reshape(x_BD.shape)), k_BNH[:, :, None], v_BNH[:, :, None]
+
+
+class Mlp(nn.Module):
+    """Feed-forward layer with GELU in its tanh form.
+
+    References:
+        Hendrycks and Gimpel, Gaussian Error Linear Units, 2016.
+    """
+
+    config: config.ModelConfig
+
+    def setup(self) -> None:
+        self.c_fc = _dense(self.config.ff_hidden_dim)
+        self.c_proj = _dense(self.config.embed_dim, residual_of=self.config)
+
+    def __call__(self, x_MD: jax.Array) -> jax.Array:
+        return self.c_proj(nn.gelu(self.c_fc(x_MD), approximate=True))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
+
+    config: config.ModelConfig
+
+    def setup(self) -> None:
+        self.ln_1 = _LayerNorm()
+        self.attn = Attention(self.config)
+        self.ln_2 = _LayerNorm()
+        self.mlp = Mlp(self.config)
+
+    def _drop(self, x_MD: jax.Array, dropout: float) -> jax.Array:
+        return drop(x_MD, dropout, self.make_rng("dropout")) if dropout else x_MD
+
+    def __call__(self, x_MD: jax.Array, batch: int, dropout: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mixed_MD, k_BNTH, v_BNTH = self.attn(self.ln_1(x_MD), batch, dropout)
+        x_MD = x_MD + self._drop(mixed_MD, dropout)
+        x_MD = x_MD + self._drop(self.mlp(self.ln_2(x_MD)), dropout)
+        return x_MD, k_BNTH, v_BNTH
+
+    def decode(
+        self, x_BD: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, length_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mixed_BD, k_BN1H, v_BN1H = self.attn.decode(self.ln_1(x_BD), k_BNSH, v_BNSH, length_B)
+        x_BD = x_BD + mixed_BD
+        return x_BD + self.mlp(self.ln_2(x_BD)), k_BN1H, v_BN1H
+
+
+class Transformer(nn.Module):
+    """GPT-2 with a head tied to the token embedding.
+
+    Example::
+
+        model = Transformer(model_config)
+        params = model.init(key, tokens_BT, dropout=0.0)["params"]
+        logits_BTV = model.apply({"params": params}, tokens_BT, dropout=0.0)
+    """
+
+    config: config.ModelConfig
+
+    def setup(self) -> None:
+        model = self.config
+        embed = functools.partial(nn.Embed, features=model.embed_dim, embedding_init=_normal(_INIT_STDDEV))
+        self.wte = embed(model.vocab_size)
+        self.wpe = embed(model.max_seq_len)
+        self.h = [Block(model) for _ in range(model.num_layers)]
+        self.ln_f = _LayerNorm()
+
+    def __call__(self, tokens_BT: jax.Array, *, dropout: float) -> jax.Array:
+        """Logits of every next token.
+
+        Args:
+            tokens_BT: Ids ``[B, T]``, ``T`` at most ``max_seq_len``.
+            dropout: Probability of dropping an activation, on when training; 0 elsewhere. Above 0,
+                ``apply`` needs ``rngs={"dropout": key}``. Changing it compiles again.
+
+        Returns:
+            Logits ``[B, T, V]`` in float32; ``[:, t]`` depends on tokens up to ``t`` alone.
+        """
+        x_MD, _ = self._hidden(tokens_BT, dropout)
+        return self._logits(x_MD).reshape(*tokens_BT.shape, -1)
+
+    def prefill(self, tokens_BT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
+        """Logits of the token after each row's first ``length`` ones, and the cache they leave.
+
+        Args:
+            tokens_BT: Ids ``[B, T]`` from position 0; what stands at ``length`` and after is padding,
+                which no real token sees.
+            length_B: Real tokens of each row, at least 1.
+
+        Returns:
+            Logits ``[B, V]``, and keys and values ``[B, N, T, H]`` of each layer.
+        """
+        x_MD, new = self._hidden(tokens_BT, 0.0)
+        x_BTD = x_MD.reshape(*tokens_BT.shape, -1)
+        x_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+        return self._logits(x_BD), new
+
+    def decode(self, token_B: jax.Array, past: kv.Cache, length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
+        """Logits of the token after ``token``, which stands at position ``length`` behind the cache.
+
+        Args:
+            token_B: The newest id of each row.
+            past: Cache of the tokens before it.
+            length_B: Number of those, below the cache's slots.
+
+        Returns:
+            Logits ``[B, V]``, and the token's own keys and values ``[B, N, 1, H]`` of each layer.
+        """
+        x_BD = self.wte(token_B) + self.wpe(length_B)
+        new = []
+        for block, k_BNSH, v_BNSH in zip(self.h, past.keys, past.values, strict=True):
+            x_BD, k_BN1H, v_BN1H = block.decode(x_BD, k_BNSH, v_BNSH, length_B)
+            new.append((k_BN1H, v_BN1H))
+        return self._logits(x_BD), kv.Cache(*map(tuple, zip(*new, strict=True)))
+
+    def _hidden(self, tokens_BT: jax.Array, dropout: float) -> tuple[jax.Array, kv.Cache]:
+        """Runs the blocks on rows of tokens; the dense layers see ``[B * T, D]``.
+
+        On a CPU the training step on ``[B * T, D]`` is 1.5 (D128 L4) to 3.6 times (D256 L8) faster
+        than on ``[B, T, D]``, whose backward products XLA does not hand to its matrix library.
+        """
+        B, T = tokens_BT.shape
+        x_BTD = self.wte(tokens_BT) + self.wpe(jnp.arange(T))[None]
+        x_MD = x_BTD.reshape(B * T, -1)
+        if dropout:
+            x_MD = drop(x_MD, dropout, self.make_rng("dropout"))
+        new = []
+        for block in self.h:
+            x_MD, k_BNTH, v_BNTH = block(x_MD, B, dropout)
+            new.append((k_BNTH, v_BNTH))
+        return x_MD, kv.Cache(*map(tuple, zip(*new, strict=True)))
+
+    def _logits(self, x_MD: jax.Array) -> jax.Array:
+        """Head tied to the embedding, contracted as it is stored: ``x @ wte.T`` copied it every token."""
+        return jnp.einsum("MD,VD->MV", self.ln_f(x_MD), self.wte.embedding)
+
+
+def _normal(stddev: float) -> nn.initializers.Initializer:
+    return nn.initializers.normal(stddev)
+
+
+def _dense(features: int, residual_of: config.ModelConfig | None = None) -> nn.Dense:
+    """A biased linear layer; one that writes to the residual stream starts smaller, by its depth."""
+    depth = 2 * residual_of.num_layers if residual_of else 1
+    return nn.Dense(features, kernel_init=_normal(_INIT_STDDEV / math.sqrt(depth)))

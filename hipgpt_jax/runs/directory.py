@@ -1,0 +1,149 @@
+"""A run's directory: its names, its links, and which checkpoint a request means."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hipgpt_jax import config, files
+
+CHECKPOINTS = Path("checkpoints")
+SHIPPED = Path(__file__).parent / "shipped"
+LATEST_CONFIG = "latest_config.json"
+LATEST_CHECKPOINT = "latest_checkpoint.bin"
+METRICS_NAME = "metrics.jsonl"
+TRAIN_STATE_NAME = "train_state"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One step of a run, as its config file describes it.
+
+    Attributes:
+        run: Name of the run.
+        step: Optimizer steps taken.
+        directory: The run's directory.
+        model: Shape of the model.
+        weights: The ``.bin`` file.
+        weights_sha256: Digest that the config gives for it.
+        tokenizer: The ``tokenizer.json`` file.
+        tokenizer_sha256: Digest that the config gives for it.
+    """
+
+    run: str
+    step: int
+    directory: Path
+    model: config.ModelConfig
+    weights: Path
+    weights_sha256: str
+    tokenizer: Path
+    tokenizer_sha256: str
+
+    def verify(self) -> None:
+        """Raises ValueError or FileNotFoundError where a file is not the one that the config names."""
+        for path, expected in ((self.tokenizer, self.tokenizer_sha256), (self.weights, self.weights_sha256)):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, though the config of step {self.step} names it")
+            if (digest := files.sha256(path)) != expected:
+                raise ValueError(
+                    f"{path} is not the file that the config of step {self.step} names: it was cut, changed or "
+                    f"swapped (sha256 {digest[:12]}…, expected {expected[:12]}…). Restore it, or take another --step"
+                )
+
+
+def check_name(run: str) -> str:
+    """Returns ``run`` if it can name a directory, else raises ValueError."""
+    if not run or run.startswith(".") or re.search(r"[/\\\x00-\x1f]|\.\.", run):
+        raise ValueError(f"run name must be a plain name, without '/' or '..' or a leading '.': got {run!r}")
+    return run
+
+
+def names() -> list[str]:
+    """Returns the runs that ``find`` knows: those in ``checkpoints/`` and those in the package."""
+    roots = (CHECKPOINTS, SHIPPED)
+    return sorted({path.parent.name for root in roots for path in root.glob(f"*/{LATEST_CONFIG}")})
+
+
+def find(run: str) -> Path:
+    """Returns the directory of a run: ``checkpoints/[run]``, else the one inside the package.
+
+    Raises:
+        ValueError: The name could leave ``checkpoints/``.
+        FileNotFoundError: There is no such run; the message lists those there are.
+    """
+    check_name(run)
+    for root in (CHECKPOINTS, SHIPPED):
+        if (root / run / LATEST_CONFIG).is_file():
+            return root / run
+    raise FileNotFoundError(f"run {run!r} not found in {CHECKPOINTS}/ or the package. Runs: {', '.join(names())}")
+
+
+def steps(directory: Path) -> list[int]:
+    """Returns the steps that have a config file, ascending."""
+    pattern = re.compile(re.escape(directory.name) + r"_step(\d+)_config\.json")
+    return sorted(int(match[1]) for path in directory.iterdir() if (match := pattern.fullmatch(path.name)))
+
+
+def weights_name(run: str, step: int) -> str:
+    """Returns the name of a step's weights."""
+    return f"{run}_step{step}.bin"
+
+
+def config_name(run: str, step: int) -> str:
+    """Returns the name of a step's config."""
+    return f"{run}_step{step}_config.json"
+
+
+def read_checkpoint(run: str, step: int | None = None) -> Checkpoint:
+    """Reads the config of a step of a run; the latest by default.
+
+    Raises:
+        FileNotFoundError: There is no such run or step; the message lists those there are.
+        ValueError: The config lacks a key or holds something else than it should.
+    """
+    directory = find(run)
+    path = directory / (LATEST_CONFIG if step is None else config_name(directory.name, step))
+    if not path.is_file():
+        have = ", ".join(map(str, steps(directory))) or "none"
+        raise FileNotFoundError(f"run {run!r} has no step {step}. Steps: {have}")
+    return _parse(directory, path)
+
+
+def _parse(directory: Path, path: Path) -> Checkpoint:
+    value = files.read_json(path)
+    return Checkpoint(
+        run=directory.name,
+        step=_get(path, value, "checkpoint", "step", int),
+        directory=directory,
+        model=_parse_model(path, value),
+        weights=directory / _plain(path, _get(path, value, "checkpoint", "latest", str)),
+        weights_sha256=_get(path, value, "checkpoint", "sha256", str),
+        tokenizer=directory / _plain(path, _get(path, value, "tokenizer", "path", str)),
+        tokenizer_sha256=_get(path, value, "tokenizer", "sha256", str),
+    )
+
+
+def _parse_model(path: Path, value: dict[str, Any]) -> config.ModelConfig:
+    keys = [field.name for field in dataclasses.fields(config.ModelConfig)]
+    sizes = {key: _get(path, value, "model", key, int) for key in keys}
+    try:
+        return config.ModelConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+_T = TypeVar("_T")
+
+
+def _get(path: Path, value: dict[str, Any], section: str, key: str, kind: type[_T]) -> _T:
+    part = value.get(section)
+    found = part.get(key) if isinstance(part, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise ValueError(f"{path} must hold {section}.{key} of type {kind.__name__}: got {found!r}")
+    return found
+
+
+def _plain(path: Path, name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{path} must name files in its own directory: got {name!r}")
+    return name

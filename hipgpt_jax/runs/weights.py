@@ -1,0 +1,101 @@
+"""A checkpoint's ``.bin``: a safetensors file, tensors named and shaped as Hugging Face's GPT-2."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from hipgpt_jax import config, files
+
+_LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+def tensor_name(path: tuple[str, ...]) -> str:
+    """Returns the file's name for a parameter: ``("h_0", "ln_1", "scale")`` is ``h.0.ln_1.weight``."""
+    return ".".join(
+        (path[0].replace("_", ".") if path[0].startswith("h_") else path[0], *path[1:-1], _LEAF_NAMES[path[-1]])
+    )
+
+
+def layout(model: config.ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the shape of every parameter of a model by its path."""
+    D, F = model.embed_dim, model.ff_hidden_dim
+
+    def dense(rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {"kernel": (rows, columns), "bias": (columns,)}
+
+    norm = {"scale": (D,), "bias": (D,)}
+    block = {
+        ("ln_1",): norm,
+        ("attn", "c_attn"): dense(D, 3 * D),
+        ("attn", "c_proj"): dense(D, D),
+        ("ln_2",): norm,
+        ("mlp", "c_fc"): dense(D, F),
+        ("mlp", "c_proj"): dense(F, D),
+    }
+    modules: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
+        ("wte",): {"embedding": (model.vocab_size, D)},
+        ("wpe",): {"embedding": (model.max_seq_len, D)},
+        **{(f"h_{i}", *path): leaves for i in range(model.num_layers) for path, leaves in block.items()},
+        ("ln_f",): norm,
+    }
+    return {(*path, leaf): shape for path, leaves in modules.items() for leaf, shape in leaves.items()}
+
+
+def write(path: Path, params: Mapping[str, Any], model: config.ModelConfig, dtype: str = "float32") -> None:
+    """Writes parameters in one atomic replacement.
+
+    Args:
+        path: The file.
+        params: Nested parameters of ``model``, arrays of any float type.
+        model: Their shape.
+        dtype: ``float32`` or ``float16``.
+    """
+    tensors = {tensor_name(key): np.asarray(_leaf(params, key)).astype(dtype) for key in layout(model)}
+    with files.replacing(path) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
+    """Reads the parameters of ``model``, widened to float32.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no whole safetensors file, or its tensors are not those of the model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights not found: {path}")
+    params: dict[str, Any] = {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            _check_names(path, set(file.keys()), {tensor_name(key) for key in layout(model)})
+            for key, shape in layout(model).items():
+                tensor = file.get_tensor(tensor_name(key))
+                if tensor.shape != shape:
+                    raise ValueError(f"{path}: {tensor_name(key)} must have shape {shape}: got {tensor.shape}")
+                _store(params, key, tensor.astype(np.float32, copy=False))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    return params
+
+
+def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
+    if missing := sorted(expected - found):
+        raise ValueError(f"{path} lacks {len(missing)} tensors of the model in its config, the first is {missing[0]}")
+    if extra := sorted(found - expected):
+        raise ValueError(f"{path} has {len(extra)} tensors that its config does not know, the first is {extra[0]}")
+
+
+def _leaf(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        params = params[key]
+    return params
+
+
+def _store(params: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
+    for key in path[:-1]:
+        params = params.setdefault(key, {})
+    params[path[-1]] = value

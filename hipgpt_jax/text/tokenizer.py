@@ -1,0 +1,146 @@
+"""Byte-level BPE: text to ids and back without loss, whole or as a stream."""
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+
+MIN_VOCAB_SIZE = 256
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The GPT-2 alphabet: a printable character for each byte.
+
+    References:
+        Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def _token_bytes(token: str) -> bytes:
+    """Bytes that a token stands for; a token outside the byte alphabet stands for its own text."""
+    try:
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    except KeyError:
+        return token.encode()
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary; ``decode(encode(text)) == text`` for any text.
+
+    Text that is not valid Unicode (a command line can hold such) is read as if each bad sequence
+    were U+FFFD, the rule by which files are read too.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._bytes: list[bytes] = [b""] * backend.get_vocab_size()
+        for token, token_id in backend.get_vocab().items():
+            self._bytes[token_id] = token.encode() if token_id in added else _token_bytes(token)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learns a vocabulary; the same texts and size give the same ids.
+
+        Args:
+            texts: The text, in pieces as ``corpus.read_text`` yields them.
+            vocab_size: Ids wanted, at least 256; 256 is plain bytes. A text with too few distinct
+                pairs gives fewer.
+
+        References:
+            Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE} (one id for each byte): got {vocab_size}")
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Reads a ``tokenizer.json`` of the tokenizers library.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a tokenizer.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer not found: {path}")
+        try:
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except Exception as error:  # the library raises Exception itself, whatever is wrong
+            raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+
+    def to_json(self) -> str:
+        """Returns the content of a ``tokenizer.json``, the tokenizers library's own format."""
+        return self._backend.to_str(pretty=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self._bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of ``text``; no token is added."""
+        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yields the ids of each text, encoded on all cores."""
+        for encoding in self._backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False):
+            yield encoding.ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Returns the bytes of ``ids``, which need not be valid UTF-8."""
+        return b"".join(self._bytes[token_id] for token_id in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ``ids``; bytes that are not valid UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decoder(self) -> "StreamDecoder":
+        """Returns a decoder that takes ids one at a time."""
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Text as ids come, never half a character.
+
+    The pieces that ``push`` returns, and the one that ``finish`` returns, joined, equal
+    ``Tokenizer.decode`` of all the ids. A character whose bytes are spread over several tokens
+    appears whole with the last of them. (``tokenizers.decoders.DecodeStream`` drops an unfinished
+    character at the end, so its pieces do not add up to the whole.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Returns the text that ``token_id`` completes, which may be empty."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token_id]))
+
+    def finish(self) -> str:
+        """Returns what an unfinished character at the end becomes: U+FFFD, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _valid(text: str) -> str:
+    """Replaces what UTF-8 cannot hold: bytes that Python smuggled in as surrogates, and lone surrogates."""
+    text = _LONE_SURROGATE.sub("\ufffd", text)
+    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
