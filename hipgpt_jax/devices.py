@@ -2,11 +2,12 @@
 
 import importlib.metadata
 import os
-import re
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 DEVICES = ("auto", "cpu", "rocm", "cuda")
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "jax-rocm10-plugin")
+
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 # Captured command buffers crash some ROCm set-ups, above all in loops; AMD's documents and JAX's own
@@ -28,9 +29,8 @@ def rocm_defaults(environ: MutableMapping[str, str]) -> dict[str, str]:
 
 def plugins() -> list[str]:
     """Returns the installed JAX accelerator plugins, as ``name version``, without importing any."""
-    found = importlib.metadata.distributions()
-    pattern = re.compile(r"jax-(cuda|rocm)\d+-plugin")
-    return sorted({f"{d.name} {d.version}" for d in found if d.name and pattern.fullmatch(d.name)})
+    found = (d for name in _PLUGINS for d in importlib.metadata.distributions(name=name))
+    return [f"{d.name} {d.version}" for d in found]
 
 
 def start(device: str, tell: Callable[[str], None]) -> str:

@@ -118,14 +118,14 @@ def main() -> None:
 
 def _generate() -> None:
     clock = _Clock()
-    program.require(_FLAGS, "prompt", "run-name")
+    prompt, run = program.required(_PROMPT), program.required(_RUN_NAME)
     decode, generation, sampling = _configs()
-    checkpoint = directory.read_checkpoint(_RUN_NAME.value, _STEP.value)
+    checkpoint = directory.read_checkpoint(run, _STEP.value)
     decode.resolve_window(checkpoint.model)
     generation.check_vocabulary(checkpoint.model.vocab_size)
     checkpoint.verify()
     vocabulary = tokenizer.Tokenizer.load(checkpoint.tokenizer)
-    prompt_ids = tuple(vocabulary.encode(_PROMPT.value))
+    prompt_ids = tuple(vocabulary.encode(prompt))
     if not prompt_ids:
         raise ValueError("--prompt is empty: it must hold at least one token")
     device = devices.start(_DEVICE.value, program.note)
@@ -142,7 +142,7 @@ def _generate() -> None:
     if dropped := engine.dropped(requests[0]):
         program.note(f"the prompt has {len(prompt_ids)} tokens: the first {dropped} are beyond the window and not read")
     clock.loaded = clock.elapsed()
-    _write(vocabulary, sampler.in_order(engine.run(requests)), clock)
+    _write(vocabulary, sampler.in_order(engine.run(requests)), clock, before=prompt if _ECHO.value else "")
     program.note(clock.summary())
 
 
@@ -169,13 +169,13 @@ def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.S
     return decode, generation, sampling
 
 
-def _write(vocabulary: tokenizer.Tokenizer, events: Iterator["sampler.Event"], clock: _Clock) -> None:
-    """Writes each sample and a line end after it, token by token where streaming was asked for."""
+def _write(vocabulary: tokenizer.Tokenizer, events: Iterator["sampler.Event"], clock: _Clock, *, before: str) -> None:
+    """Writes each sample, ``before`` first and a line end last, token by token where streaming was asked for."""
     decoder = None
     for event in events:
         if decoder is None:
             decoder = vocabulary.decoder()
-            sys.stdout.write(_PROMPT.value if _ECHO.value else "")
+            sys.stdout.write(before)
         if event.token is not None:
             clock.count_token()
             sys.stdout.write(decoder.push(event.token))

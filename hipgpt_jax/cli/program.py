@@ -74,11 +74,11 @@ def help_text(name: str, summary: str, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def require(values: flags.FlagValues, *names: str) -> None:
-    """Raises ValueError where a flag that has no default was not given."""
-    for name in names:
-        if values[name].value is None:
-            raise ValueError(f"--{name} is required: {values[name].help}")
+def required(holder: flags.FlagHolder[str | None]) -> str:
+    """Returns the value of a flag that has no default; raises ValueError where it was not given."""
+    if holder.value is None:
+        raise ValueError(f"--{holder.name} is required; --help tells of every flag")
+    return holder.value
 
 
 def note(line: str) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -31,7 +31,7 @@ def _integer(name: str, default: int, text: str) -> flags.FlagHolder[int]:
     return flags.DEFINE_integer(name, default, text, flag_values=_FLAGS)
 
 
-def _float(name: str, default: float | None, text: str) -> flags.FlagHolder[float]:
+def _float(name: str, default: float | None, text: str) -> flags.FlagHolder[Any]:
     return flags.DEFINE_float(name, default, text, flag_values=_FLAGS)
 
 
@@ -77,13 +77,12 @@ def _train() -> None:
     train = _train_config()
     _model_config(_VOCAB_SIZE.value)
     run = directory.check_name(_RUN_NAME.value or time.strftime("run_%Y%m%d-%H%M%S"))
+    run_directory = directory.CHECKPOINTS / run
+    _check_start(run_directory)
     device = devices.start(_DEVICE.value, program.note)
     devices.use_compilation_cache()
-    run_directory, source = directory.CHECKPOINTS / run, Path(_DATA_PATH.value)
-    _check_start(run_directory)
-    data = _prepare(run_directory, source)
+    data = _prepare(run_directory, Path(_DATA_PATH.value))
     model = _model_config(data.manifest.vocab_size)
-    data.check_length(model.max_seq_len)
     if data.manifest.vocab_size < _VOCAB_SIZE.value:
         program.note(f"the text gave {data.manifest.vocab_size} ids, fewer than --vocab-size {_VOCAB_SIZE.value}")
     program.note(
@@ -91,8 +90,10 @@ def _train() -> None:
         f"{data.manifest.validation_tokens} validation tokens"
     )
 
-    from hipgpt_jax.training import loop
+    from hipgpt_jax.training import checkpoint, loop
 
+    if _RESUME.value:
+        checkpoint.require_same(run_directory, model, train)
     with _reporting(train.steps) as report:
         loop.train(run_directory, data, model, train, report, resume=_RESUME.value, weights_dtype=_WEIGHTS_DTYPE.value)
     program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
@@ -100,33 +101,31 @@ def _train() -> None:
 
 def _check_start(run_directory: Path) -> None:
     """Decides between a new run, a resumed one and one started anew, before anything is written."""
-    exists = run_directory.exists()
     if _RESET.value and _RESUME.value:
         raise ValueError("--reset deletes the run and --resume goes on with it: give one of them")
-    if _RESUME.value and not exists:
-        raise FileNotFoundError(f"run {run_directory.name!r} not found in {directory.CHECKPOINTS}/: nothing to resume")
-    if exists and (run_directory / directory.LATEST_CONFIG).exists() and not (_RESET.value or _RESUME.value):
+    begun = directory.is_begun(run_directory)
+    if _RESUME.value and not begun:
+        raise FileNotFoundError(f"run {run_directory.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
+    if begun and not (_RESET.value or _RESUME.value):
         raise ValueError(
             f"run {run_directory.name!r} exists already: --resume goes on with it, --reset deletes it and starts anew"
         )
 
 
 def _prepare(run_directory: Path, source: Path) -> dataset.Dataset:
-    """Prepares the data; a run that was new and could not be prepared leaves no directory."""
-    if not source.is_file():
-        raise FileNotFoundError(f"data file not found: {source}. Give a text file with --data-path")
-    if _RESET.value:
-        shutil.rmtree(run_directory, ignore_errors=True)
-    new = not run_directory.exists()
-    run_directory.mkdir(parents=True, exist_ok=True)
+    """Prepares the data beside the run, and moves it into place, over the old run at a reset, when it is whole."""
+    if directory.is_begun(run_directory) and not _RESET.value:
+        return dataset.prepare(run_directory, source, _VOCAB_SIZE.value)
+    fresh = run_directory.with_name(f".{run_directory.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
     try:
-        data = dataset.prepare(run_directory, source, _VOCAB_SIZE.value)
-        data.check_length(_SEQ.value)
-    except BaseException:
-        if new:
-            shutil.rmtree(run_directory, ignore_errors=True)
-        raise
-    return data
+        dataset.prepare(fresh, source, _VOCAB_SIZE.value).check_length(_SEQ.value)
+        shutil.rmtree(run_directory, ignore_errors=True)
+        fresh.rename(run_directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return dataset.Dataset(run_directory)
 
 
 def _model_config(vocab_size: int) -> config.ModelConfig:

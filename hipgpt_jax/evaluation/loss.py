@@ -37,24 +37,24 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """Exponential of the loss, which is taken as 700 at most to stay finite."""
+        return math.exp(min(self.loss, 700.0))
 
 
-def sum_tokens(logits_BTV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array | float = 1.0) -> TokenSums:
-    """Sums the loss and the correct predictions of ``targets``; log-softmax in float32."""
+def sum_tokens(logits_BTV: jax.Array, targets_BT: jax.Array, kept_BT: jax.Array | None = None) -> TokenSums:
+    """Sums the loss and the correct predictions of the targets kept, all by default; log-softmax in float32."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
     correct_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
-    return TokenSums(jnp.sum(nll_BT * weight_BT), jnp.sum(correct_BT * weight_BT))
+    return TokenSums(jnp.sum(nll_BT, where=kept_BT), jnp.sum(correct_BT, where=kept_BT))
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _sum_window(
-    model: transformer.Transformer, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array
+    model: transformer.Transformer, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, kept_BT: jax.Array
 ) -> TokenSums:
-    return sum_tokens(model.apply({"params": params}, tokens_BT, dropout=0.0), targets_BT, weight_BT)
+    return sum_tokens(model.bind({"params": params})(tokens_BT, dropout=0.0), targets_BT, kept_BT)
 
 
 def score(
@@ -87,14 +87,18 @@ def score(
     batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
     if 0 < max_batches < len(batches):
         batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
-    nll = correct = scored = 0.0
+    nll, correct, scored = 0.0, 0, 0
     for batch in batches:
         at_BT = np.minimum(np.resize(batch, batch_size)[:, None] + np.arange(length), targets - 1)
-        weight_BT = np.resize(batch, batch_size)[:, None] + np.arange(length) < targets
-        weight_BT[len(batch) :] = False
+        kept_BT = np.resize(batch, batch_size)[:, None] + np.arange(length) < targets
+        kept_BT[len(batch) :] = False
         sums = _sum_window(
-            model, params, ids[at_BT].astype(np.int32), ids[at_BT + 1].astype(np.int32), weight_BT.astype(np.float32)
+            model,
+            params,
+            jnp.asarray(ids[at_BT], jnp.int32),
+            jnp.asarray(ids[at_BT + 1], jnp.int32),
+            jnp.asarray(kept_BT),
         )
-        nll, correct, scored = nll + float(sums.nll), correct + float(sums.correct), scored + int(weight_BT.sum())
+        nll, correct, scored = nll + float(sums.nll), correct + int(sums.correct), scored + int(kept_BT.sum())
     loss = nll / scored
-    return Score(loss=loss, nats_per_byte=loss * targets / text_bytes, accuracy=correct / scored, tokens=int(scored))
+    return Score(loss=loss, nats_per_byte=loss * targets / text_bytes, accuracy=correct / scored, tokens=scored)

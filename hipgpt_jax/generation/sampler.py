@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
@@ -159,12 +160,17 @@ class Sampler:
             seen_BV[row, list(request.prompt_ids)] = True
         keys = [sampling.sample_key(r.generation.seed, r.prompt_ids, r.sample) for r in padded]
         rows = decoding.Rows(
-            key_B2=np.stack([jax.random.key_data(key) for key in keys]),
+            key_B2=jnp.stack([jax.random.key_data(key) for key in keys]),
             settings=sampling.settings([request.sampling for request in padded]),
         )
-        zeros_B = np.zeros(B, np.int32)
-        length_B = np.array([min(len(request.prompt_ids), W) for request in padded], np.int32)
-        return jax.device_put((rows, decoding.State(zeros_B, zeros_B, length_B, context_BS, seen_BV)))
+        state = decoding.State(
+            index_B=jnp.zeros(B, jnp.int32),
+            token_B=jnp.zeros(B, jnp.int32),
+            length_B=jnp.asarray([min(len(request.prompt_ids), W) for request in padded], jnp.int32),
+            context_BS=jnp.asarray(context_BS),
+            seen_BV=jnp.asarray(seen_BV),
+        )
+        return rows, state
 
     def _read_prompts(
         self, rows: decoding.Rows, start: decoding.State, length_B: np.ndarray

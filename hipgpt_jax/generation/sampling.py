@@ -33,10 +33,10 @@ class Settings(NamedTuple):
 def settings(rows: Sequence[config.SamplingConfig]) -> Settings:
     """Returns the settings of each row as arrays; a ``top_k`` of 2**31 or more keeps all, as 0 does."""
     return Settings(
-        np.asarray([row.temperature for row in rows], np.float32),
-        np.asarray([row.top_k if row.top_k < 2**31 else 0 for row in rows], np.int32),
-        np.asarray([row.top_p for row in rows], np.float32),
-        np.asarray([row.repetition_penalty for row in rows], np.float32),
+        jnp.asarray([row.temperature for row in rows], jnp.float32),
+        jnp.asarray([row.top_k if row.top_k < 2**31 else 0 for row in rows], jnp.int32),
+        jnp.asarray([row.top_p for row in rows], jnp.float32),
+        jnp.asarray([row.repetition_penalty for row in rows], jnp.float32),
     )
 
 
@@ -129,6 +129,7 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: j
         Ids ``[B]``, int32.
     """
     logits_BV = penalize(logits_BV.astype(jnp.float32), seen_BV, row.penalty_B)
+    logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
     V = logits_BV.shape[1]
     few_B = (row.top_k_B > 0) & (row.top_k_B <= CANDIDATES) | (row.temperature_B < _TINY)
 

@@ -71,7 +71,7 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     References:
         Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014.
     """
-    threshold = round(rate * 2**16)
+    threshold = min(round(rate * 2**16), 2**16 - 1)
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
     return jnp.where(keep, x / (1 - threshold / 2**16), 0)
 
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
 
         model = Transformer(model_config)
         params = model.init(key, tokens_BT, dropout=0.0)["params"]
-        logits_BTV = model.apply({"params": params}, tokens_BT, dropout=0.0)
+        logits_BTV = model.bind({"params": params})(tokens_BT, dropout=0.0)
     """
 
     config: config.ModelConfig
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
         Args:
             tokens_BT: Ids ``[B, T]``, ``T`` at most ``max_seq_len``.
             dropout: Probability of dropping an activation, on when training; 0 elsewhere. Above 0,
-                ``apply`` needs ``rngs={"dropout": key}``. Changing it compiles again.
+                ``bind`` needs ``rngs={"dropout": key}``. Changing it compiles again.
 
         Returns:
             Logits ``[B, T, V]`` in float32; ``[:, t]`` depends on tokens up to ``t`` alone.

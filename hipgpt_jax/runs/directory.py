@@ -53,15 +53,20 @@ class Checkpoint:
 
 def check_name(run: str) -> str:
     """Returns ``run`` if it can name a directory, else raises ValueError."""
-    if not run or run.startswith(".") or re.search(r"[/\\\x00-\x1f]|\.\.", run):
+    if not _is_name(run):
         raise ValueError(f"run name must be a plain name, without '/' or '..' or a leading '.': got {run!r}")
     return run
+
+
+def _is_name(run: str) -> bool:
+    return bool(run) and not run.startswith(".") and not re.search(r"[/\\\x00-\x1f]|\.\.", run)
 
 
 def names() -> list[str]:
     """Returns the runs that ``find`` knows: those in ``checkpoints/`` and those in the package."""
     roots = (CHECKPOINTS, SHIPPED)
-    return sorted({path.parent.name for root in roots for path in root.glob(f"*/{LATEST_CONFIG}")})
+    found = {path.parent.name for root in roots for path in root.glob(f"*/{LATEST_CONFIG}")}
+    return sorted(filter(_is_name, found))
 
 
 def find(run: str) -> Path:
@@ -82,6 +87,13 @@ def steps(directory: Path) -> list[int]:
     """Returns the steps that have a config file, ascending."""
     pattern = re.compile(re.escape(directory.name) + r"_step(\d+)_config\.json")
     return sorted(int(match[1]) for path in directory.iterdir() if (match := pattern.fullmatch(path.name)))
+
+
+def is_begun(directory: Path) -> bool:
+    """Returns whether a run has a checkpoint, or a training state that it could go on from."""
+    states = directory / TRAIN_STATE_NAME
+    has_state = states.is_dir() and any(path.name.isdecimal() for path in states.iterdir())
+    return has_state or (directory / LATEST_CONFIG).is_file()
 
 
 def weights_name(run: str, step: int) -> str:
@@ -106,7 +118,10 @@ def read_checkpoint(run: str, step: int | None = None) -> Checkpoint:
     if not path.is_file():
         have = ", ".join(map(str, steps(directory))) or "none"
         raise FileNotFoundError(f"run {run!r} has no step {step}. Steps: {have}")
-    return _parse(directory, path)
+    found = _parse(directory, path)
+    if step not in (None, found.step):
+        raise ValueError(f"{path} must be the config of step {step}: it says step {found.step}")
+    return found
 
 
 def _parse(directory: Path, path: Path) -> Checkpoint:
@@ -144,6 +159,6 @@ def _get(path: Path, value: dict[str, Any], section: str, key: str, kind: type[_
 
 
 def _plain(path: Path, name: str) -> str:
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"{path} must name files in its own directory: got {name!r}")
     return name

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from hipgpt_jax import config, files
 
+_TYPES = ("F32", "F16")
 _LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -54,9 +55,13 @@ def write(path: Path, params: Mapping[str, Any], model: config.ModelConfig, dtyp
         model: Their shape.
         dtype: ``float32`` or ``float16``.
     """
-    tensors = {tensor_name(key): np.asarray(_leaf(params, key)).astype(dtype) for key in layout(model)}
+    # safetensors writes an array's memory as it lies, so one that lies transposed must be laid out anew.
+    tensors = {
+        tensor_name(key): np.ascontiguousarray(_leaf(params, key)).astype(dtype, order="C") for key in layout(model)
+    }
     with files.replacing(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)
 
 
 def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
@@ -73,10 +78,13 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="numpy") as file:
             _check_names(path, set(file.keys()), {tensor_name(key) for key in layout(model)})
             for key, shape in layout(model).items():
-                tensor = file.get_tensor(tensor_name(key))
-                if tensor.shape != shape:
-                    raise ValueError(f"{path}: {tensor_name(key)} must have shape {shape}: got {tensor.shape}")
-                _store(params, key, tensor.astype(np.float32, copy=False))
+                name = tensor_name(key)
+                found = file.get_slice(name)
+                if tuple(found.get_shape()) != shape:
+                    raise ValueError(f"{path}: {name} must have shape {shape}: got {tuple(found.get_shape())}")
+                if found.get_dtype() not in _TYPES:
+                    raise ValueError(f"{path}: {name} must be one of {', '.join(_TYPES)}: got {found.get_dtype()}")
+                _store(params, key, file.get_tensor(name).astype(np.float32, copy=False))
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     return params

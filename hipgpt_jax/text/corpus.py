@@ -8,8 +8,10 @@ from pathlib import Path
 CHUNK_BYTES = 1 << 20
 
 # The tokenizer's regex never joins a token across a blank that follows a visible character, so a cut
-# there changes no token; a cut inside a run of blanks would.
-_BOUNDARY = re.compile(r"\S(?=\s)")
+# there changes no token; a cut inside a run of blanks would. The first group runs to the last such place.
+# Blanks are Unicode's white space, as in the tokenizer; Python's \s has the separators \x1c to \x1f too.
+_BLANKS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_TO_LAST_BOUNDARY = re.compile(f"(.*[^{_BLANKS}])[{_BLANKS}]", re.DOTALL)
 
 
 def read_text(path: Path, start: int = 0, stop: int | None = None, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[str]:
@@ -33,8 +35,8 @@ def read_text(path: Path, start: int = 0, stop: int | None = None, *, chunk_byte
         while left > 0 and (block := file.read(min(chunk_bytes, left))):
             left -= len(block)
             text = held + decoder.decode(block, final=left <= 0)
-            cuts = [match.end() for match in _BOUNDARY.finditer(text, max(0, len(text) - 4096))]
-            cut = cuts[-1] if cuts and left > 0 else len(text)
+            boundary = _TO_LAST_BOUNDARY.match(text) if left > 0 else None
+            cut = boundary.end(1) if boundary else len(text)
             held = text[cut:]
             if cut:
                 yield text[:cut]

@@ -158,10 +158,13 @@ def _append_tokens(file: BinaryIO, vocabulary: tokenizer.Tokenizer, pieces: Iter
 
 def _parse_manifest(path: Path) -> Manifest:
     value = files.read_json(path)
-    try:
-        return Manifest(**value)
-    except TypeError as error:
-        raise ValueError(f"{path} is not a data manifest: {error}") from error
+    fields = dataclasses.fields(Manifest)
+    if value.keys() != {field.name for field in fields}:
+        raise ValueError(f"{path} is not a data manifest: it must hold exactly {[field.name for field in fields]}")
+    for field in fields:
+        if type(value[field.name]) is not field.type:
+            raise ValueError(f"{path} must hold {field.name} of type {field.type}: got {value[field.name]!r}")
+    return Manifest(**value)
 
 
 def _require_same(old: Manifest, source: Path, digest: str, vocab_size: int) -> None:

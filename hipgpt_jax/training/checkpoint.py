@@ -13,6 +13,9 @@ from hipgpt_jax.runs import directory, weights
 from hipgpt_jax.text import dataset
 from hipgpt_jax.training import step
 
+# Settings that change what is told and kept of a run, not its numbers.
+_FREE = frozenset({"log_every", "eval_every", "eval_batches", "ckpt_every", "keep_last"})
+
 
 def write(
     run_directory: Path,
@@ -41,7 +44,7 @@ def write(
                 "sha256": files.sha256(run_directory / dataset.TOKENIZER_NAME),
             },
             "data": dataclasses.asdict(manifest),
-            "training": {**dataclasses.asdict(train), "min_lr": train.final_learning_rate},
+            "training": _training_section(train),
             "checkpoint": {
                 "latest": bin_path.name,
                 "step": at,
@@ -64,6 +67,30 @@ def _prune(run_directory: Path, keep_last: int, latest: int) -> None:
             (run_directory / directory.weights_name(run_directory.name, old)).unlink(missing_ok=True)
 
 
+def require_same(run_directory: Path, model: config.ModelConfig, train: config.TrainConfig) -> None:
+    """Raises ValueError where a run cannot go on with these settings, which would change its numbers."""
+    path = run_directory / directory.LATEST_CONFIG
+    if not path.is_file():
+        return
+    old = files.read_json(path)
+    new = {"model": dataclasses.asdict(model), "training": _training_section(train)}
+    differences = [
+        f"{key} {value} (the run has {old.get(section, {}).get(key)})"
+        for section, values in new.items()
+        for key, value in values.items()
+        if key not in _FREE and old.get(section, {}).get(key) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"cannot resume run {run_directory.name!r} with other settings: {', '.join(differences)}. "
+            f"Give the run's own, or --reset to start anew"
+        )
+
+
+def _training_section(train: config.TrainConfig) -> dict[str, Any]:
+    return {**dataclasses.asdict(train), "min_lr": train.final_learning_rate}
+
+
 class StateStore:
     """The training state of a run, in Orbax."""
 
@@ -83,7 +110,7 @@ class StateStore:
     def restore(self, at: int, like: step.TrainState) -> step.TrainState:
         """Returns the state of a step, with the shapes, types and devices of ``like``."""
         abstract = jax.tree.map(functools.partial(ocp.utils.to_shape_dtype_struct), like._asdict())
-        restored: dict[str, Any] = self._manager.restore(at, args=ocp.args.StandardRestore(abstract))
+        restored: Any = self._manager.restore(at, args=ocp.args.StandardRestore(abstract))
         return step.TrainState(**restored)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hipgpt_jax import config
 from hipgpt_jax.evaluation import loss
@@ -60,7 +61,7 @@ def train(
     metrics_path = run_directory / directory.METRICS_NAME
     if resume:
         state = _restore(store, state, run_directory)
-        metrics.truncate(metrics_path, int(state.step))
+    metrics.truncate(metrics_path, int(state.step))
     tokens = train_config.batch_size * model_config.max_seq_len
 
     for number in range(int(state.step) + 1, train_config.steps + 1):
@@ -68,7 +69,7 @@ def train(
         batch = data.batch_at(
             number - 1, seed=train_config.seed, batch_size=train_config.batch_size, length=model_config.max_seq_len
         )
-        state, measured = train_step(state, batch)
+        state, measured = train_step(state, jnp.asarray(batch))
         value = _require_finite("loss", float(measured.loss), number)
         seconds = time.perf_counter() - began
         report.progress(number, value)
@@ -77,10 +78,10 @@ def train(
             line = {
                 "step": number,
                 "loss": value,
-                "perplexity": math.exp(value) if value < 700 else math.inf,
+                "perplexity": math.exp(min(value, 700.0)),
                 "accuracy": float(measured.accuracy),
                 "gradient_norm": float(measured.gradient_norm),
-                "learning_rate": float(schedule(number - 1)),
+                "learning_rate": float(jnp.asarray(schedule(number - 1))),
                 "milliseconds": 1e3 * seconds,
                 "tokens_per_second": tokens / seconds,
             }

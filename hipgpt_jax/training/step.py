@@ -72,14 +72,14 @@ def make(
 
         def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
             rngs = {"dropout": jax.random.fold_in(dropout_key, state.step)}
-            logits_BTV = model.apply({"params": params}, inputs_BT, dropout=train.dropout, rngs=rngs)
+            logits_BTV = model.bind({"params": params}, rngs=rngs)(inputs_BT, dropout=train.dropout)
             sums = loss.sum_tokens(logits_BTV, targets_BT)
             return sums.nll / targets_BT.size, sums.correct / targets_BT.size
 
         (value, accuracy), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(value, accuracy, optax.global_norm(gradients))
+        metrics = Metrics(value, accuracy, optax.tree.norm(gradients))
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Checks the format, the lint, the types and the examples in docstrings; makes .venv when it is missing or stale.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+environment .venv dev
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/pyright --pythonpath .venv/bin/python
+.venv/bin/python -m pytest -q --doctest-modules hipgpt_jax || [[ $? == 5 ]] # 5: no docstring has an example
+echo "check.sh: format, lint, types and docstrings are clean"

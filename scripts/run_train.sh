@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Trains a run: makes .venv when it is missing or stale, then runs hipgpt-train in the repository's root.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+environment .venv
+exec .venv/bin/hipgpt-train "$@"

@@ -1,0 +1,89 @@
+"""What the tests share: tiny models with weights, requests to them, and a count of compilations."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from hipgpt_jax import config
+from hipgpt_jax.generation import sampler
+from hipgpt_jax.runs import weights
+
+# The vocabulary exceeds ``sampling.CANDIDATES``, so that the fast and the slow way to draw are both compiled.
+MODEL = config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
+
+
+def random_params(model: config.ModelConfig, seed: int = 4, stddev: float = 0.5) -> dict[str, Any]:
+    """Returns random parameters, biases and scales too, so large that text is far from uniform and varied.
+
+    They come from NumPy's ``RandomState``, whose stream is frozen for good, so tokens drawn with
+    them can be pinned across JAX versions.
+    """
+    rng = np.random.RandomState(seed)
+    params: dict[str, Any] = {}
+    for path, shape in sorted(weights.layout(model).items()):
+        value = rng.normal(0, stddev, shape).astype(np.float32)
+        if path[-1] == "bias":
+            value *= 0.25
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = 1 + value / 2 if path[-1] == "scale" else value
+    return params
+
+
+@functools.cache
+def make_sampler(**settings: Any) -> sampler.Sampler:
+    """Returns a sampler of ``MODEL`` with a window of 11; one for each setting, because they are slow to compile."""
+    return sampler.Sampler(MODEL, random_params(MODEL), config.DecodingConfig(**{"window": 11, **settings}))
+
+
+def request(
+    prompt_ids: tuple[int, ...] = (1, 2, 3),
+    *,
+    sample: int = 0,
+    num_tokens: int = 8,
+    seed: int = 0,
+    eos_id: int = -1,
+    **settings: Any,
+) -> sampler.Request:
+    """Returns a request for one sample; ``settings`` are those of ``config.SamplingConfig``."""
+    return sampler.Request(
+        prompt_ids=prompt_ids,
+        sample=sample,
+        generation=config.GenerationConfig(num_tokens=num_tokens, seed=seed, eos_id=eos_id),
+        sampling=config.SamplingConfig(**settings),
+    )
+
+
+def prompt(length: int) -> tuple[int, ...]:
+    """Returns the prompt of a length, random ids of ``MODEL``."""
+    return tuple(np.random.RandomState(length).randint(0, MODEL.vocab_size, length).tolist())
+
+
+def tokens_of(source: sampler.Sampler, requests: list[sampler.Request]) -> list[list[int]]:
+    """Returns the tokens that each request drew."""
+    tokens: list[list[int]] = [[] for _ in requests]
+    for event in source.run(requests):
+        if event.token is not None:
+            tokens[event.index].append(event.token)
+    return tokens
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Yields a list that grows by one name for each program that XLA is given while the block runs."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(str(kwargs.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,0 +1,60 @@
+"""Runs the package's programs as a user does: in processes of their own, or quickly in this one."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hipgpt_jax.cli import generate, train
+
+MAINS: dict[str, Callable[[], None]] = {"generate": generate.main, "train": train.main}
+
+_LINES = ("the king and his fool went up to see", "what a queen would say of all that they had lost in war")
+WORDS = " ".join(_LINES).split(" ")
+TEXT = "".join(
+    f"{WORDS[i * 7 % 21].upper()}:\n{' '.join(WORDS[(i * j + j) % 21] for j in range(3, 17))},\nmy lord {i}.\n\n"
+    for i in range(600)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a program left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    """Returns the command line of a program in a process of its own."""
+    return [sys.executable, "-m", f"hipgpt_jax.cli.{name}", *arguments]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Returns this process's environment with an XDG cache directory of its own."""
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
+def spawn(name: str, *arguments: str, cwd: Path, cache: Path) -> Result:
+    """Runs a program in a process of its own."""
+    done = subprocess.run(
+        command(name, *arguments), cwd=cwd, env=environment(cache), capture_output=True, text=True, timeout=300
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def call(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Result:
+    """Runs a program in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    code = 0
+    try:
+        MAINS[name]()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    captured = capsys.readouterr()
+    return Result(code, captured.out, captured.err)

@@ -1,0 +1,141 @@
+"""The key/value cache: what is written where, and that decoding from it is the full forward pass."""
+
+from typing import Any
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hipgpt_jax.model import cache as kv
+from hipgpt_jax.model import transformer
+
+MODEL = fakes.MODEL
+B, S = 3, MODEL.max_seq_len
+TOKENS_BS = np.random.RandomState(0).randint(0, MODEL.vocab_size, (B, S))
+LENGTHS = (1, 4, 9)
+
+
+def bound(params: dict[str, Any]) -> transformer.Transformer:
+    return transformer.Transformer(MODEL).bind({"params": params})
+
+
+@jax.jit
+def forward(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
+    return bound(params)(tokens_BT, dropout=0.0)
+
+
+@jax.jit
+def prefill(params: dict[str, Any], tokens_BT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
+    return bound(params).prefill(tokens_BT, length_B)
+
+
+@jax.jit
+def decode(params: dict[str, Any], token_B: jax.Array, past: kv.Cache, length_B: jax.Array) -> Any:
+    return bound(params).decode(token_B, past, length_B)
+
+
+append = jax.jit(kv.append)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, Any]:
+    return fakes.random_params(MODEL)
+
+
+def random_cache(slots: int, seed: int) -> kv.Cache:
+    rng = np.random.RandomState(seed)
+
+    def layers() -> tuple[jax.Array, ...]:
+        shape = (B, MODEL.num_heads, slots, MODEL.head_dim)
+        return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(MODEL.num_layers))
+
+    return kv.Cache(layers(), layers())
+
+
+def assert_same(left: kv.Cache, right: kv.Cache) -> None:
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_append_writes_one_slot_of_each_row_and_no_other() -> None:
+    old, new, lengths = random_cache(S, 0), random_cache(1, 1), [0, 5, S - 1]
+    got = append(old, new, jnp.asarray(lengths))
+    for was_BNSH, new_BN1H, now_BNSH in zip(*map(jax.tree.leaves, (old, new, got)), strict=True):
+        expected_BNSH = np.array(was_BNSH)
+        for row, slot in enumerate(lengths):
+            expected_BNSH[row, :, slot] = new_BN1H[row, :, 0]
+        np.testing.assert_array_equal(now_BNSH, expected_BNSH)
+
+
+def test_append_beyond_the_end_writes_the_last_slot() -> None:
+    old, new = random_cache(S, 0), random_cache(1, 1)
+    assert_same(append(old, new, jnp.asarray([S, S + 5, 2])), append(old, new, jnp.asarray([S - 1, S - 1, 2])))
+
+
+def test_pad_puts_zeros_behind() -> None:
+    new = random_cache(5, 0)
+    for now_BNSH, new_BNTH in zip(*map(jax.tree.leaves, (kv.pad(new, S), new)), strict=True):
+        np.testing.assert_array_equal(now_BNSH[:, :, :5], new_BNTH)
+        np.testing.assert_array_equal(now_BNSH[:, :, 5:], np.zeros((B, MODEL.num_heads, S - 5, MODEL.head_dim)))
+    assert_same(kv.pad(random_cache(S, 1), S), random_cache(S, 1))
+
+
+def test_where_takes_whole_rows() -> None:
+    chosen, other = random_cache(S, 0), random_cache(S, 1)
+    got = kv.where(jnp.asarray([True, False, True]), chosen, other)
+    for now_BNSH, a_BNSH, b_BNSH in zip(*map(jax.tree.leaves, (got, chosen, other)), strict=True):
+        np.testing.assert_array_equal(now_BNSH, np.stack([a_BNSH[0], b_BNSH[1], a_BNSH[2]]))
+
+
+@pytest.mark.parametrize("start", ["prefill", "empty"])
+def test_decoding_from_the_cache_is_the_full_forward_pass_at_every_position(start: str, params: dict[str, Any]) -> None:
+    """Rows stand at different lengths all along; each goes on to the last position there is.
+
+    A row at the end goes on appending, as a row does whose sample has ended before its neighbours'.
+    """
+    full_BSV = np.asarray(forward(params, TOKENS_BS))
+    if start == "prefill":
+        length_B = np.array(LENGTHS)
+        logits_BV, new = prefill(params, TOKENS_BS[:, : max(LENGTHS)], length_B)
+        np.testing.assert_allclose(logits_BV, full_BSV[np.arange(B), length_B - 1], rtol=1e-5, atol=1e-5)
+        cache = kv.pad(new, S)
+    else:
+        length_B = np.zeros(B, int)
+        cache = kv.empty(MODEL, B, S)
+    while length_B.min() < S:
+        slot_B = np.minimum(length_B, S - 1)
+        logits_BV, new = decode(params, TOKENS_BS[np.arange(B), slot_B], cache, length_B)
+        cache = append(cache, new, length_B)
+        live_B = length_B < S
+        expected_BV = full_BSV[np.arange(B), slot_B]
+        np.testing.assert_allclose(np.asarray(logits_BV)[live_B], expected_BV[live_B], rtol=1e-5, atol=1e-5)
+        length_B = length_B + 1
+
+
+def test_slots_from_the_length_on_are_never_attended_to(params: dict[str, Any]) -> None:
+    """Logits are bit-identical whatever the slots that hold no token hold."""
+    length_B, token_B = np.array([0, 5, S - 1]), np.array([1, 2, 3])
+    past = random_cache(S, 0)
+    unused_BS = np.arange(S)[None] >= length_B[:, None]
+
+    def fill(value: float) -> kv.Cache:
+        return jax.tree.map(lambda x: jnp.where(unused_BS[:, None, :, None], value, x), past)
+
+    results = [decode(params, token_B, fill(value), length_B) for value in (0.0, 1e4, -1e30)]
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, results[0])
+
+
+def test_rows_of_a_decode_step_change_no_bit_of_one_another(params: dict[str, Any]) -> None:
+    """Each row alone among strangers gives what it gives among its companions."""
+    length_B, token_B = np.array([3, 7, 12]), np.array([1, 2, 3])
+    past, strangers = random_cache(S, 0), random_cache(S, 1)
+    together = decode(params, token_B, past, length_B)
+    for row in range(B):
+        own_B = np.arange(B) == row
+        mixed = kv.where(jnp.asarray(own_B), past, strangers)
+        alone = decode(params, np.where(own_B, token_B, 30), mixed, np.where(own_B, length_B, 5))
+        for got, expected in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_array_equal(got[row], expected[row])
+            assert np.any(np.asarray(got[row - 1]) != np.asarray(expected[row - 1]))

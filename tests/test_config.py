@@ -1,0 +1,205 @@
+"""Every range that the docstrings state, its edges accepted and what lies past them refused."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hipgpt_jax import config
+
+SETTINGS = settings(deadline=None, derandomize=True, database=None)
+
+INF, NAN = float("inf"), float("nan")
+MAX_SEED = 4_294_967_295
+MODEL = config.ModelConfig(vocab_size=300, max_seq_len=8, embed_dim=16, num_heads=2, ff_hidden_dim=24, num_layers=1)
+
+# Integers by their lowest value, with the name that the user gave them.
+INTEGERS = [
+    (config.ModelConfig, "vocab_size", 1, "vocab_size"),
+    (config.ModelConfig, "max_seq_len", 1, "max_seq_len"),
+    (config.ModelConfig, "num_heads", 1, "num_heads"),
+    (config.ModelConfig, "ff_hidden_dim", 1, "ff_hidden_dim"),
+    (config.ModelConfig, "num_layers", 1, "num_layers"),
+    (config.SamplingConfig, "top_k", 0, "top_k"),
+    (config.DecodingConfig, "window", 1, "max_seq_len"),
+    (config.DecodingConfig, "window_stride", 1, "window_stride"),
+    (config.DecodingConfig, "width", 1, "batch_size"),
+    (config.GenerationConfig, "num_tokens", 0, "num_tokens"),
+    (config.GenerationConfig, "num_samples", 1, "num_samples"),
+    (config.GenerationConfig, "seed", 0, "seed"),
+    (config.GenerationConfig, "eos_id", -1, "eos_id"),
+    (config.TrainConfig, "batch_size", 1, "batch_size"),
+    (config.TrainConfig, "steps", 1, "steps"),
+    (config.TrainConfig, "warmup_steps", 0, "warmup_steps"),
+    (config.TrainConfig, "seed", 0, "seed"),
+    (config.TrainConfig, "log_every", 1, "log_every"),
+    (config.TrainConfig, "eval_every", 0, "eval_every"),
+    (config.TrainConfig, "eval_batches", 0, "eval_batches"),
+    (config.TrainConfig, "ckpt_every", 0, "ckpt_every"),
+    (config.TrainConfig, "keep_last", 1, "keep_last"),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "low", "name"), INTEGERS)
+def test_an_integer_has_a_lowest_value(kind: Any, field: str, low: int, name: str) -> None:
+    assert getattr(kind(**{field: low}), field) == low
+    for wrong in (low - 1, low - 1000, float(low), 1.5, NAN, INF, True, "4"):
+        with pytest.raises(ValueError, match=rf"^{name} must be an integer of at least {low} .*got {wrong!r}$"):
+            kind(**{field: wrong})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (config.SamplingConfig, {"temperature": 0.0}),
+        (config.SamplingConfig, {"temperature": 1e-6}),
+        (config.SamplingConfig, {"temperature": 100.0}),
+        (config.SamplingConfig, {"top_k": 10**9}),
+        (config.SamplingConfig, {"top_p": 1.0}),
+        (config.SamplingConfig, {"top_p": 1e-9}),
+        (config.SamplingConfig, {"repetition_penalty": 0.5}),
+        (config.SamplingConfig, {"repetition_penalty": 1e-9}),
+        (config.DecodingConfig, {"overflow": "roll"}),
+        (config.DecodingConfig, {"overflow": "stop"}),
+        (config.DecodingConfig, {"overflow": "error"}),
+        (config.GenerationConfig, {"seed": MAX_SEED}),
+        (config.TrainConfig, {"seed": MAX_SEED}),
+        (config.TrainConfig, {"min_lr": 0.0}),
+        (config.TrainConfig, {"learning_rate": 0.5, "min_lr": 0.5}),
+        (config.TrainConfig, {"beta2": 0.0}),
+        (config.TrainConfig, {"weight_decay": 0.0}),
+        (config.TrainConfig, {"dropout": 0.0}),
+        (config.TrainConfig, {"dropout": 0.999}),
+    ],
+)
+def test_the_edge_of_a_range_belongs_to_it(kind: Any, values: dict[str, Any]) -> None:
+    made = kind(**values)
+    assert {name: getattr(made, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "text"),
+    [
+        (config.SamplingConfig, {"temperature": -0.1}, "temp must be at least 0 (0 takes the most likely token)"),
+        (config.SamplingConfig, {"temperature": NAN}, "temp must be a finite number"),
+        (config.SamplingConfig, {"temperature": INF}, "temp must be a finite number"),
+        (config.SamplingConfig, {"temperature": -INF}, "temp must be a finite number"),
+        (config.SamplingConfig, {"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        (config.SamplingConfig, {"top_p": -0.1}, "got -0.1"),
+        (config.SamplingConfig, {"top_p": 1.0000001}, "got 1.0000001"),
+        (config.SamplingConfig, {"top_p": NAN}, "top_p must be above 0 and at most 1 (1 keeps every token): got nan"),
+        (config.SamplingConfig, {"top_p": INF}, "got inf"),
+        (config.SamplingConfig, {"repetition_penalty": 0.0}, "rep_penalty must be above 0 (1 is neutral): got 0.0"),
+        (config.SamplingConfig, {"repetition_penalty": -1.0}, "rep_penalty must be above 0"),
+        (config.SamplingConfig, {"repetition_penalty": NAN}, "rep_penalty must be a finite number"),
+        (config.SamplingConfig, {"repetition_penalty": INF}, "rep_penalty must be a finite number"),
+        (config.DecodingConfig, {"overflow": "wrap"}, "overflow must be one of roll, stop, error: got 'wrap'"),
+        (config.GenerationConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (32 bits): got 4294967296"),
+        (config.TrainConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (32 bits): got 4294967296"),
+        (config.TrainConfig, {"learning_rate": 0.0}, "lr and clip must be above 0: got 0.0 and 1.0"),
+        (config.TrainConfig, {"learning_rate": -1e-3}, "lr and clip must be above 0"),
+        (config.TrainConfig, {"learning_rate": NAN}, "lr must be a finite number"),
+        (config.TrainConfig, {"learning_rate": INF}, "lr must be a finite number"),
+        (config.TrainConfig, {"clip": 0.0}, "lr and clip must be above 0: got 0.001 and 0.0"),
+        (config.TrainConfig, {"clip": NAN}, "clip must be a finite number"),
+        (config.TrainConfig, {"clip": INF}, "clip must be a finite number"),
+        (config.TrainConfig, {"min_lr": -1e-9}, "min_lr must lie between 0 and lr 0.001"),
+        (config.TrainConfig, {"min_lr": 0.01}, "min_lr must lie between 0 and lr 0.001: got 0.01"),
+        (config.TrainConfig, {"min_lr": NAN}, "min_lr must lie between 0 and lr 0.001: got nan"),
+        (config.TrainConfig, {"beta2": 1.0}, "beta2 must be at least 0 and below 1: got 1.0"),
+        (config.TrainConfig, {"beta2": -0.1}, "beta2 must be at least 0"),
+        (config.TrainConfig, {"beta2": NAN}, "got nan"),
+        (config.TrainConfig, {"weight_decay": -0.1}, "weight_decay must be at least 0: got -0.1"),
+        (config.TrainConfig, {"weight_decay": NAN}, "weight_decay must be a finite number"),
+        (config.TrainConfig, {"weight_decay": INF}, "weight_decay must be a finite number"),
+        (config.TrainConfig, {"dropout": 1.0}, "dropout must be at least 0 and below 1: got 1.0"),
+        (config.TrainConfig, {"dropout": -0.1}, "dropout must be at least 0"),
+        (config.TrainConfig, {"dropout": NAN}, "got nan"),
+    ],
+)
+def test_what_lies_outside_a_range_is_refused(kind: Any, values: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        kind(**values)
+
+
+@SETTINGS
+@given(width=st.integers(1, 64), heads=st.integers(1, 64))
+def test_heads_divide_the_width_or_the_message_names_those_that_do(width: int, heads: int) -> None:
+    sizes = {"embed_dim": width, "num_heads": heads}
+    if width % heads == 0:
+        assert config.ModelConfig(**sizes).head_dim * heads == width
+        return
+    with pytest.raises(ValueError, match=f"got {width} and {heads}") as caught:
+        config.ModelConfig(**sizes)
+    named = [int(number) for number in str(caught.value).split("[")[1].rstrip("]").split(",")]
+    assert named == [n for n in range(1, 65) if width % n == 0]
+
+
+def test_the_message_of_a_width_that_heads_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"--dim.*--heads.*got 12 and 5, remainder 2\. .*\[1, 2, 3, 4, 6, 12\]$"):
+        config.ModelConfig(embed_dim=12, num_heads=5)
+
+
+@pytest.mark.parametrize("width", [0, -8, 128.0, True])
+def test_a_width_is_a_positive_integer(width: Any) -> None:
+    with pytest.raises(ValueError, match="embed_dim must be an integer of at least 1"):
+        config.ModelConfig(embed_dim=width)
+
+
+def test_the_window_is_the_models_own_or_smaller() -> None:
+    assert config.DecodingConfig().resolve_window(MODEL) == 8
+    assert config.DecodingConfig(window=8).resolve_window(MODEL) == 8
+    assert config.DecodingConfig(window=1).resolve_window(MODEL) == 1
+    with pytest.raises(ValueError, match=r"max_seq_len must be at most the run's own 8 .*: got 9"):
+        config.DecodingConfig(window=9).resolve_window(MODEL)
+
+
+def test_the_stride_is_at_most_the_window() -> None:
+    assert config.DecodingConfig(window=5, window_stride=5).resolve_window(MODEL) == 5
+    with pytest.raises(ValueError, match="window_stride must be at most the window of 5 tokens: got 6"):
+        config.DecodingConfig(window=5, window_stride=6).resolve_window(MODEL)
+    with pytest.raises(ValueError, match="window_stride must be at most the window of 8 tokens: got 9"):
+        config.DecodingConfig(window_stride=9).resolve_window(MODEL)
+
+
+def test_the_end_token_is_in_the_vocabulary() -> None:
+    for eos_id in (-1, 0, 299):
+        config.GenerationConfig(eos_id=eos_id).check_vocabulary(300)
+    with pytest.raises(ValueError, match="eos_id must be -1 or below the vocabulary's size 300: got 300"):
+        config.GenerationConfig(eos_id=300).check_vocabulary(300)
+
+
+def test_the_last_learning_rate_is_a_tenth_of_the_peak_or_the_one_given() -> None:
+    assert config.TrainConfig(learning_rate=0.5).final_learning_rate == 0.05
+    assert config.TrainConfig(learning_rate=0.5, min_lr=0.0).final_learning_rate == 0.0
+    assert config.TrainConfig(learning_rate=0.5, min_lr=0.25).final_learning_rate == 0.25
+
+
+def test_the_documented_defaults() -> None:
+    assert dataclasses.astuple(config.ModelConfig()) == (5000, 32, 128, 4, 256, 2)
+    assert dataclasses.astuple(config.SamplingConfig()) == (1.0, 5, 0.9, 1.1)
+    assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1)
+    assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1)
+    assert config.TrainConfig().batch_size == 4
+
+
+KINDS = [
+    config.ModelConfig,
+    config.SamplingConfig,
+    config.DecodingConfig,
+    config.GenerationConfig,
+    config.TrainConfig,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_is_a_value(kind: Any) -> None:
+    assert hash(kind()) == hash(kind())
+    assert kind() == kind()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(kind(), dataclasses.fields(kind)[0].name, 7)
+    with pytest.raises(TypeError):
+        kind(7)

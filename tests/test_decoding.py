@@ -1,0 +1,111 @@
+"""The pure functions from state to state: what a step keeps, how a window slides, and that a scan is a loop."""
+
+from typing import Any
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hipgpt_jax.generation import decoding, sampling
+from hipgpt_jax.model import cache as kv
+from hipgpt_jax.model import transformer
+
+MODEL = fakes.MODEL
+MODULE = transformer.Transformer(MODEL)
+WINDOW = 11
+
+
+def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
+    """The state of requests before their prompts are read, built apart from the sampler's."""
+    B, V = len(requests), MODEL.vocab_size
+    context_BS, seen_BV = np.zeros((B, WINDOW), np.int32), np.zeros((B, V), bool)
+    for row, request in enumerate(requests):
+        context_BS[row, : len(request.prompt_ids)] = request.prompt_ids
+        seen_BV[row, list(request.prompt_ids)] = True
+    keys = [sampling.sample_key(one.generation.seed, one.prompt_ids, one.sample) for one in requests]
+    rows = decoding.Rows(
+        key_B2=jnp.stack([jax.random.key_data(key) for key in keys]),
+        settings=sampling.settings([one.sampling for one in requests]),
+    )
+    zeros_B, length_B = jnp.zeros(B, jnp.int32), jnp.asarray([len(one.prompt_ids) for one in requests])
+    return rows, decoding.State(zeros_B, zeros_B, length_B, jnp.asarray(context_BS), jnp.asarray(seen_BV))
+
+
+@jax.jit
+def scanned(params: dict[str, Any], rows: decoding.Rows, state: decoding.State) -> decoding.State:
+    """The states after each of 11 tokens, from prompts of at most 8."""
+    state, cache = decoding.read_window(MODULE, params, rows, state, length=8)
+
+    def step(carry: tuple[decoding.State, kv.Cache], _: None) -> tuple[tuple[decoding.State, kv.Cache], decoding.State]:
+        return decoding.decode_step(MODULE, params, rows, *carry), carry[0]
+
+    return jax.lax.scan(step, (state, cache), length=WINDOW)[1]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 0, "top_p": 1.0}])
+def test_scan_over_the_step_is_the_sampler(settings: dict[str, Any]) -> None:
+    """Up to the full window, where the sampler's loop rolls and a row of the scan ends."""
+    requests = [fakes.request(fakes.prompt(n), num_tokens=WINDOW - n + 1, seed=n, **settings) for n in (1, 4, 8)]
+    rows, state = start(requests)
+    states = scanned(fakes.random_params(MODEL), rows, state)
+    token_TB = np.asarray(states.token_B)
+    for row, tokens in enumerate(fakes.tokens_of(fakes.make_sampler(width=3), requests)):
+        assert token_TB[: len(tokens), row].tolist() == tokens
+        n = len(requests[row].prompt_ids)
+        np.testing.assert_array_equal(states.index_B[:, row], np.arange(1, WINDOW + 1))
+        np.testing.assert_array_equal(states.length_B[:, row], np.arange(n, n + WINDOW))
+        for t in range(len(tokens)):
+            context = [*requests[row].prompt_ids, *tokens[:t]]
+            np.testing.assert_array_equal(states.context_BS[t, row], context + [0] * (WINDOW - len(context)))
+            seen = {*context, tokens[t]}
+            np.testing.assert_array_equal(np.flatnonzero(states.seen_BV[t, row]), sorted(seen))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, WINDOW - 1, WINDOW])
+def test_slide_keeps_the_window_that_the_design_states(stride: int) -> None:
+    """With ``n`` tokens the window starts at 0 up to ``W``, then at ``N ceil((n - W) / N)``."""
+    slide = jax.jit(decoding.slide, static_argnames="stride")
+    text_BT = np.random.RandomState(0).randint(1, MODEL.vocab_size, (2, 60)).astype(np.int32)
+    _, state = start([fakes.request(tuple(row[:WINDOW].tolist())) for row in text_BT])
+    length = WINDOW
+    for n in range(WINDOW + 1, 60):
+        state = state._replace(token_B=jnp.asarray(text_BT[:, n - 1]))
+        if length == WINDOW:
+            state = slide(state, stride=stride)
+            length = WINDOW - stride + 1
+        else:
+            context_BS = np.array(state.context_BS)
+            context_BS[:, length] = state.token_B
+            length += 1
+            state = state._replace(context_BS=context_BS, length_B=np.full(2, length, np.int32))
+        first = -((WINDOW - n) // stride) * stride
+        assert state.length_B.tolist() == [n - first] * 2
+        np.testing.assert_array_equal(state.context_BS[:, :length], text_BT[:, first:n])
+        np.testing.assert_array_equal(state.context_BS[:, length:], 0)
+
+
+def test_where_takes_whole_rows() -> None:
+    _, chosen = start([fakes.request(fakes.prompt(n)) for n in (2, 3, 4)])
+    _, other = start([fakes.request(fakes.prompt(n)) for n in (5, 6, 7)])
+    got = decoding.where(jnp.asarray([False, True, False]), chosen, other)
+    for now, a, b in zip(got, chosen, other, strict=True):
+        np.testing.assert_array_equal(now, np.stack([b[0], a[1], b[2]]))
+
+
+def test_prompt_may_be_read_in_any_length_that_holds_it() -> None:
+    """Every bucket gives the same token, the same state and, to rounding, the same cache."""
+    params = fakes.random_params(MODEL)
+    requests = [fakes.request(fakes.prompt(n), seed=n, sample=n) for n in (1, 3, 5)]
+    rows, state = start(requests)
+    read = jax.jit(
+        lambda rows, state, length: decoding.read_window(MODULE, params, rows, state, length=length), static_argnums=2
+    )
+    tight, tight_cache = read(rows, state, 5)
+    loose, loose_cache = read(rows, state, WINDOW)
+    jax.tree.map(np.testing.assert_array_equal, tight, loose)
+    real_BS = np.arange(WINDOW)[None] < np.asarray([1, 3, 5])[:, None]
+    for a_BNSH, b_BNSH in zip(jax.tree.leaves(tight_cache), jax.tree.leaves(loose_cache), strict=True):
+        a_BNSH, b_BNSH = (np.where(real_BS[:, None, :, None], x, 0) for x in (a_BNSH, b_BNSH))
+        np.testing.assert_allclose(a_BNSH, b_BNSH, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,188 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import contextlib
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hipgpt_jax import files
+
+SETTINGS = settings(deadline=None, derandomize=True, database=None)
+
+KEYS = st.text(max_size=5)
+JSON = st.dictionaries(
+    KEYS,
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files") / "scratch.json"
+
+
+def test_replacing_leaves_the_new_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old, and longer")
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old, and longer"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("old", ["old", None])
+def test_replacing_keeps_the_old_file_when_the_block_raises(tmp_path: Path, old: str | None) -> None:
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_text(old)
+
+    def write_half() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert [entry.name for entry in tmp_path.iterdir()] == ([] if old is None else ["file"])
+    assert old is None or path.read_text() == old
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    program = f"""
+import os, pathlib
+from hipgpt_jax import files
+with files.replacing(pathlib.Path({str(path)!r})) as temporary:
+    temporary.write_text("half of the n")
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    assert path.read_text() == "old"
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    flushed: list[tuple[int, str]] = []
+    flush = os.fsync
+
+    def record(descriptor: int) -> None:
+        flush(descriptor)
+        flushed.append((os.fstat(descriptor).st_ino, path.read_text()))
+
+    monkeypatch.setattr(files.os, "fsync", record)
+    files.write_text(path, "new")
+    assert flushed == [(path.stat().st_ino, "old"), (tmp_path.stat().st_ino, "new")]
+
+
+@settings(SETTINGS, max_examples=25)  # each flushes to disk twice
+@given(value=JSON)
+def test_json_comes_back_as_it_was(scratch: Path, value: dict[str, object]) -> None:
+    files.write_json(scratch, value)
+    assert files.read_json(scratch) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "is not JSON"),
+        (b'{"a": 1', "is not JSON"),
+        (b'{"a": 1} {"b": 2}', "is not JSON"),
+        (b"\xef\xbb\xbf{}", "is not JSON"),
+        (b'{"a": "\xff"}', "is not UTF-8"),
+        (b"\x80\x04\x95", "is not UTF-8"),
+        (b"[1, 2]", "must hold a JSON object: got list"),
+        (b"null", "must hold a JSON object: got NoneType"),
+        (b'"model"', "must hold a JSON object: got str"),
+        pytest.param(b'{"a":' + b"9" * 5000 + b"}", "is not JSON", id="digits"),
+        pytest.param(b'{"a":' * 100_000, "is not JSON", id="depth"),
+    ],
+)
+def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path, content: bytes, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path} {text}")):
+        files.read_json(path)
+
+
+@SETTINGS
+@given(content=st.binary())
+def test_foreign_bytes_are_an_object_or_a_value_error(scratch: Path, content: bytes) -> None:
+    scratch.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        assert isinstance(files.read_json(scratch), dict)
+
+
+def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "nosuch.json"))):
+        files.read_json(tmp_path / "nosuch.json")
+
+
+def test_a_link_is_relative_so_a_moved_directory_still_opens(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    (here / "step1").write_text("one")
+    files.link(here / "latest", "step1")
+    assert (here / "latest").readlink() == Path("step1")
+    here.rename(there)
+    assert (there / "latest").read_text() == "one"
+    assert sorted(entry.name for entry in there.iterdir()) == ["latest", "step1"]
+
+
+def test_a_link_replaces_one_that_names_nothing_and_a_killed_process_link(tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to("gone")
+    (tmp_path / f".latest.{os.getpid()}.tmp").symlink_to("gone too")
+    (tmp_path / "step1").write_text("one")
+    files.link(tmp_path / "latest", "step1")
+    assert (tmp_path / "latest").read_text() == "one"
+
+
+def test_a_reader_never_finds_the_link_missing(tmp_path: Path) -> None:
+    names = ("step1", "step2")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    latest = tmp_path / "latest"
+    files.link(latest, "step1")
+    seen: set[str] = set()
+    failures: list[OSError] = []
+    stopped = threading.Event()
+
+    def read() -> None:
+        while not stopped.is_set():
+            try:
+                seen.add(latest.read_text())
+            except OSError as error:
+                failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for swap in range(400):
+        files.link(latest, names[swap % 2])
+    stopped.set()
+    reader.join()
+    assert failures == []
+    assert seen == set(names)
+
+
+@SETTINGS
+@given(content=st.binary())
+def test_sha256_is_the_digest_of_the_content(scratch: Path, content: bytes) -> None:
+    scratch.write_bytes(content)
+    assert files.sha256(scratch) == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,326 @@
+"""``hipgpt-generate`` as a user meets it."""
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import programs
+import pytest
+
+from hipgpt_jax.text import tokenizer
+
+HI = ("--run-name", "tiny", "--prompt", "the king")
+
+
+@pytest.fixture
+def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs ``hipgpt-generate`` in this process, in the trained run's working directory."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
+    return lambda *arguments: programs.call("generate", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--run-name", "tiny"), "--prompt is required"),
+        (("--prompt", "hi"), "--run-name is required"),
+        (("--prompt", "hi", "--run-name", "nosuch"), "run 'nosuch' not found .*Runs: .*tiny"),
+        ((*HI, "--step", "7"), "no step 7. Steps: 20, 40"),
+        (("--prompt", "hi", "--run-name", "../tiny"), "must be a plain name"),
+        (("--prompt", "hi", "--run-name", "a/b"), "must be a plain name"),
+        (("--prompt", "hi", "--run-name", ""), "must be a plain name"),
+        (("--prompt", "", "--run-name", "tiny"), "at least one token"),
+        ((*HI, "--frobnicate", "3"), "Unknown command line flag 'frobnicate'"),
+        ((*HI, "--num_token", "3"), "Did you mean: num_tokens"),
+        ((*HI, "more"), "unexpected argument 'more'"),
+        ((*HI, "--temp", "-1"), "temp must be at least 0 .*got -1"),
+        ((*HI, "--temp", "nan"), "temp must be a finite number .*got nan"),
+        ((*HI, "--temp", "inf"), "temp must be a finite number .*got inf"),
+        ((*HI, "--temp", "hot"), "could not convert string to float: 'hot'"),
+        ((*HI, "--top_k", "-1"), "top_k must be an integer of at least 0 .*got -1"),
+        ((*HI, "--top_k", "1.9"), "flag --top_k=1.9"),
+        ((*HI, "--top_p", "0"), "top_p must be above 0 and at most 1 .*got 0"),
+        ((*HI, "--top_p", "1.5"), "top_p must be above 0 and at most 1 .*got 1.5"),
+        ((*HI, "--top_p", "nan"), "top_p must be above 0 and at most 1 .*got nan"),
+        ((*HI, "--rep-penalty", "0"), "rep_penalty must be above 0 .*got 0"),
+        ((*HI, "--rep-penalty", "inf"), "rep_penalty must be a finite number .*got inf"),
+        ((*HI, "--num_tokens", "-5"), "num_tokens must be an integer of at least 0 .*got -5"),
+        ((*HI, "--num_samples", "0"), "num_samples must be an integer of at least 1 .*got 0"),
+        ((*HI, "--batch_size", "0"), "batch_size must be an integer of at least 1 .*got 0"),
+        ((*HI, "--max_seq_len", "0"), "max_seq_len must be an integer of at least 1 .*got 0"),
+        ((*HI, "--max_seq_len", "33"), "at most the run's own 32 .*got 33"),
+        ((*HI, "--window_stride", "33"), "window_stride must be at most the window of 32 tokens: got 33"),
+        ((*HI, "--overflow", "wrap"), "overflow must be one of roll, stop, error: got 'wrap'"),
+        ((*HI, "--overflow", "error"), "need a window of .*it holds 32"),
+        ((*HI, "--eos_id", "300"), "eos_id must be -1 or below the vocabulary's size 300: got 300"),
+        ((*HI, "--eos_id", "-2"), "eos_id must be an integer of at least -1"),
+        ((*HI, "--seed", "-2"), "seed must be an integer of at least 0"),
+        ((*HI, "--seed", "4294967296"), "seed must be at most 4294967295"),
+        ((*HI, "--device", "tpu"), "device must be one of auto, cpu, rocm, cuda: got 'tpu'"),
+        (("--prompt", "hi", "--run-name"), "Missing value for flag --run-name"),
+        ((*HI, "--flagfile=nosuch.flags"), "nosuch.flags"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(run, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.code == 1
+    assert result.out == ""
+    last = result.err.splitlines()[-1]
+    assert re.fullmatch(f"generate: error: .*{message}.*", last)
+    assert "Traceback" not in result.err
+
+
+def test_spellings_of_a_flag_and_their_order_are_one(run) -> None:
+    result = run("--prompt", "the king", "--run-name", "tiny", "--num_tokens", "9", "--rep-penalty", "1.3")
+    assert result.code == 0
+    assert run("--rep_penalty=1.3", "--num-tokens=9", "--run_name=tiny", "--prompt=the king").out == result.out
+
+
+def test_defaults_are_the_documented_ones(run) -> None:
+    written_out = ("--step", "40", "--num_tokens", "50", "--max_seq_len", "32", "--eos_id", "-1", "--top_k", "5")
+    more = ("--temp", "1.0", "--top_p", "0.9", "--rep-penalty", "1.1", "--seed", "0")
+    assert run(*HI).out == run(*HI, *written_out, *more).out
+
+
+@pytest.mark.parametrize("arguments", [("--prompt=-x",), ("--prompt", "-x"), ("--prompt", "--top_k")])
+def test_a_prompt_may_begin_with_a_dash(run, arguments: tuple[str, ...]) -> None:
+    result = run("--run-name", "tiny", "--num_tokens", "1", "--echo", *arguments)
+    assert result.code == 0
+    assert result.out.startswith(arguments[-1].removeprefix("--prompt="))
+
+
+def test_flagfile_holds_flags(run, trained: Path) -> None:
+    (trained / "some.flags").write_text("# a comment\n--run-name=tiny\n--num_tokens=5\n--nostream\n")
+    assert (
+        run("--flagfile=some.flags", "--prompt", "the").out == run(*HI[:2], "--prompt", "the", "--num_tokens", "5").out
+    )
+
+
+def test_streaming_echo_and_samples_change_only_what_is_shown(run) -> None:
+    text = run(*HI, "--num_tokens", "20").out
+    assert run(*HI, "--num_tokens", "20", "--nostream").out == text
+    assert run(*HI, "--num_tokens", "20", "--no-stream").out == text
+    assert run(*HI, "--num_tokens", "20", "--echo").out == "the king" + text
+    many = run(*HI, "--num_tokens", "20", "--num_samples", "3").out
+    assert many.startswith(text)
+    assert len(many) > 2 * len(text)
+
+
+def test_width_orders_samples_and_the_first_is_the_same_alone(run) -> None:
+    alone = run(*HI, "--batch_size", "4").out
+    assert run(*HI, "--batch_size", "4", "--num_samples", "5").out.startswith(alone)
+
+
+def test_eos_ends_the_text_and_is_not_printed(run, trained: Path) -> None:
+    vocabulary = tokenizer.Tokenizer.load(trained / "checkpoints/tiny/tokenizer.json")
+    text = run(*HI, "--num_tokens", "12").out.removesuffix("\n")
+    eos_id = vocabulary.encode(text)[5]
+    cut = run(*HI, "--num_tokens", "12", "--eos_id", str(eos_id)).out.removesuffix("\n")
+    assert len(cut) < len(text)
+    assert text.startswith(cut)
+    assert vocabulary.decode([eos_id]) == text[len(cut) :][: len(vocabulary.decode([eos_id]))]
+
+
+def test_seed_minus_one_shows_the_seed_it_drew(run) -> None:
+    drawn = run(*HI, "--seed", "-1")
+    seed = re.search(r"seed (\d+)", drawn.err)
+    assert seed is not None
+    assert run(*HI, "--seed", seed[1]).out == drawn.out
+
+
+def test_a_prompt_longer_than_the_window_is_cut_and_said_so(run) -> None:
+    long = "the king and his fool " * 30
+    result = run("--run-name", "tiny", "--prompt", long, "--num_tokens", "3")
+    assert result.code == 0
+    assert re.search(r"the prompt has \d+ tokens: the first \d+ are beyond the window and not read", result.err)
+
+
+def test_an_absent_device_says_what_there_is_and_what_to_do(trained: Path, cache: Path) -> None:
+    result = programs.spawn("generate", *HI, "--device", "rocm", cwd=trained, cache=cache)
+    assert result.code == 1
+    assert result.out == ""
+    assert re.search(
+        r"error: --device rocm: JAX [\d.]+ found no such device .*pip install 'hipgpt-jax\[rocm\]'", result.err
+    )
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "swapped", "tokenizer", "config", "key"])
+def test_damaged_files_are_named(run, trained: Path, damage: str) -> None:
+    directory = trained / "checkpoints" / f"bad_{damage}"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(trained / "checkpoints/tiny", directory, symlinks=True)
+    weights, config = directory / "tiny_step40.bin", directory / "tiny_step40_config.json"
+    named = weights
+    match damage:
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "empty":
+            weights.write_bytes(b"")
+        case "foreign":
+            weights.write_bytes(b"PK\x03\x04" * 100)
+        case "swapped":
+            weights.write_bytes((directory / "tiny_step20.bin").read_bytes())
+        case "tokenizer":
+            named = directory / "tokenizer.json"
+            named.write_text("{}")
+        case "config":
+            named = directory / "latest_config.json"
+            config.write_text(config.read_text()[:-20])
+        case "key":
+            named = directory / "latest_config.json"
+            config.write_text(config.read_text().replace('"embed_dim"', '"width"'))
+    result = run("--run-name", f"bad_{damage}", "--prompt", "hi")
+    assert result.code == 1
+    assert named.name in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+
+
+def test_text_comes_token_by_token(trained: Path, cache: Path) -> None:
+    arguments = (*HI, "--num_tokens", "400")
+    programs.spawn("generate", *arguments, cwd=trained, cache=cache)
+    pieces, times = [], []
+    with subprocess.Popen(
+        programs.command("generate", *arguments),
+        cwd=trained,
+        env=programs.environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        while piece := os.read(process.stdout.fileno(), 65536):
+            pieces.append(piece)
+            times.append(time.monotonic())
+    assert len(pieces) > 50
+    assert times[-1] - times[0] > 10 * max(after - before for before, after in itertools.pairwise(times[50:]))
+
+
+def test_a_closed_pipe_ends_quietly(trained: Path, cache: Path) -> None:
+    line = " ".join(["exec", *programs.command("generate"), *HI[:2], "--prompt king --num_tokens 3000 | head -c 1"])
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=trained, env=programs.environment(cache), capture_output=True, text=True, timeout=120
+    )
+    assert len(done.stdout) == 1
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_ctrl_c_ends_quietly(trained: Path, cache: Path) -> None:
+    with subprocess.Popen(
+        programs.command("generate", *HI, "--num_tokens", "1000000"),
+        cwd=trained,
+        env=programs.environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_a_second_start_compiles_nothing(trained: Path, tmp_path: Path) -> None:
+    first = programs.spawn("generate", *HI, cwd=trained, cache=tmp_path)
+    directory = tmp_path / "hipgpt_jax" / "xla"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    compiled = {path.name for path in directory.iterdir() if not path.name.endswith("-atime")}
+    assert compiled
+    second = programs.spawn(
+        "generate", *HI, "--seed", "3", "--temp", "0.5", "--top_k", "9", cwd=trained, cache=tmp_path
+    )
+    again = {path.name for path in directory.iterdir() if not path.name.endswith("-atime")}
+    assert again == compiled
+    assert (first.code, second.code) == (0, 0)
+    assert programs.spawn("generate", *HI, cwd=trained, cache=tmp_path).out == first.out
+
+
+def test_only_what_generation_needs_is_imported(trained: Path, cache: Path) -> None:
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
+        "finally: print(sorted({'orbax', 'optax', 'torch', 'jax'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    bad_value, no_run = (*HI, "--temp", "-1"), (*HI[2:], "--run-name", "x")
+    for arguments, loaded in ((HI, "['jax']"), (("--help",), "[]"), (bad_value, "[]"), (no_run, "[]")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "generate", *arguments],
+            cwd=trained,
+            env=programs.environment(cache),
+            capture_output=True,
+            text=True,
+        )
+        assert done.stderr.splitlines()[-1] == loaded
+
+
+# Every command of the document that this package implements, with ./build/generate read as hipgpt-generate.
+DOCUMENTED = [
+    'generate --prompt "To be, or not to be:" --run-name shakespeare_v1',
+    'generate --prompt "Once upon a time" --run-name shakespeare_v1 --step 1500',
+    """generate --prompt "The meaning of life is" \
+      --run-name philosophy_model \
+      --num_tokens 100 \
+      --temp 0.7 \
+      --top_k 20 \
+      --top_p 0.9 \
+      --rep-penalty 1.1""",
+    """generate --prompt "In a galaxy far away" \
+      --run-name scifi_model \
+      --num_tokens 200 \
+      --temp 1.2 \
+      --top_k 50 \
+      --top_p 0.95""",
+    'generate --prompt "Hello world" --run-name test_run --num_tokens 20',
+    """generate \
+      --prompt "The old wizard looked into the crystal ball and saw" \
+      --run-name fantasy_model \
+      --num_tokens 150 \
+      --temp 0.8 \
+      --top_k 30 \
+      --top_p 0.92 \
+      --rep-penalty 1.08""",
+    """generate \
+      --prompt "Imagine a world where" \
+      --run-name creative_model \
+      --num_tokens 100 \
+      --temp 1.3 \
+      --top_k 100 \
+      --top_p 0.95 \
+      --rep-penalty 1.05""",
+]
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_documented_commands(run, trained: Path, line: str) -> None:
+    words = shlex.split(line)[1:]
+    _make_run(trained, words[words.index("--run-name") + 1])
+    result = run(*words)
+    assert result.code == 0, result.err
+    wanted = words[words.index("--num_tokens") + 1] if "--num_tokens" in words else "50"
+    assert f"{wanted} tokens" in result.err
+    assert result.out.strip()
+
+
+def _make_run(directory: Path, name: str) -> None:
+    """Makes a run of this name, once: that of the ``trained`` directory under another name, its last step 1500."""
+    target = directory / "checkpoints" / name
+    if target.exists():
+        return
+    target.mkdir()
+    for path in (directory / "checkpoints/tiny").iterdir():
+        if path.is_file() and not path.is_symlink():
+            renamed = path.name.replace("tiny_step40", f"{name}_step1500").replace("tiny_", f"{name}_")
+            shutil.copy(path, target / renamed)
+    config = target / f"{name}_step1500_config.json"
+    config.write_text(config.read_text().replace("tiny_step40", f"{name}_step1500"))
+    (target / "latest_config.json").symlink_to(config.name)

@@ -1,0 +1,203 @@
+"""The promise about a token, clause by clause: it depends on what DESIGN.md section 2 names and on nothing else."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fakes
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from hipgpt_jax import config
+from hipgpt_jax.generation import sampler
+
+# Width, and the window's stride. Prompts of up to 14 tokens lie in both buckets and beyond the window of 11.
+SHAPES = [(1, 1), (3, 1), (3, 4)]
+NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+SETTINGS = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+
+
+def sampler_of(width: int, stride: int) -> sampler.Sampler:
+    others = {"width": width} if width > 1 else {}
+    return fakes.make_sampler(**others, **({"window": 11, "window_stride": stride} if stride > 1 else {}))
+
+
+@functools.cache
+def alone(width: int, stride: int, request: sampler.Request) -> list[int]:
+    """The tokens of a request that nothing else runs beside."""
+    return fakes.tokens_of(sampler_of(width, stride), [request])[0]
+
+
+def requests() -> st.SearchStrategy[sampler.Request]:
+    return st.builds(
+        fakes.request,
+        st.integers(1, 14).map(fakes.prompt),
+        sample=st.integers(0, 3),
+        num_tokens=st.integers(0, 25),
+        seed=st.sampled_from([0, 1, 2**32 - 1]),
+        eos_id=st.sampled_from([-1, *range(0, 150, 10)]),
+        temperature=st.sampled_from([0.0, 0.7, 1.0]),
+        top_k=st.sampled_from([0, 5, 140]),
+        top_p=st.sampled_from([0.9, 1.0]),
+        repetition_penalty=st.sampled_from([1.0, 1.1]),
+    )
+
+
+def longer(request: sampler.Request, more: int) -> sampler.Request:
+    generation = dataclasses.replace(request.generation, num_tokens=request.generation.num_tokens + more)
+    return dataclasses.replace(request, generation=generation)
+
+
+@pytest.mark.parametrize(("width", "stride"), SHAPES)
+@SETTINGS
+@hypothesis.given(st.lists(requests(), min_size=1, max_size=7), st.randoms())
+def test_sample_is_the_same_alone_and_in_any_company_and_order(
+    width: int, stride: int, wanted: list[sampler.Request], random: Any
+) -> None:
+    wanted = [*wanted, random.choice(wanted)]
+    random.shuffle(wanted)
+    assert fakes.tokens_of(sampler_of(width, stride), wanted) == [alone(width, stride, one) for one in wanted]
+
+
+@pytest.mark.parametrize(("width", "stride"), SHAPES)
+@SETTINGS
+@hypothesis.given(requests(), st.integers(0, 40))
+def test_first_tokens_of_a_longer_run_are_the_shorter_run(
+    width: int, stride: int, request_: sampler.Request, more: int
+) -> None:
+    short = alone(width, stride, request_)
+    longest = alone(width, stride, longer(request_, more))
+    assert longest[: len(short)] == short
+    assert len(longest) == len(short) or len(short) == request_.generation.num_tokens
+
+
+def test_samples_differ_by_prompt_seed_index_and_place() -> None:
+    """What the promise says a token does depend on; 12 tokens agree by chance less than once in a million."""
+    free: dict[str, Any] = {"num_tokens": 12, **NEUTRAL}
+    prompts = [fakes.prompt(20), (0, *fakes.prompt(20)[1:])]
+    assert prompts[0][-11:] == prompts[1][-11:], "they differ only in what is not read"
+    drawn = [
+        tuple(alone(1, 1, fakes.request(prompt, seed=seed, sample=sample, **free)))
+        for prompt in prompts
+        for seed in (0, 1)
+        for sample in (0, 1)
+    ]
+    assert len(set(drawn)) == 8
+
+
+@pytest.mark.parametrize(("width", "stride"), SHAPES)
+def test_streams_may_be_read_by_turns_and_left(width: int, stride: int) -> None:
+    """Two streams of one sampler, an event of each in turn, beside a third that nobody finishes."""
+    source = sampler_of(width, stride)
+    groups = [[fakes.request(fakes.prompt(n + k), num_tokens=20, sample=n) for k in range(width)] for n in (2, 8)]
+    left = source.run(groups[0])
+    next(left)
+    streams = [source.run(group) for group in groups]
+    drawn: list[list[list[int]]] = [[[] for _ in group] for group in groups]
+    for events in zip(*streams, strict=True):
+        for group, event in zip(drawn, events, strict=True):
+            if event.token is not None:
+                group[event.index].append(event.token)
+    assert drawn == [[alone(width, stride, one) for one in group] for group in groups]
+
+
+def test_tokens_come_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a token is yielded, at most the next one is under way."""
+    source, steps = sampler_of(1, 1), []
+    step = source._step
+    monkeypatch.setattr(source, "_step", lambda *args: steps.append(1) or step(*args))
+    for drawn, event in enumerate(source.run([fakes.request(num_tokens=30)])):
+        assert len(steps) <= drawn + 1
+        assert event.token is not None or drawn == 30
+
+
+def test_another_sampler_gives_the_same_and_compiles_for_one_group_alone() -> None:
+    """Compiled afresh, from copied parameters, and no more once both buckets were seen and a window rolled.
+
+    Then neither a token compiles, nor a window that rolls, nor another prompt, seed, sample or setting,
+    nor a last partial group.
+    """
+    params = jax.tree.map(np.copy, fakes.random_params(fakes.MODEL))
+    fresh = sampler.Sampler(fakes.MODEL, params, config.DecodingConfig(window=11, width=3))
+    first = [fakes.request(fakes.prompt(n), num_tokens=10) for n in (3, 9, 4)]
+    drawn = fakes.tokens_of(fresh, first)
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.0, "seed": 5},
+        {"top_k": 0, "sample": 2},
+        {"top_p": 0.5, "eos_id": 3},
+        {"repetition_penalty": 2.0, "num_tokens": 30},
+        {"top_k": 2**31},
+    ]
+    others = [
+        fakes.request(fakes.prompt(length + k), **settings[length % 5])
+        for length in (1, 2, 5, 8, 9, 10, 11, 14, 40)
+        for k in range(4)
+    ]
+    with fakes.compilations() as compiled:
+        drawn += fakes.tokens_of(fresh, others)
+    assert compiled == []
+    assert drawn == [alone(3, 1, one) for one in [*first, *others]]
+
+
+# Literal ids, seen with JAX 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12) on CPU. They must never change.
+# The weights are NumPy's. No boundary that would change a token lies within 2e-4 of its uniform number or of
+# top_p, nor the two best logits at temperature 0 within 0.04, so no rounding can change them.
+GOLDEN: list[tuple[dict[str, Any], list[int]]] = [
+    (
+        {"prompt_ids": (1, 2, 3)},
+        [44, 79, 45, 127, 126, 21, 42, 79, 25, 107, 126, 126, 52, 1, 44, 79, 78, 79, 73, 54, 122, 78, 80, 126],
+    ),
+    (
+        {"prompt_ids": (1, 2, 3), "sample": 1},
+        [66, 126, 45, 107, 144, 102, 130, 130, 73, 83, 132, 21, 132, 79, 126, 126, 21, 75, 75, 110, 103, 11, 126, 93],
+    ),
+    (
+        {"prompt_ids": (0, 149), "seed": 2**32 - 1, "sample": 22, **NEUTRAL},
+        [7, 75, 136, 132, 124, 68, 75, 126, 136, 126, 126, 74, 132, 62, 144, 25, 40, 22, 75, 0, 144, 46, 69, 99],
+    ),
+    (
+        {"prompt_ids": (126, 92, 126, 56, 125, 65, 22, 59, 40), **NEUTRAL, "temperature": 0.0},
+        [42, 46, 46, 126, 101, 126, 75, 130, 107, 126, 75, 46, 126, 136, 107, 31, 28, 62, 107, 79, 132, 122, 127, 75],
+    ),
+    (
+        {
+            "prompt_ids": (107, 88, 12, 71, 102, 138, 61, 109, 25, 32, 4, 138, 138, 0),
+            **{"seed": 1, "temperature": 0.7, "top_k": 140, "top_p": 0.95, "repetition_penalty": 1.3},
+        },
+        [46, 126, 45, 54, 1, 31, 0, 130, 130, 130, 45, 75, 136, 124, 126, 132, 75, 11, 11, 11, 46, 62, 73, 43],
+    ),
+]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_golden_tokens(width: int) -> None:
+    wanted = [fakes.request(**{"num_tokens": 24, **arguments}) for arguments, _ in GOLDEN]
+    assert fakes.tokens_of(sampler_of(width, 1), wanted) == [tokens for _, tokens in GOLDEN]
+
+
+@pytest.mark.slow
+def test_another_process_gives_the_same_whatever_the_environment_says_of_random_numbers() -> None:
+    lengths = (6, 2, 9)
+    program = (
+        f"import fakes, json; wanted = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in {lengths}];"
+        "print(json.dumps(fakes.tokens_of(fakes.make_sampler(), wanted)))"
+    )
+    own = {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_NUM_CPU_DEVICES": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **own, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wanted = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in lengths]
+    assert json.loads(done.stdout) == [alone(1, 1, one) for one in wanted]

@@ -1,0 +1,206 @@
+"""The sampler against a naive loop of full forward passes, and how samples begin and end."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import fakes
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from hipgpt_jax.generation import sampler, sampling
+from hipgpt_jax.model import transformer
+
+MODEL = fakes.MODEL
+WINDOW = 11
+PARAMS = fakes.random_params(MODEL)
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
+
+forward = jax.jit(transformer.Transformer(MODEL).apply, static_argnames="dropout")
+choose = jax.jit(sampling.choose)
+uniform = jax.jit(sampling.uniform)
+
+
+def naive(request: sampler.Request, window: int, stride: int) -> list[int]:
+    """Generates by a full forward pass over the window for every token; nothing is kept between them.
+
+    With ``m`` tokens from the first one read, the window starts at the first multiple of the stride
+    that leaves at most ``W``. Zeros follow it to one length, which no real token sees
+    (``test_transformer.py``), so one program serves all.
+    """
+    ids = list(request.prompt_ids)
+    first = max(0, len(ids) - window)
+    key = sampling.sample_key(request.generation.seed, request.prompt_ids, request.sample)
+    settings = sampling.settings([request.sampling])
+    for t in range(request.generation.num_tokens):
+        dropped = max(0, math.ceil((len(ids) - first - window) / stride) * stride)
+        context = ids[first + dropped :]
+        assert window - stride < len(context) <= window or not dropped
+        padded_BT = np.asarray([context + [0] * (MODEL.max_seq_len - len(context))])
+        logits_BTV = forward({"params": PARAMS}, padded_BT, dropout=0.0)
+        seen_BV = np.isin(np.arange(MODEL.vocab_size), ids)[None]
+        logits_BV = np.asarray(logits_BTV)[:, len(context) - 1]
+        ids.append(int(choose(logits_BV, seen_BV, settings, np.asarray(uniform(key, t))[None])[0]))
+    return ids[len(request.prompt_ids) :]
+
+
+@pytest.fixture
+def narrow() -> sampler.Sampler:
+    return fakes.make_sampler()
+
+
+@pytest.fixture
+def wide() -> sampler.Sampler:
+    return fakes.make_sampler(width=3)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "width"),
+    [(WINDOW, 1, 1), (WINDOW, 1, 3), (WINDOW, 4, 3), (MODEL.max_seq_len, MODEL.max_seq_len, 2), (1, 1, 2)],
+)
+def test_generation_is_the_naive_loop_far_past_the_window(window: int, stride: int, width: int) -> None:
+    """Prompts shorter than, equal to and longer than the window; rows of a group roll at different steps."""
+    others = {"width": width} if width > 1 else {}
+    if (window, stride) != (WINDOW, 1):
+        others |= {"window": window, "window_stride": stride}
+    source = fakes.make_sampler(**others)
+    requests = [
+        fakes.request(fakes.prompt(length), num_tokens=window + 10 + length % 4, sample=place, **settings)
+        for place, length in enumerate((1, window, window - 1 or 2, window + 1, 2 * window + 3, 6))
+        for settings in (GREEDY, {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.3})
+    ]
+    drawn = fakes.tokens_of(source, requests)
+    assert drawn == [naive(one, window, stride) for one in requests]
+    assert len({token for tokens in drawn for token in tokens}) > 30
+
+
+def test_stop_ends_where_the_window_is_full() -> None:
+    stopping = fakes.make_sampler(overflow="stop")
+    requests = [fakes.request(fakes.prompt(n), num_tokens=30) for n in (1, 4, WINDOW - 1, WINDOW, WINDOW + 1)]
+    requests.append(fakes.request(fakes.prompt(4), num_tokens=3))
+    drawn = fakes.tokens_of(stopping, requests)
+    assert [len(tokens) for tokens in drawn] == [WINDOW, WINDOW - 3, 2, 1, 1, 3]
+    for one, tokens in zip(requests, drawn, strict=True):
+        assert tokens == naive(one, WINDOW, 1)[: len(tokens)]
+    reasons = [event.finish_reason for event in stopping.run(requests) if event.token is None]
+    assert reasons == ["length"] * len(requests)
+
+
+def test_error_refuses_what_cannot_fit_and_says_the_numbers() -> None:
+    source = fakes.make_sampler(overflow="error")
+    source.check(fakes.request(fakes.prompt(4), num_tokens=WINDOW - 3))
+    with pytest.raises(ValueError, match=r"prompt of 4 tokens and 9 new ones need a window of 12: it holds 11"):
+        list(source.run([fakes.request(fakes.prompt(4), num_tokens=WINDOW - 2)]))
+    with pytest.raises(ValueError, match=r"prompt of 12 tokens and 1 new ones need a window of 12: it holds 11"):
+        list(source.run([fakes.request(fakes.prompt(WINDOW + 1), num_tokens=1)]))
+
+
+def test_refused_requests(narrow: sampler.Sampler) -> None:
+    with pytest.raises(ValueError, match="prompt is empty: it must hold at least one token"):
+        list(narrow.run([fakes.request(())]))
+    with pytest.raises(ValueError, match="eos_id must be -1 or below the vocabulary's size 150: got 150"):
+        list(narrow.run([fakes.request(eos_id=MODEL.vocab_size)]))
+    with pytest.raises(ValueError, match="max_seq_len must be at most the run's own 16"):
+        fakes.make_sampler(window=MODEL.max_seq_len + 1)
+    with pytest.raises(ValueError, match="window_stride must be at most the window of 11 tokens: got 12"):
+        fakes.make_sampler(window_stride=WINDOW + 1)
+
+
+def test_prompt_beyond_the_window_loses_its_first_tokens(narrow: sampler.Sampler) -> None:
+    assert [narrow.dropped(fakes.request(fakes.prompt(n))) for n in (1, WINDOW, WINDOW + 1, 40)] == [0, 0, 1, 29]
+
+
+def test_eos_ends_its_row_alone_and_is_no_token(wide: sampler.Sampler) -> None:
+    """Every token of a row in turn is made the id that ends it, and its last one, and none."""
+    plain = [fakes.request(fakes.prompt(n), num_tokens=n + 12) for n in (2, 9, 4)]
+    expected = fakes.tokens_of(wide, plain)
+    for row in range(3):
+        for eos_id in {*expected[row], -1, 149}:
+            ending = list(plain)
+            ending[row] = fakes.request(plain[row].prompt_ids, num_tokens=len(expected[row]), eos_id=eos_id)
+            events = list(wide.run(ending))
+            for index, tokens in enumerate(expected):
+                own = [event for event in events if event.index == index]
+                ended = index == row and eos_id in tokens
+                kept = tokens[: tokens.index(eos_id)] if ended else tokens
+                assert [event.token for event in own] == [*kept, None]
+                assert [event.finish_reason for event in own] == [*[None] * len(kept), "eos" if ended else "length"]
+
+
+@pytest.mark.parametrize("length", [2, WINDOW + 2])
+def test_work_stops_after_eos(length: int, narrow: sampler.Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most one step is under way when the id that ends the sample is seen, and none follows."""
+    (tokens,) = fakes.tokens_of(narrow, [fakes.request(fakes.prompt(length), num_tokens=30)])
+    drawn = next(t for t in range(4, 30) if tokens[t] not in tokens[:t])
+    steps = []
+    step = narrow._step
+    monkeypatch.setattr(narrow, "_step", lambda *args: steps.append(1) or step(*args))
+    events = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
+    assert len(events) == drawn + 1
+    assert len(steps) <= drawn + 1
+    steps.clear()
+    list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30)]))
+    assert len(steps) == 29, "the first token comes from the prompt's pass, and nothing follows the last"
+
+
+def test_no_tokens_asked_for_is_an_end_without_work(wide: sampler.Sampler) -> None:
+    nothing = fakes.request(num_tokens=0)
+    ends = [sampler.Event(index=i, finish_reason="length") for i in range(4)]
+    with fakes.compilations() as compiled:
+        assert list(fakes.make_sampler(width=3).run([nothing] * 4)) == ends
+    assert not compiled
+    some = fakes.request(fakes.prompt(7), num_tokens=5)
+    assert fakes.tokens_of(wide, [nothing, some, nothing, nothing]) == [[], naive(some, WINDOW, 1), [], []]
+    assert list(wide.run([])) == []
+
+
+def test_requests_are_taken_as_they_are_needed(wide: sampler.Sampler) -> None:
+    """So that any number of them runs in constant memory."""
+    taken = []
+
+    def endless() -> Iterator[sampler.Request]:
+        for sample in range(10**9):
+            taken.append(sample)
+            yield fakes.request(num_tokens=2, sample=sample)
+
+    events = wide.run(endless())
+    for _ in range(9):
+        next(events)
+    assert len(taken) == 3
+    next(events)
+    assert len(taken) == 6
+
+
+def test_bucket_is_tight_monotone_and_within_the_window() -> None:
+    for window in (1, 5, 8, 11, 32, 100, 1024):
+        sizes = [sampler.bucket(length, window) for length in range(1, window + 1)]
+        assert sizes == sorted(sizes)
+        assert all(length <= size <= window for length, size in enumerate(sizes, 1))
+        assert all(3 * (size - length) <= size for length, size in enumerate(sizes, 1) if size > 8)
+        assert len(set(sizes)) <= 2 * math.log2(max(8, window)) - 3
+    assert sampler.bucket(1, 1024) == 8
+
+
+@hypothesis.settings(deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(1, 5), st.randoms())
+def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int], width: int, random: Any) -> None:
+    samples = [
+        [sampler.Event(index=i, token=t) for t in range(length)] + [sampler.Event(index=i, finish_reason="length")]
+        for i, length in enumerate(lengths)
+    ]
+    given: list[sampler.Event] = []
+    for first in range(0, len(samples), width):
+        group = [list(sample) for sample in samples[first : first + width]]
+        while any(group):
+            given.append(random.choice([sample for sample in group if sample]).pop(0))
+    taken = []
+    ordered = sampler.in_order(event for event in given if taken.append(event) or True)
+    for place, event in enumerate(expected := [event for sample in samples for event in sample]):
+        assert next(ordered) == event
+        assert set(expected[: place + 1]) <= set(taken)
+        needed = max(given.index(one) for one in expected[: place + 1])
+        assert len(taken) == needed + 1, "an event waits for nothing but those before it"
+    assert list(ordered) == []

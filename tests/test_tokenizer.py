@@ -1,0 +1,246 @@
+"""Text to ids and back without loss, the same everywhere, whole or as a stream."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hipgpt_jax.text import tokenizer
+
+SETTINGS = settings(deadline=None, derandomize=True, database=None)
+
+TEXT = (
+    "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n\n"
+    "\tThe slings and arrows\r\nof 1602, it's naïve — 要生存 还是毁灭 👩‍👩‍👧 🙂🙂 \x00\x1c\x1f!\n"
+) * 6
+BYTES = tokenizer.Tokenizer.train([TEXT], 256)
+MERGED = tokenizer.Tokenizer.train([TEXT], 330)
+BOTH = pytest.mark.parametrize("vocabulary", [BYTES, MERGED], ids=["bytes", "merged"])
+
+# All of Unicode, half of it from what the merges were learned on, so that merged tokens are common.
+ANY_TEXT = st.text() | st.lists(st.sampled_from(TEXT) | st.characters(codec="utf-8")).map("".join)
+ANY_IDS = st.lists(st.integers(0, 255) | st.integers(0, MERGED.vocab_size - 1))
+
+
+@BOTH
+@SETTINGS
+@given(text=ANY_TEXT)
+@example(text="")
+@example(text="🙂 \r\n\n \t\x00\x1b[0m\x85\xa0\u2028 '’s 's'S")
+@example(text=TEXT)
+def test_any_text_comes_back(vocabulary: tokenizer.Tokenizer, text: str) -> None:
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+@BOTH
+@SETTINGS
+@given(ids=ANY_IDS)
+def test_decode_is_the_librarys_own(vocabulary: tokenizer.Tokenizer, ids: list[int]) -> None:
+    ids = [token_id % vocabulary.vocab_size for token_id in ids]
+    assert vocabulary.decode(ids) == tokenizers.Tokenizer.from_str(vocabulary.to_json()).decode(ids)
+
+
+@SETTINGS
+@given(texts=st.lists(ANY_TEXT, max_size=5))
+def test_a_batch_is_its_texts_one_by_one(texts: list[str]) -> None:
+    assert list(MERGED.encode_batch(texts)) == [MERGED.encode(text) for text in texts]
+
+
+@SETTINGS
+@given(content=st.binary())
+@example(content="€".encode())
+def test_256_ids_are_plain_bytes(content: bytes) -> None:
+    assert {BYTES.decode_bytes([token_id]) for token_id in range(256)} == {bytes([byte]) for byte in range(256)}
+    text = content.decode("utf-8", "replace")
+    assert [BYTES.decode_bytes([token_id]) for token_id in BYTES.encode(text)] == [
+        bytes([byte]) for byte in text.encode()
+    ]
+
+
+def test_256_ids_have_no_merges() -> None:
+    assert json.loads(BYTES.to_json())["model"]["merges"] == []
+    assert BYTES.vocab_size == 256
+
+
+def test_a_larger_vocabulary_is_as_large_as_asked_and_shortens_the_text() -> None:
+    assert MERGED.vocab_size == 330
+    assert len(MERGED.encode(TEXT)) < len(BYTES.encode(TEXT)) / 2
+
+
+def test_a_poor_text_gives_fewer_ids_than_asked() -> None:
+    assert tokenizer.Tokenizer.train(["aaab"], 5000).vocab_size == 256 + len(["aa", "ab", "aaab"])
+
+
+@pytest.mark.parametrize("size", [255, 1, 0, -1])
+def test_fewer_ids_than_bytes_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"vocab_size must be at least 256 .*: got {size}$"):
+        tokenizer.Tokenizer.train([TEXT], size)
+
+
+def test_training_is_the_same_in_every_process_and_on_any_number_of_cores() -> None:
+    program = """
+import hashlib, sys
+from hipgpt_jax.text import tokenizer
+text = sys.stdin.buffer.read().decode()
+print(hashlib.sha256(tokenizer.Tokenizer.train([text], 330).to_json().encode()).hexdigest())
+"""
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            input=TEXT.encode(),
+            stdout=subprocess.PIPE,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": cores},
+        ).stdout.strip()
+        for seed, cores in (("1", "1"), ("2", "2"), ("3", "7"))
+    }
+    assert digests == {hashlib.sha256(MERGED.to_json().encode()).hexdigest().encode()}
+
+
+@SETTINGS
+@given(cuts=st.lists(st.integers(0, 1000), max_size=20))
+def test_training_does_not_depend_on_the_pieces(cuts: list[int]) -> None:
+    places = [match.end() for match in re.finditer(r"\S(?= )", TEXT)]
+    ends = sorted({places[cut % len(places)] for cut in cuts} | {len(TEXT)})
+    pieces = [TEXT[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    assert "".join(pieces) == TEXT
+    assert tokenizer.Tokenizer.train(pieces, 330).to_json() == MERGED.to_json()
+
+
+@SETTINGS
+@given(
+    content=st.binary() | st.lists(st.sampled_from([b"a", b"\xc3", b"\xa9", b"\xf0\x9f", b"\x98\x80"])).map(b"".join)
+)
+@example(content=b"caf\xe9")
+@example(content=b"\xed\xa0\x80")
+def test_a_command_lines_bytes_read_as_a_files_do(content: bytes) -> None:
+    smuggled, plain = content.decode("utf-8", "surrogateescape"), content.decode("utf-8", "replace")
+    assert MERGED.encode(smuggled) == MERGED.encode(plain)
+    assert MERGED.decode(MERGED.encode(smuggled)) == plain
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xDBFF, 0xDC00, 0xDC7F, 0xDC80, 0xDCFF, 0xDD00, 0xDFFF])
+def test_a_lone_surrogate_reads_as_the_replacement_character(code: int) -> None:
+    assert MERGED.decode(MERGED.encode(f"é{chr(code)}é")) == "é\ufffdé"
+    assert list(MERGED.encode_batch([f"é{chr(code)}é"])) == [MERGED.encode("é\ufffdé")]
+
+
+@SETTINGS
+@given(text=st.text(st.characters(exclude_categories=())))
+def test_what_is_no_unicode_text_reads_as_unicode_text(text: str) -> None:
+    read = MERGED.decode(MERGED.encode(text))
+    assert MERGED.decode(MERGED.encode(read)) == read
+    assert [char for char in read if char != "\ufffd"] == [char for char in text if _is_scalar(char)] or (
+        any(0xDC80 <= ord(char) <= 0xDCFF for char in text)
+    )
+
+
+def _is_scalar(char: str) -> bool:
+    return char != "\ufffd" and not 0xD800 <= ord(char) <= 0xDFFF
+
+
+@BOTH
+@SETTINGS
+@given(ids=ANY_IDS)
+@example(ids=BYTES.encode("🙂")[:3])
+def test_streamed_pieces_joined_are_the_whole(vocabulary: tokenizer.Tokenizer, ids: list[int]) -> None:
+    ids = [token_id % vocabulary.vocab_size for token_id in ids]
+    stream = vocabulary.decoder()
+    pieces = [stream.push(token_id) for token_id in ids]
+    assert "".join(pieces) + stream.finish() == vocabulary.decode(ids)
+
+
+@BOTH
+@SETTINGS
+@given(text=ANY_TEXT)
+def test_a_stream_shows_each_character_whole_and_as_soon_as_it_is(vocabulary: tokenizer.Tokenizer, text: str) -> None:
+    ids = vocabulary.encode(text)
+    stream, shown = vocabulary.decoder(), ""
+    for count, token_id in enumerate(ids, start=1):
+        shown += stream.push(token_id)
+        assert shown == vocabulary.decode_bytes(ids[:count]).decode("utf-8", "ignore")
+    assert stream.finish() == ""
+    assert shown == text
+
+
+def test_an_emoji_arrives_with_its_last_byte() -> None:
+    stream = BYTES.decoder()
+    assert [stream.push(token_id) for token_id in BYTES.encode("a🙂b")] == ["a", "", "", "", "🙂", "b"]
+    assert stream.finish() == ""
+
+
+def test_an_unfinished_character_is_shown_once_at_the_end() -> None:
+    stream = BYTES.decoder()
+    assert [stream.push(token_id) for token_id in BYTES.encode("🙂")[:3]] == ["", "", ""]
+    assert stream.finish() == "\ufffd"
+
+
+def test_streams_do_not_share_what_they_hold() -> None:
+    first, second = BYTES.decoder(), BYTES.decoder()
+    head, *rest = BYTES.encode("é")
+    assert first.push(head) == ""
+    assert second.push(BYTES.encode("a")[0]) == "a"
+    assert first.push(rest[0]) == "é"
+
+
+def test_a_token_that_is_no_bytes_is_its_own_text() -> None:
+    """A tokenizer that the library, not this package, has made may hold such: added ones, or with a blank."""
+    value = json.loads(BYTES.to_json())
+    value["model"]["vocab"]["to be"] = 256
+    backend = tokenizers.Tokenizer.from_str(json.dumps(value))
+    backend.add_tokens(["éé"])
+    vocabulary = tokenizer.Tokenizer(backend)
+    assert vocabulary.decode([256]) == backend.decode([256]) == "to be"
+    assert vocabulary.encode("néé")[1:] == [257]
+    assert vocabulary.decode(vocabulary.encode("néé")) == "néé"
+
+
+@SETTINGS
+@given(text=ANY_TEXT)
+def test_the_file_is_in_the_librarys_own_format(text: str) -> None:
+    assert tokenizers.Tokenizer.from_str(MERGED.to_json()).encode(text).ids == MERGED.encode(text)
+
+
+def test_load_reads_what_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(MERGED.to_json(), encoding="utf-8")
+    loaded = tokenizer.Tokenizer.load(path)
+    assert loaded.to_json() == MERGED.to_json()
+    assert loaded.encode(TEXT) == MERGED.encode(TEXT)
+    assert loaded.vocab_size == 330
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe\x00",
+        b"{",
+        b"{}",
+        b"[]",
+        b"null",
+        b'"tokenizer"',
+        b'{"model": {"vocab_size": 256}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 5}, "merges": []}}',
+        MERGED.to_json().encode()[:-100],
+        MERGED.to_json().encode()[:100],
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is not a tokenizer.json")):
+        tokenizer.Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("name", ["nosuch.json", "."])
+def test_a_missing_tokenizer_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(f"tokenizer not found: {tmp_path / name}")):
+        tokenizer.Tokenizer.load(tmp_path / name)

@@ -1,0 +1,204 @@
+"""``hipgpt-train`` as a user meets it, and the directory it leaves."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import programs
+import pytest
+import safetensors
+
+TINY = (
+    *("--data-path", "text.txt", "--vocab-size", "300", "--warmup-steps", "2"),
+    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16"),
+)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A working directory with a text in it."""
+    (tmp_path / "text.txt").write_text(programs.TEXT)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion() -> Iterator[None]:
+    """Optax 0.2.8 itself promotes a Python float with an integer count; our own code is tested strictly elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs ``hipgpt-train`` in this process, in the directory with the text."""
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
+    return lambda *arguments: programs.call("train", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def metrics(work: Path, run: str) -> list[dict[str, float]]:
+    """The lines of a run's metrics, without what only the clock decides."""
+    lines = (work / "checkpoints" / run / "metrics.jsonl").read_text().splitlines()
+    clock = ("milliseconds", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def test_the_directory_is_the_documented_one(trained: Path) -> None:
+    directory = trained / "checkpoints" / "tiny"
+    assert {path.name for path in directory.iterdir()} == {
+        *("tokenizer.json", "tokens.bin", "data.json", "metrics.jsonl", "train_state"),
+        *("tiny_step20.bin", "tiny_step20_config.json", "tiny_step40.bin", "tiny_step40_config.json"),
+        *("latest_checkpoint.bin", "latest_config.json"),
+    }
+    assert (directory / "latest_checkpoint.bin").readlink() == Path("tiny_step40.bin")
+    assert (directory / "latest_config.json").readlink() == Path("tiny_step40_config.json")
+    config = json.loads((directory / "latest_config.json").read_text())
+    assert config["model"] == {
+        "vocab_size": 300,
+        "max_seq_len": 32,
+        "embed_dim": 128,
+        "num_heads": 4,
+        "ff_hidden_dim": 256,
+        "num_layers": 2,
+    }
+    assert config["tokenizer"]["path"] == "tokenizer.json"
+    assert config["checkpoint"]["latest"] == "tiny_step40.bin"
+    assert str(trained) not in (directory / "latest_config.json").read_text()
+
+
+def test_the_weights_are_a_safetensors_file_with_hugging_face_names(trained: Path) -> None:
+    with safetensors.safe_open(trained / "checkpoints/tiny/latest_checkpoint.bin", framework="numpy") as file:
+        assert {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "h.1.mlp.c_proj.bias", "ln_f.bias"} <= set(
+            file.keys()
+        )
+        assert file.get_slice("h.0.attn.c_attn.weight").get_shape() == [128, 384]
+
+
+def test_log_lines_are_hipgpts(trained: Path) -> None:
+    lines = (trained / "log.txt").read_text().splitlines()
+    pattern = (
+        r"\[Step (\d+)\] Loss: [\d.]+ \| Perplexity: [\d.]+ \| Accuracy: [\d.]+% \| LR: [\d.e-]+ \| "
+        r"Time: [\d.]+ ms \| \d+ tok/s"
+    )
+    steps = [int(match[1]) for line in lines if (match := re.fullmatch(pattern, line))]
+    assert steps == [10, 20, 30, 40]
+
+
+def test_training_learns(trained: Path) -> None:
+    losses = [line["loss"] for line in metrics(trained, "tiny") if "loss" in line]
+    validation = [line["validation_loss"] for line in metrics(trained, "tiny") if "validation_loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    assert validation[-1] < validation[0]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(run, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (*TINY, "--steps", "12", "--ckpt-every", "4", "--log-every", "1", "--dropout", "0.1")
+    assert run(*flags, "--run-name", "whole").code == 0
+
+    from hipgpt_jax.training import metrics as written
+
+    append = written.append
+
+    def interrupt(path: Path, line: dict[str, float]) -> None:
+        append(path, line)
+        if line["step"] == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(written, "append", interrupt)
+        assert run(*flags, "--run-name", "parts").code == 130
+    assert (work / "checkpoints/parts/latest_checkpoint.bin").readlink() == Path("parts_step4.bin")
+    resumed = run(*flags, "--run-name", "parts", "--resume")
+    assert resumed.code == 0, resumed.err
+    whole, parts = (work / "checkpoints" / name / f"{name}_step12.bin" for name in ("whole", "parts"))
+    assert parts.read_bytes() == whole.read_bytes()
+    assert metrics(work, "parts") == metrics(work, "whole")
+
+
+def test_keep_last_goes_by_step_number_and_spares_the_latest(run, work: Path) -> None:
+    assert run(*TINY, "--run-name", "few", "--steps", "12", "--ckpt-every", "2", "--keep-last", "2").code == 0
+    names = {path.name for path in (work / "checkpoints/few").glob("few_step*")}
+    assert names == {"few_step10.bin", "few_step10_config.json", "few_step12.bin", "few_step12_config.json"}
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(run, work: Path) -> None:
+    result = run(*TINY, "--run-name", "wild", "--steps", "9", "--ckpt-every", "1", "--lr", "1e38", "--clip", "1e38")
+    assert result.code == 1
+    found = re.search(r"train: error: (?:validation )?loss is (?:nan|inf) at step (\d+)", result.err)
+    assert found is not None
+    assert not list((work / "checkpoints/wild").glob(f"wild_step{found[1]}*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data-path", "nofile.txt"), "data file not found: nofile.txt"),
+        (("--data-path", "empty.txt"), "empty.txt is empty: 0 tokens"),
+        (("--data-path", "short.txt"), "short.txt is too short: its training split has 1 tokens and needs 17"),
+        (("--dim", "130", "--heads", "4"), r"got 130 and 4, remainder 2. Choose num_heads from \[1, 2, 5, 10, 13"),
+        (("--vocab-size", "255"), "vocab_size must be at least 256"),
+        (("--steps", "0"), "steps must be an integer of at least 1"),
+        (("--lr", "nan"), "lr must be a finite number"),
+        (("--lr", "0"), "lr and clip must be above 0"),
+        (("--min-lr", "1"), "min_lr must lie between 0 and lr"),
+        (("--dropout", "1"), "dropout must be at least 0 and below 1"),
+        (("--run-name", "a/../b"), "must be a plain name"),
+        (("--resume",), "nothing to resume"),
+        (("--weights-dtype", "int3"), "weights-dtype"),
+        (("--device", "tpu"), "device must be one of"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(run, work: Path, arguments: tuple[str, ...], message: str) -> None:
+    (work / "empty.txt").write_text("")
+    (work / "short.txt").write_text("hi")
+    result = run(*TINY, "--run-name", "bad", *arguments)
+    assert result.code == 1
+    assert re.fullmatch(f"train: error: .*{message}.*", result.err.splitlines()[-1])
+    assert not (work / "checkpoints").exists() or not list((work / "checkpoints").iterdir())
+
+
+def test_an_existing_run_is_neither_overwritten_nor_given_other_data(run, work: Path) -> None:
+    flags = (*TINY, "--run-name", "mine", "--steps", "2")
+    assert run(*flags).code == 0
+    before = (work / "checkpoints/mine/mine_step2.bin").read_bytes()
+    assert "--resume goes on with it, --reset deletes it" in run(*flags).err
+    assert "steps 3 (the run has 2)" in run(*flags, "--resume", "--steps", "3").err
+    assert "--vocab-size 310 is not its 300" in run(*flags, "--resume", "--vocab-size", "310").err
+    (work / "other.txt").write_text(programs.TEXT[::-1])
+    assert re.search(
+        "--data-path other.txt .* is not its text text.txt", run(*flags, "--resume", "--data-path", "other.txt").err
+    )
+    assert "data file not found" in run(*flags, "--reset", "--data-path", "none.txt").err
+    assert (work / "checkpoints/mine/mine_step2.bin").read_bytes() == before
+    assert run(*flags, "--reset", "--seed", "5").code == 0
+    assert (work / "checkpoints/mine/mine_step2.bin").read_bytes() != before
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_a_run_that_opens(work: Path, cache: Path) -> None:
+    flags = (*TINY, "--run-name", "killed", "--steps", "4000", "--ckpt-every", "3", "--log-every", "1000")
+    opened = 0
+    for attempt in range(4):
+        resume = ("--resume",) if attempt else ()
+        command = programs.command("train", *flags, *resume)
+        with subprocess.Popen(
+            command, cwd=work, env=programs.environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
+            deadline = time.monotonic() + 120
+            latest = work / "checkpoints/killed/latest_config.json"
+            started = latest.readlink() if latest.exists() else None
+            while time.monotonic() < deadline and (not latest.exists() or latest.readlink() == started):
+                time.sleep(0.005)
+            time.sleep(0.037 * (attempt + 1))
+            process.send_signal(signal.SIGKILL)
+        done = programs.spawn(
+            "generate", "--run-name", "killed", "--prompt", "the", "--num_tokens", "2", cwd=work, cache=cache
+        )
+        assert done.code == 0, done.err
+        opened += 1
+    assert opened == 4

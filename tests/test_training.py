@@ -1,0 +1,136 @@
+"""The optimizer, the step, the metrics file and the score of a text."""
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hipgpt_jax import config
+from hipgpt_jax.evaluation import loss
+from hipgpt_jax.model import transformer
+from hipgpt_jax.training import metrics, optimizer, step
+
+MODEL = config.ModelConfig(vocab_size=40, max_seq_len=8, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion() -> Iterator[None]:
+    """Optax 0.2.8 itself promotes a Python float with an integer count; our own code is tested strictly elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> transformer.Transformer:
+    return transformer.Transformer(MODEL)
+
+
+def make(model: transformer.Transformer, train: config.TrainConfig) -> tuple[step.TrainState, step.TrainStep]:
+    key = jax.random.key(train.seed, impl="threefry2x32")
+    tx = optimizer.make(train)
+    return step.init(model, tx, key), step.make(model, tx, train, key)
+
+
+def test_the_schedule_warms_up_linearly_and_ends_at_the_final_rate() -> None:
+    train = config.TrainConfig(steps=110, learning_rate=1e-2, warmup_steps=10, min_lr=1e-3)
+    rates = [float(jnp.asarray(optimizer.learning_rate(train)(count))) for count in range(110)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 1e-3, rtol=1e-5)
+    assert max(rates) == pytest.approx(1e-2)
+    assert rates[59] == pytest.approx((1e-2 + 1e-3) / 2, rel=1e-4)
+    assert rates[-1] == pytest.approx(1e-3, rel=1e-4)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_only_matrices_decay(model: transformer.Transformer) -> None:
+    train = config.TrainConfig(weight_decay=0.5, warmup_steps=0, learning_rate=0.1, steps=10)
+    params = step.init(model, optimizer.make(train), jax.random.key(0)).params
+    params = jax.tree.map(jnp.ones_like, params)
+    tx = optimizer.make(train)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool(jnp.all(update < 0) if update.ndim >= 2 else jnp.all(update == 0)), path
+
+
+def test_the_gradient_is_clipped_by_its_global_norm(model: transformer.Transformer) -> None:
+    train = config.TrainConfig(clip=1.0, weight_decay=0.0)
+    tx = optimizer.make(train)
+    params = step.init(model, tx, jax.random.key(0)).params
+    unit = jax.tree.map(
+        lambda x: jnp.ones_like(x) / np.float32(sum(leaf.size for leaf in jax.tree.leaves(params)) ** 0.5), params
+    )
+    for scale, norm in ((100.0, 1.0), (0.01, 0.01)):
+        first_moment = tx.update(jax.tree.map(functools.partial(jnp.multiply, scale), unit), tx.init(params), params)[1]
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(optax.tree.get(first_moment, "mu")))
+        assert largest == pytest.approx(0.1 * norm * float(jax.tree.leaves(unit)[0].max()), rel=1e-4)
+
+
+def test_a_step_is_a_function_of_state_and_batch(model: transformer.Transformer) -> None:
+    train = config.TrainConfig(dropout=0.3, steps=10)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 9)), jnp.int32)
+    results = []
+    for _ in range(2):
+        state, train_step = make(model, train)
+        state, first = train_step(state, tokens)
+        state, second = train_step(state, tokens)
+        results.append((jax.tree.leaves(state), first.loss, second.loss))
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(results[0][1]) != float(results[0][2])
+
+
+def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Transformer) -> None:
+    train = config.TrainConfig(steps=200, learning_rate=1e-2, warmup_steps=5, weight_decay=0.0)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 40, (3, 6)), jnp.int32)
+    state, train_step = make(model, train)
+    history = []
+    for _ in range(120):
+        state, measured = train_step(state, tokens)
+        history.append(measured)
+    assert float(history[0].loss) == pytest.approx(np.log(40), rel=0.1)
+    assert float(history[-1].loss) < 0.1
+    assert float(history[-1].accuracy) == 1.0
+
+
+def test_score_counts_every_token_but_the_first_once(model: transformer.Transformer) -> None:
+    params = step.init(model, optimizer.make(config.TrainConfig()), jax.random.key(3)).params
+    ids = np.random.default_rng(2).integers(0, 40, 31).astype(np.uint16)
+    scored = loss.score(model, params, ids, text_bytes=60, batch_size=3, length=8)
+    nll, correct = 0.0, 0
+    for at in range(1, 31):
+        context = ids[(at - 1) // 8 * 8 : at].astype(np.int32)
+        logits = np.asarray(model.bind({"params": params})(jnp.asarray(context)[None], dropout=0.0))[0, -1].astype(
+            np.float64
+        )
+        nll -= logits[ids[at]] - np.log(np.exp(logits).sum())
+        correct += int(logits.argmax() == ids[at])
+    assert scored.tokens == 30
+    assert scored.loss == pytest.approx(nll / 30, rel=1e-5)
+    assert scored.accuracy == pytest.approx(correct / 30)
+    assert scored.nats_per_byte == pytest.approx(nll / 60, rel=1e-5)
+    assert scored.perplexity == pytest.approx(np.exp(nll / 30), rel=1e-4)
+
+
+def test_score_of_some_batches_is_a_part_of_the_whole(model: transformer.Transformer) -> None:
+    params = step.init(model, optimizer.make(config.TrainConfig()), jax.random.key(3)).params
+    ids = np.random.default_rng(2).integers(0, 40, 200).astype(np.uint16)
+    some = loss.score(model, params, ids, text_bytes=199, batch_size=2, length=8, max_batches=3)
+    assert some.tokens == 3 * 2 * 8
+
+
+def test_metrics_lose_what_comes_after_a_step_and_a_torn_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for number in (1, 2, 3, 4):
+        metrics.append(path, {"step": number, "loss": 1.0})
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    metrics.truncate(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a line of metrics: 'rubbish'"):
+        metrics.truncate(path, 3)
