@@ -32,6 +32,9 @@ class ModelConfig:
 
     Raises:
         ValueError: A value is not a positive integer, or the heads do not divide the width.
+
+    >>> ModelConfig(embed_dim=256, num_heads=8).head_dim
+    32
     """
 
     vocab_size: int = 5000
@@ -71,7 +74,7 @@ class SamplingConfig:
         top_p: Keeps the smallest set of most likely tokens whose probability reaches it; in (0, 1],
             1 keeps all.
         repetition_penalty: Divides positive and multiplies negative logits of every token already in
-            the prompt or the output, once for each distinct token; above 0, 1 is neutral.
+            the prompt or the output, once for each distinct token; from 1e-6 to 1e6, 1 is neutral.
 
     Raises:
         ValueError: A value is out of its range, infinite or not a number.
@@ -90,8 +93,10 @@ class SamplingConfig:
             raise ValueError(f"temp must be at least 0 (0 takes the most likely token): got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1 (1 keeps every token): got {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"rep_penalty must be above 0 (1 is neutral): got {self.repetition_penalty}")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:  # beyond that, float32 logits overflow
+            raise ValueError(
+                f"rep_penalty must be above 0, from 1e-6 to 1e6 (1 is neutral): got {self.repetition_penalty}"
+            )
 
 
 OVERFLOW_RULES = ("roll", "stop", "error")

@@ -73,24 +73,28 @@ def start(device: str, tell: Callable[[str], None]) -> str:
     return f"{first.platform} ({first.device_kind})"
 
 
-def use_compilation_cache() -> Path:
-    """Turns on JAX's persistent compilation cache and returns its directory.
+def use_compilation_cache(tell: Callable[[str], None]) -> None:
+    """Turns on JAX's persistent compilation cache, for every program however small.
 
     ``JAX_COMPILATION_CACHE_DIR`` is respected; otherwise the directory is ``hipgpt_jax`` in the user's
-    cache directory, for that user alone, because compiled code in it is run.
+    cache directory, for that user alone, because compiled code in it is run. Where that cannot be
+    written, it is told, and every start compiles anew.
     """
     import jax
 
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = root / "hipgpt_jax" / "xla"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.chmod(0o700)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return directory
+    if os.environ.get(CACHE_VARIABLE):
+        return
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = root / "hipgpt_jax" / "xla"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+    except (OSError, RuntimeError) as error:
+        tell(f"compiling without a cache: {error}. {CACHE_VARIABLE} names another directory for it")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def _advice(device: str) -> str:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Measures this package beside a peer and the hardware: all figures of a table are from one run.
 
 ``python scripts/benchmark.py generate`` decodes at batch 1, on the CPU, in float32, from random

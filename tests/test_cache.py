@@ -102,7 +102,8 @@ def test_decoding_from_the_cache_is_the_full_forward_pass_at_every_position(star
         cache = kv.pad(new, S)
     else:
         length_B = np.zeros(B, int)
-        cache = kv.empty(MODEL, B, S)
+        _, new = prefill(params, TOKENS_BS[:, :1], np.ones(B, int))
+        cache = jax.tree.map(jnp.zeros_like, kv.pad(new, S))
     while length_B.min() < S:
         slot_B = np.minimum(length_B, S - 1)
         logits_BV, new = decode(params, TOKENS_BS[np.arange(B), slot_B], cache, length_B)

@@ -112,14 +112,19 @@ def test_own_runs_come_before_those_in_the_package(run: Path, roots: tuple[Path,
     assert directory.find("shakespeare") == shipped / "shakespeare"
 
 
-def test_a_run_without_a_checkpoint_is_not_found(run: Path) -> None:
-    (run.parent / "begun").mkdir()
+def test_a_run_without_a_checkpoint_says_so_and_hides_its_namesake(run: Path, roots: tuple[Path, Path]) -> None:
+    """Else the one who trains a run of their own would generate from another's."""
+    checkpoints, shipped = roots
+    (shipped / "begun").mkdir()
+    files.write_json(shipped / "begun" / "latest_config.json", {})
+    assert directory.find("begun") == shipped / "begun"
+    (checkpoints / "begun").mkdir()
     (run / "latest_config.json").unlink()
     (run / "latest_config.json").symlink_to("gone.json")
-    assert directory.names() == []
     for name in ("begun", "tiny"):
-        with pytest.raises(FileNotFoundError, match=f"run '{name}' not found"):
+        with pytest.raises(FileNotFoundError, match=f"run '{name}' in .* has no whole checkpoint yet"):
             directory.find(name)
+    assert directory.names() == []
 
 
 def test_every_name_that_is_listed_is_found(run: Path) -> None:
@@ -305,7 +310,11 @@ def test_a_renamed_run_has_no_steps_of_its_name(run: Path) -> None:
 def test_a_run_has_begun_once_there_is_something_to_go_on_from(run: Path) -> None:
     assert directory.is_begun(run)
     (run / "latest_config.json").unlink()
+    assert directory.is_begun(run)
+    for at in directory.steps(run):
+        (run / directory.config_name("tiny", at)).unlink()
     assert not directory.is_begun(run)
+    assert not directory.is_begun(run / "nosuch")
     (run / "train_state").mkdir()
     (run / "train_state" / "7.orbax-checkpoint-tmp").mkdir()
     assert not directory.is_begun(run)

@@ -50,7 +50,7 @@ def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         ((*HI, "--top_p", "0"), "top_p must be above 0 and at most 1 .*got 0"),
         ((*HI, "--top_p", "1.5"), "top_p must be above 0 and at most 1 .*got 1.5"),
         ((*HI, "--top_p", "nan"), "top_p must be above 0 and at most 1 .*got nan"),
-        ((*HI, "--rep-penalty", "0"), "rep_penalty must be above 0 .*got 0"),
+        ((*HI, "--rep-penalty", "0"), "rep_penalty must be above 0, from .*got 0"),
         ((*HI, "--rep-penalty", "inf"), "rep_penalty must be a finite number .*got inf"),
         ((*HI, "--num_tokens", "-5"), "num_tokens must be an integer of at least 0 .*got -5"),
         ((*HI, "--num_samples", "0"), "num_samples must be an integer of at least 1 .*got 0"),
@@ -90,11 +90,24 @@ def test_defaults_are_the_documented_ones(run) -> None:
     assert run(*HI).out == run(*HI, *written_out, *more).out
 
 
-@pytest.mark.parametrize("arguments", [("--prompt=-x",), ("--prompt", "-x"), ("--prompt", "--top_k")])
+@pytest.mark.parametrize(
+    "arguments", [("--prompt=-x",), ("--prompt", "-x"), ("--prompt", "--top_k"), ("--prompt", "-h")], ids=" ".join
+)
 def test_a_prompt_may_begin_with_a_dash(run, arguments: tuple[str, ...]) -> None:
     result = run("--run-name", "tiny", "--num_tokens", "1", "--echo", *arguments)
     assert result.code == 0
     assert result.out.startswith(arguments[-1].removeprefix("--prompt="))
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--version", "-version"])
+def test_help_and_version_go_to_stdout(run, word: str) -> None:
+    result = run(word, "--run-name", "tiny")
+    assert (result.code, result.err) == (0, "")
+    assert ("--rep-penalty" in result.out) == ("h" in word)
+
+
+def test_an_echoed_prompt_is_read_by_the_rule_for_text(run) -> None:
+    assert run(*HI[:2], "--prompt", "a\udcff", "--echo", "--num_tokens", "0").out == "a\ufffd\n"
 
 
 def test_flagfile_holds_flags(run, trained: Path) -> None:
@@ -322,5 +335,6 @@ def _make_run(directory: Path, name: str) -> None:
             renamed = path.name.replace("tiny_step40", f"{name}_step1500").replace("tiny_", f"{name}_")
             shutil.copy(path, target / renamed)
     config = target / f"{name}_step1500_config.json"
-    config.write_text(config.read_text().replace("tiny_step40", f"{name}_step1500"))
+    text = config.read_text().replace("tiny_step40", f"{name}_step1500").replace('"step": 40', '"step": 1500')
+    config.write_text(text)
     (target / "latest_config.json").symlink_to(config.name)

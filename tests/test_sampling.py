@@ -66,7 +66,7 @@ def logits_and_seen(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     """Logits with ties, gaps and tails, and which tokens were seen."""
     size = draw(st.sampled_from(SIZES))
     if draw(st.booleans()):
-        elements = st.floats(-30, 30, width=16, allow_subnormal=False) | st.sampled_from([-1e30, -3e38, 1e30])
+        elements = st.floats(-30, 30, width=16, allow_subnormal=False) | st.sampled_from([-1e30, 1e30])
         logits_V = draw(hypothesis.extra.numpy.arrays(np.float32, size, elements=elements, fill=elements))
     else:
         rng = np.random.RandomState(draw(st.integers(0, 2**32 - 1)))

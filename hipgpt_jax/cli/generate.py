@@ -25,63 +25,63 @@ streaming are. Examples:
   hipgpt-generate --prompt "To be, or not to be:" --run-name shakespeare
   hipgpt-generate --prompt "Once upon a time" --run-name my_run --step 1500 --temp 0.8 --seed 7"""
 
-_FLAGS = flags.FlagValues()
+FLAGS = flags.FlagValues()
 _SAMPLING, _DECODING, _GENERATION = config.SamplingConfig(), config.DecodingConfig(), config.GenerationConfig()
 
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; at least one token.", flag_values=_FLAGS)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; at least one token.", flag_values=FLAGS)
 _RUN_NAME = flags.DEFINE_string(
-    "run-name", None, "Run to generate from: a directory in checkpoints/, or a run of the package.", flag_values=_FLAGS
+    "run-name", None, "Run to generate from: a directory in checkpoints/, or a run of the package.", flag_values=FLAGS
 )
-_STEP = flags.DEFINE_integer("step", None, "Training step to load; the latest if absent.", flag_values=_FLAGS)
+_STEP = flags.DEFINE_integer("step", None, "Training step to load; the latest if absent.", flag_values=FLAGS)
 _NUM_TOKENS = flags.DEFINE_integer(
-    "num_tokens", _GENERATION.num_tokens, "New tokens after the prompt.", flag_values=_FLAGS
+    "num_tokens", _GENERATION.num_tokens, "New tokens after the prompt.", flag_values=FLAGS
 )
 _MAX_SEQ_LEN = flags.DEFINE_integer(
-    "max_seq_len", None, "Tokens the model sees at most; the run's own context if absent.", flag_values=_FLAGS
+    "max_seq_len", None, "Tokens the model sees at most; the run's own context if absent.", flag_values=FLAGS
 )
 _WINDOW_STRIDE = flags.DEFINE_integer(
     "window_stride",
     _DECODING.window_stride,
     "Tokens dropped at a time once the window is full; 1 is exact, N recomputes every N tokens.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 _OVERFLOW = flags.DEFINE_string(
     "overflow",
     _DECODING.overflow,
     "When the window is full: roll it, stop the sample there, or refuse as an error.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 _EOS_ID = flags.DEFINE_integer(
-    "eos_id", _GENERATION.eos_id, "Token that ends the text and is not printed; -1 for none.", flag_values=_FLAGS
+    "eos_id", _GENERATION.eos_id, "Token that ends the text and is not printed; -1 for none.", flag_values=FLAGS
 )
 _TOP_K = flags.DEFINE_integer(
-    "top_k", _SAMPLING.top_k, "Keep the k most likely tokens; 0 keeps all.", flag_values=_FLAGS
+    "top_k", _SAMPLING.top_k, "Keep the k most likely tokens; 0 keeps all.", flag_values=FLAGS
 )
 _TEMP = flags.DEFINE_float(
-    "temp", _SAMPLING.temperature, "Temperature; 0 takes the most likely token.", flag_values=_FLAGS
+    "temp", _SAMPLING.temperature, "Temperature; 0 takes the most likely token.", flag_values=FLAGS
 )
 _TOP_P = flags.DEFINE_float(
     "top_p",
     _SAMPLING.top_p,
     "Keep the smallest set of tokens whose probability reaches p; 1 keeps all.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 _REP_PENALTY = flags.DEFINE_float(
     "rep-penalty",
     _SAMPLING.repetition_penalty,
     "Penalty on tokens already in the text, once each; 1 is none.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer(
-    "seed", _GENERATION.seed, "Seed of the random numbers; -1 draws one and shows it.", flag_values=_FLAGS
+    "seed", _GENERATION.seed, "Seed of the random numbers; -1 draws one and shows it.", flag_values=FLAGS
 )
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", _GENERATION.num_samples, "Texts to generate.", flag_values=_FLAGS)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", _GENERATION.num_samples, "Texts to generate.", flag_values=FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", _DECODING.width, "Samples decoded side by side; part of the numerics.", flag_values=_FLAGS
+    "batch_size", _DECODING.width, "Samples decoded side by side; part of the numerics.", flag_values=FLAGS
 )
-_STREAM = flags.DEFINE_boolean("stream", True, "Print each token when it is made.", flag_values=_FLAGS)
-_ECHO = flags.DEFINE_boolean("echo", False, "Print the prompt before its continuation.", flag_values=_FLAGS)
-_DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=_FLAGS)
+_STREAM = flags.DEFINE_boolean("stream", True, "Print each token when it is made.", flag_values=FLAGS)
+_ECHO = flags.DEFINE_boolean("echo", False, "Print the prompt before its continuation.", flag_values=FLAGS)
+_DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=FLAGS)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -113,7 +113,7 @@ class _Clock:
 
 def main() -> None:
     """Runs ``hipgpt-generate``."""
-    program.run("generate", SUMMARY, _FLAGS, _generate)
+    program.run("generate", SUMMARY, FLAGS, _generate)
 
 
 def _generate() -> None:
@@ -129,20 +129,23 @@ def _generate() -> None:
     if not prompt_ids:
         raise ValueError("--prompt is empty: it must hold at least one token")
     device = devices.start(_DEVICE.value, program.note)
-    devices.use_compilation_cache()
-    program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, seed {generation.seed}")
+    devices.use_compilation_cache(program.note)
+    program.note(f"{checkpoint.run} step {checkpoint.step} of {_place(checkpoint)} on {device}, seed {generation.seed}")
 
     from hipgpt_jax.generation import sampler
 
     engine = sampler.Sampler(checkpoint.model, weights.read(checkpoint.weights, checkpoint.model), decode)
-    requests = [
-        sampler.Request(prompt_ids=prompt_ids, sample=i, generation=generation, sampling=sampling)
-        for i in range(generation.num_samples)
-    ]
-    if dropped := engine.dropped(requests[0]):
+    first = sampler.Request(prompt_ids=prompt_ids, sample=0, generation=generation, sampling=sampling)
+    requests = (dataclasses.replace(first, sample=i) for i in range(generation.num_samples))
+    if dropped := engine.dropped(first):
         program.note(f"the prompt has {len(prompt_ids)} tokens: the first {dropped} are beyond the window and not read")
     clock.loaded = clock.elapsed()
-    _write(vocabulary, sampler.in_order(engine.run(requests)), clock, before=prompt if _ECHO.value else "")
+    _write(
+        vocabulary,
+        sampler.in_order(engine.run(requests)),
+        clock,
+        before=vocabulary.decode(prompt_ids) if _ECHO.value else "",
+    )
     program.note(clock.summary())
 
 
@@ -167,6 +170,10 @@ def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.S
         repetition_penalty=_REP_PENALTY.value,
     )
     return decode, generation, sampling
+
+
+def _place(checkpoint: directory.Checkpoint) -> str:
+    return "the package" if checkpoint.directory.parent == directory.SHIPPED else f"{directory.CHECKPOINTS}/"
 
 
 def _write(vocabulary: tokenizer.Tokenizer, events: Iterator["sampler.Event"], clock: _Clock, *, before: str) -> None:

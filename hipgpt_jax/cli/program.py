@@ -1,6 +1,5 @@
 """What every program shares: absl flags in either spelling, help, and errors of one line."""
 
-import itertools
 import os
 import sys
 import textwrap
@@ -10,7 +9,7 @@ from absl import flags
 
 from hipgpt_jax import version
 
-_USAGE_FLAGS = ("help", "h", "version")
+_USAGE = {"--help": "help", "--h": "help", "--version": "version"}
 
 
 def run(name: str, summary: str, values: flags.FlagValues, main: Callable[[], None]) -> None:
@@ -26,11 +25,11 @@ def run(name: str, summary: str, values: flags.FlagValues, main: Callable[[], No
         main: The program; it reads its flags from ``values``.
     """
     try:
-        if asked := [word for word in sys.argv[1:] if word.lstrip("-") in _USAGE_FLAGS and word.startswith("-")]:
-            print(version.__version__ if asked[0] == "--version" else help_text(name, summary, values))
-        else:
-            parse(values, sys.argv[1:])
+        asked = parse(values, sys.argv[1:])
+        if asked is None:
             main()
+        else:
+            print(version.__version__ if asked == "version" else help_text(name, summary, values))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,13 +37,15 @@ def run(name: str, summary: str, values: flags.FlagValues, main: Callable[[], No
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         sys.exit(128 + 2)
-    except (flags.Error, ValueError, ArithmeticError, OSError) as error:
-        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+    except (flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
+        sys.stderr.write(f"{name}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
         sys.exit(1)
 
 
-def parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+def parse(values: flags.FlagValues, arguments: Sequence[str]) -> str | None:
     """Sets ``values`` from a command line; what it does not name takes its default.
+
+    Returns ``help`` or ``version`` where that was asked for, in which case nothing is set.
 
     ``--run-name`` and ``--run_name`` are the same flag, as are ``--flag value`` and ``--flag=value``;
     a value may begin with ``-``. ``--flagfile=FILE`` reads flags from a file.
@@ -56,8 +57,11 @@ def parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     for flag in values:
         values[flag].unparse()
     words = _respell(values, values.read_flags_from_files(list(arguments), force_gnu=False))
+    if asked := [word for word in words if word in _USAGE]:
+        return _USAGE[asked[0]]
     if rest := values(["program", *words])[1:]:
         raise ValueError(f"unexpected argument {rest[0]!r}: flags begin with '--', and text with blanks needs quotes")
+    return None
 
 
 def help_text(name: str, summary: str, values: flags.FlagValues) -> str:
@@ -88,7 +92,7 @@ def note(line: str) -> None:
 
 
 def _respell(values: flags.FlagValues, words: Sequence[str]) -> list[str]:
-    """Gives each flag the spelling it was defined with, and leaves values alone."""
+    """Gives each flag the spelling it was defined with, and joins it and its value by ``=``."""
     known = {flag.replace("-", "_"): flag for flag in values}
     spelled: list[str] = []
     rest = iter(words)
@@ -105,7 +109,7 @@ def _respell(values: flags.FlagValues, words: Sequence[str]) -> list[str]:
             flag, off = known[negated], "no"
         else:
             flag, off = given, ""
-        spelled.append(f"--{off}{flag}{equals}{value}")
         if flag in values and not values[flag].boolean and not equals:
-            spelled.extend(itertools.islice(rest, 1))
+            equals, value = "=", next(rest, None)
+        spelled.append(f"--{off}{flag}" if value is None else f"--{off}{flag}{equals}{value}")
     return spelled

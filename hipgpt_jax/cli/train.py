@@ -23,22 +23,22 @@ SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. 
   hipgpt-train --data-path data/data.txt --run-name my_run
   hipgpt-train --flagfile=configs/shakespeare.flags"""
 
-_FLAGS = flags.FlagValues()
+FLAGS = flags.FlagValues()
 _MODEL, _TRAIN = config.ModelConfig(), config.TrainConfig()
 
 
 def _integer(name: str, default: int, text: str) -> flags.FlagHolder[int]:
-    return flags.DEFINE_integer(name, default, text, flag_values=_FLAGS)
+    return flags.DEFINE_integer(name, default, text, flag_values=FLAGS)
 
 
 def _float(name: str, default: float | None, text: str) -> flags.FlagHolder[Any]:
-    return flags.DEFINE_float(name, default, text, flag_values=_FLAGS)
+    return flags.DEFINE_float(name, default, text, flag_values=FLAGS)
 
 
 _DATA_PATH = flags.DEFINE_string(
-    "data-path", "data/data.txt", "Text file to train on; its last tenth is the validation split.", flag_values=_FLAGS
+    "data-path", "data/data.txt", "Text file to train on; its last tenth is the validation split.", flag_values=FLAGS
 )
-_RUN_NAME = flags.DEFINE_string("run-name", None, "Name of the run; run_ and the time if absent.", flag_values=_FLAGS)
+_RUN_NAME = flags.DEFINE_string("run-name", None, "Name of the run; run_ and the time if absent.", flag_values=FLAGS)
 _SEQ = _integer("seq", _MODEL.max_seq_len, "Context: tokens in a training sequence.")
 _VOCAB_SIZE = _integer("vocab-size", _MODEL.vocab_size, "Ids of the tokenizer, 256 upwards; 256 is plain bytes.")
 _DIM = _integer("dim", _MODEL.embed_dim, "Width of the model.")
@@ -61,28 +61,28 @@ _EVAL_BATCHES = _integer("eval-batches", _TRAIN.eval_batches, "Batches in an eva
 _CKPT_EVERY = _integer("ckpt-every", _TRAIN.ckpt_every, "Steps between checkpoints; 0: only the last.")
 _KEEP_LAST = _integer("keep-last", _TRAIN.keep_last, "Checkpoints kept, the newest by step.")
 _WEIGHTS_DTYPE = flags.DEFINE_enum(
-    "weights-dtype", "float32", ["float32", "float16"], "Type of the weights on disk.", flag_values=_FLAGS
+    "weights-dtype", "float32", ["float32", "float16"], "Type of the weights on disk.", flag_values=FLAGS
 )
-_RESET = flags.DEFINE_boolean("reset", False, "Delete the run of this name and start it anew.", flag_values=_FLAGS)
-_RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest saved state of the run.", flag_values=_FLAGS)
-_DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=_FLAGS)
+_RESET = flags.DEFINE_boolean("reset", False, "Delete the run of this name and start it anew.", flag_values=FLAGS)
+_RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest saved state of the run.", flag_values=FLAGS)
+_DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=FLAGS)
 
 
 def main() -> None:
     """Runs ``hipgpt-train``."""
-    program.run("train", SUMMARY, _FLAGS, _train)
+    program.run("train", SUMMARY, FLAGS, _train)
 
 
 def _train() -> None:
-    train = _train_config()
-    _model_config(_VOCAB_SIZE.value)
+    train = train_config()
+    model_config(_VOCAB_SIZE.value)
     run = directory.check_name(_RUN_NAME.value or time.strftime("run_%Y%m%d-%H%M%S"))
     run_directory = directory.CHECKPOINTS / run
     _check_start(run_directory)
     device = devices.start(_DEVICE.value, program.note)
-    devices.use_compilation_cache()
+    devices.use_compilation_cache(program.note)
     data = _prepare(run_directory, Path(_DATA_PATH.value))
-    model = _model_config(data.manifest.vocab_size)
+    model = model_config(data.manifest.vocab_size)
     if data.manifest.vocab_size < _VOCAB_SIZE.value:
         program.note(f"the text gave {data.manifest.vocab_size} ids, fewer than --vocab-size {_VOCAB_SIZE.value}")
     program.note(
@@ -103,6 +103,8 @@ def _check_start(run_directory: Path) -> None:
     """Decides between a new run, a resumed one and one started anew, before anything is written."""
     if _RESET.value and _RESUME.value:
         raise ValueError("--reset deletes the run and --resume goes on with it: give one of them")
+    if not _RESET.value and (run_directory / dataset.MANIFEST_NAME).is_file():
+        dataset.require_same(run_directory, Path(_DATA_PATH.value), _VOCAB_SIZE.value)
     begun = directory.is_begun(run_directory)
     if _RESUME.value and not begun:
         raise FileNotFoundError(f"run {run_directory.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
@@ -110,6 +112,17 @@ def _check_start(run_directory: Path) -> None:
         raise ValueError(
             f"run {run_directory.name!r} exists already: --resume goes on with it, --reset deletes it and starts anew"
         )
+    if not (begun or _RESET.value) and _holds_something_else(run_directory):
+        raise ValueError(f"{run_directory} exists and is no run: give another --run-name, or --reset to delete it")
+
+
+def _holds_something_else(run_directory: Path) -> bool:
+    """Whether a directory holds more than what a run that was cut short before its first checkpoint leaves."""
+    known = {dataset.MANIFEST_NAME, dataset.TOKENIZER_NAME, dataset.TOKENS_NAME}
+    known |= {directory.METRICS_NAME, directory.TRAIN_STATE_NAME}
+    if not run_directory.is_dir():
+        return run_directory.exists()
+    return any(path.name not in known and not path.name.endswith(".tmp") for path in run_directory.iterdir())
 
 
 def _prepare(run_directory: Path, source: Path) -> dataset.Dataset:
@@ -128,7 +141,8 @@ def _prepare(run_directory: Path, source: Path) -> dataset.Dataset:
     return dataset.Dataset(run_directory)
 
 
-def _model_config(vocab_size: int) -> config.ModelConfig:
+def model_config(vocab_size: int) -> config.ModelConfig:
+    """Returns the flags of the model as validated values, with the vocabulary that was learned."""
     return config.ModelConfig(
         vocab_size=vocab_size,
         max_seq_len=_SEQ.value,
@@ -139,7 +153,8 @@ def _model_config(vocab_size: int) -> config.ModelConfig:
     )
 
 
-def _train_config() -> config.TrainConfig:
+def train_config() -> config.TrainConfig:
+    """Returns the flags of training as validated values."""
     return config.TrainConfig(
         batch_size=_BATCH.value,
         steps=_STEPS.value,

@@ -111,6 +111,9 @@ def draw(cumulative_BK: jax.Array, kept_B: jax.Array, uniform_B: jax.Array) -> j
 
     The number scales the sum, instead of the sums being divided by it: as it is at least 2**-24
     below 1, the last candidate kept always exceeds it, however the sums were rounded.
+
+    >>> draw(jnp.array([[0.5, 0.75, 1.0]]), kept_B=jnp.array([2]), uniform_B=jnp.array([0.7])).tolist()
+    [1]
     """
     threshold_B = uniform_B * _at(cumulative_BK, kept_B - 1)
     return jnp.argmax(cumulative_BK > threshold_B[:, None], axis=-1)

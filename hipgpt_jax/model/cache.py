@@ -5,8 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hipgpt_jax import config
-
 
 class Cache(NamedTuple):
     """Keys and values of the tokens a model has seen; slot ``s`` holds position ``s``.
@@ -21,13 +19,6 @@ class Cache(NamedTuple):
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-
-
-def empty(model: config.ModelConfig, width: int, slots: int) -> Cache:
-    """Returns a float32 cache of zeros for ``width`` rows of ``slots`` positions."""
-    zeros_BNSH = jnp.zeros((width, model.num_heads, slots, model.head_dim), jnp.float32)
-    layers = tuple(zeros_BNSH for _ in range(model.num_layers))
-    return Cache(layers, layers)
 
 
 def pad(new: Cache, slots: int) -> Cache:

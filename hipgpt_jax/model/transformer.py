@@ -47,7 +47,7 @@ def attend_cached(
     """Attention of one new token to the ``length`` cached ones and itself; softmax in float32.
 
     The cache is read as it was before the token, and the token's own key and value stand beside it:
-    a cache that is written and read in one program is copied, 48 MB a token at GPT-2's size.
+    a cache that is written and read in one program is copied, 144 MB a token at GPT-2's size.
 
     Returns:
         ``[B, N, H]``.

@@ -64,22 +64,25 @@ def _is_name(run: str) -> bool:
 
 def names() -> list[str]:
     """Returns the runs that ``find`` knows: those in ``checkpoints/`` and those in the package."""
-    roots = (CHECKPOINTS, SHIPPED)
-    found = {path.parent.name for root in roots for path in root.glob(f"*/{LATEST_CONFIG}")}
-    return sorted(filter(_is_name, found))
+    begun = {path.name for path in CHECKPOINTS.glob("*")}
+    own, shipped = ({path.parent.name for path in root.glob(f"*/{LATEST_CONFIG}")} for root in (CHECKPOINTS, SHIPPED))
+    return sorted(filter(_is_name, own | (shipped - begun)))
 
 
 def find(run: str) -> Path:
-    """Returns the directory of a run: ``checkpoints/[run]``, else the one inside the package.
+    """Returns the directory of a run: ``checkpoints/[run]``, or where that is absent the one inside the package.
 
     Raises:
         ValueError: The name could leave ``checkpoints/``.
-        FileNotFoundError: There is no such run; the message lists those there are.
+        FileNotFoundError: There is no such run, and the message lists those there are; or it has no checkpoint.
     """
     check_name(run)
-    for root in (CHECKPOINTS, SHIPPED):
-        if (root / run / LATEST_CONFIG).is_file():
-            return root / run
+    if (CHECKPOINTS / run / LATEST_CONFIG).is_file():
+        return CHECKPOINTS / run
+    if (CHECKPOINTS / run).exists():
+        raise FileNotFoundError(f"run {run!r} in {CHECKPOINTS}/ has no whole checkpoint yet: it has no {LATEST_CONFIG}")
+    if (SHIPPED / run / LATEST_CONFIG).is_file():
+        return SHIPPED / run
     raise FileNotFoundError(f"run {run!r} not found in {CHECKPOINTS}/ or the package. Runs: {', '.join(names())}")
 
 
@@ -91,9 +94,11 @@ def steps(directory: Path) -> list[int]:
 
 def is_begun(directory: Path) -> bool:
     """Returns whether a run has a checkpoint, or a training state that it could go on from."""
+    if not directory.is_dir():
+        return False
     states = directory / TRAIN_STATE_NAME
     has_state = states.is_dir() and any(path.name.isdecimal() for path in states.iterdir())
-    return has_state or (directory / LATEST_CONFIG).is_file()
+    return has_state or (directory / LATEST_CONFIG).is_file() or bool(steps(directory))
 
 
 def weights_name(run: str, step: int) -> str:

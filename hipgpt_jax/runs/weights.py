@@ -61,7 +61,6 @@ def write(path: Path, params: Mapping[str, Any], model: config.ModelConfig, dtyp
     }
     with files.replacing(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)
 
 
 def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def read_text(path: Path, start: int = 0, stop: int | None = None, *, chunk_byte
 
     The file is read as UTF-8; each byte sequence that is not valid becomes U+FFFD, the replacement
     character, by the Unicode standard's recommended practice. Line ends are kept as they are.
-    Pieces end where no token can straddle, or, where a piece holds no blank at all, anywhere.
+    Pieces end where no token can straddle, or, where a piece holds no such place, anywhere.
 
     Args:
         path: A text file.

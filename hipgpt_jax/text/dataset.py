@@ -15,7 +15,7 @@ TOKENIZER_NAME = "tokenizer.json"
 TOKENS_NAME = "tokens.bin"
 MANIFEST_NAME = "data.json"
 
-# 64 pieces of 64 KiB fill both cores' queues and keep 4 MiB of text in memory.
+# 64 pieces of 64 KiB keep every core busy and 4 MiB of text in memory.
 _PIECE_BYTES = 1 << 16
 _PIECES_AT_ONCE = 64
 
@@ -113,15 +113,10 @@ def prepare(directory: Path, source: Path, vocab_size: int) -> Dataset:
         FileNotFoundError: There is no such text file.
         ValueError: It is empty, or the run was prepared from another text or vocabulary.
     """
-    if not source.is_file():
-        raise FileNotFoundError(f"data file not found: {source}. Give a text file with --data-path")
-    if source.stat().st_size == 0:
-        raise ValueError(f"{source} is empty: 0 tokens to train on. Give a text file with --data-path")
-    digest = files.sha256(source)
+    _require_text(source)
     if (directory / MANIFEST_NAME).is_file():
-        dataset = Dataset(directory)
-        _require_same(dataset.manifest, source, digest, vocab_size)
-        return dataset
+        require_same(directory, source, vocab_size)
+        return Dataset(directory)
 
     split = corpus.split_offset(source)
     vocabulary = tokenizer.Tokenizer.train(corpus.read_text(source, 0, split), vocab_size)
@@ -135,7 +130,7 @@ def prepare(directory: Path, source: Path, vocab_size: int) -> Dataset:
     manifest = Manifest(
         source=source.name,
         source_bytes=source.stat().st_size,
-        source_sha256=digest,
+        source_sha256=files.sha256(source),
         requested_vocab_size=vocab_size,
         vocab_size=vocabulary.vocab_size,
         token_bytes=token_bytes,
@@ -145,6 +140,13 @@ def prepare(directory: Path, source: Path, vocab_size: int) -> Dataset:
     )
     files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(manifest))
     return Dataset(directory)
+
+
+def _require_text(source: Path) -> None:
+    if not source.is_file():
+        raise FileNotFoundError(f"data file not found: {source}. Give a text file with --data-path")
+    if source.stat().st_size == 0:
+        raise ValueError(f"{source} is empty: 0 tokens to train on. Give a text file with --data-path")
 
 
 def _append_tokens(file: BinaryIO, vocabulary: tokenizer.Tokenizer, pieces: Iterator[str], token_bytes: int) -> int:
@@ -167,7 +169,10 @@ def _parse_manifest(path: Path) -> Manifest:
     return Manifest(**value)
 
 
-def _require_same(old: Manifest, source: Path, digest: str, vocab_size: int) -> None:
+def require_same(directory: Path, source: Path, vocab_size: int) -> None:
+    """Raises ValueError, saying what differs, where a run was prepared from another text or vocabulary."""
+    _require_text(source)
+    old, digest = _parse_manifest(directory / MANIFEST_NAME), files.sha256(source)
     differences = []
     if old.source_sha256 != digest:
         differences.append(

@@ -125,6 +125,11 @@ class StreamDecoder:
     ``Tokenizer.decode`` of all the ids. A character whose bytes are spread over several tokens
     appears whole with the last of them. (``tokenizers.decoders.DecodeStream`` drops an unfinished
     character at the end, so its pieces do not add up to the whole.)
+
+    >>> vocabulary = Tokenizer.train([], 256)
+    >>> decoder = vocabulary.decoder()
+    >>> [decoder.push(token_id) for token_id in vocabulary.encode("né")], decoder.finish()
+    (['n', '', 'é'], '')
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -75,16 +75,21 @@ def require_same(run_directory: Path, model: config.ModelConfig, train: config.T
     old = files.read_json(path)
     new = {"model": dataclasses.asdict(model), "training": _training_section(train)}
     differences = [
-        f"{key} {value} (the run has {old.get(section, {}).get(key)})"
+        f"{key} {value} (the run has {_setting(old, section, key)})"
         for section, values in new.items()
         for key, value in values.items()
-        if key not in _FREE and old.get(section, {}).get(key) != value
+        if key not in _FREE and _setting(old, section, key) != value
     ]
     if differences:
         raise ValueError(
             f"cannot resume run {run_directory.name!r} with other settings: {', '.join(differences)}. "
             f"Give the run's own, or --reset to start anew"
         )
+
+
+def _setting(value: dict[str, Any], section: str, key: str) -> Any:
+    part = value.get(section)
+    return part.get(key) if isinstance(part, dict) else None
 
 
 def _training_section(train: config.TrainConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The training loop: data, step, log, evaluation, checkpoint."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -58,9 +59,19 @@ def train(
     schedule = optimizer.learning_rate(train_config)
     state = step.init(model, tx, key)
     store = checkpoint.StateStore(run_directory)
+    write = functools.partial(
+        checkpoint.write,
+        run_directory,
+        model=model_config,
+        train=train_config,
+        manifest=data.manifest,
+        weights_dtype=weights_dtype,
+    )
     metrics_path = run_directory / directory.METRICS_NAME
     if resume:
         state = _restore(store, state, run_directory)
+        if not (run_directory / directory.config_name(run_directory.name, int(state.step))).is_file():
+            write(state)  # killed between the state and its weights
     metrics.truncate(metrics_path, int(state.step))
     tokens = train_config.batch_size * model_config.max_seq_len
 
@@ -94,9 +105,7 @@ def train(
             report.line(metrics.format_evaluation(line))
         if save:
             store.save(state)
-            checkpoint.write(
-                run_directory, state, model_config, train_config, data.manifest, weights_dtype=weights_dtype
-            )
+            write(state)
     store.close()
 
 

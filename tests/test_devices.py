@@ -1,0 +1,66 @@
+"""The platform and the compilation cache: what is set, what is left alone, and what is told."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from hipgpt_jax import devices
+
+OFF = "--xla_gpu_enable_command_buffer="
+
+
+@pytest.mark.parametrize(
+    ("environ", "chosen"),
+    [
+        ({}, {"XLA_FLAGS": OFF, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
+        ({"XLA_FLAGS": "--a=1"}, {"XLA_FLAGS": f"--a=1 {OFF}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
+        ({"XLA_FLAGS": f"{OFF}FUSION", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, {}),
+    ],
+)
+def test_rocm_settings_leave_the_users_own_alone(environ: dict[str, str], chosen: dict[str, str]) -> None:
+    assert devices.rocm_defaults(environ) == chosen
+
+
+NAMES = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+def read_settings() -> dict[str, object]:
+    return {name: getattr(jax.config, name) for name in NAMES}
+
+
+@pytest.fixture
+def settings() -> Iterator[dict[str, object]]:
+    """The configuration that the cache sets, put back after the test."""
+    before = read_settings()
+    yield before
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_the_users_cache_directory_is_left_alone_and_every_program_is_cached(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    devices.use_compilation_cache(lambda line: None)
+    now = read_settings()
+    assert now["jax_compilation_cache_dir"] == settings["jax_compilation_cache_dir"]
+    assert now["jax_persistent_cache_min_compile_time_secs"] == 0.0
+    assert not (tmp_path / "xdg").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_no_error(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    told: list[str] = []
+    devices.use_compilation_cache(told.append)
+    assert "compiling without a cache" in told[0]
