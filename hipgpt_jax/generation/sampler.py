@@ -56,7 +56,7 @@ class Sampler:
 
     Streams and batches run the same compiled step, so they give the same tokens bit for bit; the
     step is called from Python one token ahead of the one being fetched, so the device does not wait.
-    A scan over the step is no faster from D256 L8 on (582 and 541 tokens/s on 2 CPU cores; 22 and 30
+    A scan over the step is no faster from D256 L8 on (626 and 652 tokens/s on 2 CPU cores; 26 and 36
     at GPT-2's size, where it copies the cache).
     """
 

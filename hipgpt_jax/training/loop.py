@@ -39,6 +39,9 @@ def train(
 ) -> None:
     """Trains a run to its last step.
 
+    Each batch and each dropout key is a function of the step's number, so a run that was cut short and
+    resumed draws what the uninterrupted one would have drawn.
+
     Args:
         run_directory: Exists, and holds the prepared data.
         data: The run's data.
@@ -73,7 +76,6 @@ def train(
         if not (run_directory / directory.config_name(run_directory.name, int(state.step))).is_file():
             write(state)  # killed between the state and its weights
     metrics.truncate(metrics_path, int(state.step))
-    tokens = train_config.batch_size * model_config.max_seq_len
 
     for number in range(int(state.step) + 1, train_config.steps + 1):
         began = time.perf_counter()
@@ -88,13 +90,10 @@ def train(
         if number % train_config.log_every == 0 or last:
             line = {
                 "step": number,
-                "loss": value,
-                "perplexity": math.exp(min(value, 700.0)),
-                "accuracy": float(measured.accuracy),
-                "gradient_norm": float(measured.gradient_norm),
+                **metrics.describe_step(measured),
                 "learning_rate": float(jnp.asarray(schedule(number - 1))),
                 "milliseconds": 1e3 * seconds,
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": batch[:, 1:].size / seconds,
             }
             metrics.append(metrics_path, line)
             report.line(metrics.format_step(line))
@@ -140,11 +139,5 @@ def _evaluate(
         length=model.config.max_seq_len,
         max_batches=train_config.eval_batches,
     )
-    return {
-        "step": number,
-        "validation_loss": _require_finite("validation loss", scored.loss, number),
-        "validation_perplexity": scored.perplexity,
-        "validation_nats_per_byte": scored.nats_per_byte,
-        "validation_accuracy": scored.accuracy,
-        "validation_tokens": scored.tokens,
-    }
+    _require_finite("validation loss", scored.loss, number)
+    return {"step": number, **metrics.describe_score(scored)}

@@ -1,10 +1,14 @@
 """``metrics.jsonl``: one line for each logged step, the source of every plot."""
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from hipgpt_jax import files
+from hipgpt_jax.evaluation import loss
+from hipgpt_jax.training import step
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -13,8 +17,8 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line).encode() + b"\n")
 
 
-def truncate(path: Path, step: int) -> None:
-    """Drops the lines after ``step``, and a torn last line, before a run goes on from there.
+def truncate(path: Path, last_step: int) -> None:
+    """Drops the lines after ``last_step``, and a torn last line, before a run goes on from there.
 
     Raises:
         ValueError: A line other than the last holds no step.
@@ -30,9 +34,31 @@ def truncate(path: Path, step: int) -> None:
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number} is not a line of metrics: {line[:60]!r}") from error
-        if reached <= step:
+        if reached <= last_step:
             kept.append(line + "\n")
     files.write_text(path, "".join(kept))
+
+
+def describe_step(measured: step.Metrics) -> dict[str, float]:
+    """Returns what a line says of a step, beside its number, rate and time."""
+    value = float(measured.loss)
+    return {
+        "loss": value,
+        "perplexity": math.exp(min(value, 700.0)),
+        "accuracy": float(measured.accuracy),
+        "gradient_norm": min(float(measured.gradient_norm), sys.float_info.max),  # JSON has no infinity
+    }
+
+
+def describe_score(scored: loss.Score) -> dict[str, float]:
+    """Returns what a line says of an evaluation on the validation split."""
+    return {
+        "validation_loss": scored.loss,
+        "validation_perplexity": scored.perplexity,
+        "validation_nats_per_byte": scored.nats_per_byte,
+        "validation_accuracy": scored.accuracy,
+        "validation_tokens": scored.tokens,
+    }
 
 
 def format_step(line: dict[str, Any]) -> str:
