@@ -14,6 +14,7 @@ from pathlib import Path
 import programs
 import pytest
 
+from hipgpt_jax import files
 from hipgpt_jax.text import tokenizer
 
 HI = ("--run-name", "tiny", "--prompt", "the king")
@@ -166,7 +167,7 @@ def test_an_absent_device_says_what_there_is_and_what_to_do(trained: Path, cache
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "swapped", "tokenizer", "config", "key"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "swapped", "tokenizer", "vocabulary", "config", "key"])
 def test_damaged_files_are_named(run, trained: Path, damage: str) -> None:
     directory = trained / "checkpoints" / f"bad_{damage}"
     shutil.rmtree(directory, ignore_errors=True)
@@ -185,6 +186,11 @@ def test_damaged_files_are_named(run, trained: Path, damage: str) -> None:
         case "tokenizer":
             named = directory / "tokenizer.json"
             named.write_text("{}")
+        case "vocabulary":
+            named = directory / "tokenizer.json"
+            before = files.sha256(named)
+            files.write_text(named, tokenizer.Tokenizer.train([], 256).to_json())
+            config.write_text(config.read_text().replace(before, files.sha256(named)))
         case "config":
             named = directory / "latest_config.json"
             config.write_text(config.read_text()[:-20])

@@ -125,6 +125,11 @@ def _generate() -> None:
     generation.check_vocabulary(checkpoint.model.vocab_size)
     checkpoint.verify()
     vocabulary = tokenizer.Tokenizer.load(checkpoint.tokenizer)
+    if vocabulary.vocab_size != checkpoint.model.vocab_size:
+        raise ValueError(
+            f"{checkpoint.tokenizer} has {vocabulary.vocab_size} ids: the model in its config needs "
+            f"{checkpoint.model.vocab_size}. Restore the tokenizer that the run was trained with"
+        )
     prompt_ids = tuple(vocabulary.encode(prompt))
     if not prompt_ids:
         raise ValueError("--prompt is empty: it must hold at least one token")

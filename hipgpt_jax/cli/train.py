@@ -1,6 +1,7 @@
 """``hipgpt-train``: a run from a text."""
 
 import contextlib
+import functools
 import shutil
 import sys
 import time
@@ -188,13 +189,15 @@ def _reporting(steps: int) -> Iterator["loop.Report"]:
         progress.TimeRemainingColumn(),
     )
     terminal = console.Console(stderr=True)
-    bar = progress.Progress(
-        *columns, console=terminal, disable=not terminal.is_terminal, redirect_stdout=sys.stdout.isatty()
-    )
+    bar = progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal)
+    if terminal.is_terminal and sys.stdout.isatty():  # on one screen the bar must make way for a line
+        line = functools.partial(terminal.print, soft_wrap=True, markup=False, highlight=False)
+    else:
+        line = functools.partial(print, flush=True)
     with bar:
         task = bar.add_task("train", total=steps, loss=float("nan"))
         yield loop.Report(
-            line=lambda text: print(text, flush=True),
+            line=line,
             progress=lambda step, loss: bar.update(task, completed=step, loss=loss),
         )
 
