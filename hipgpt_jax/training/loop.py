@@ -72,9 +72,7 @@ def train(
     )
     metrics_path = run_directory / directory.METRICS_NAME
     if resume:
-        state = _restore(store, state, run_directory)
-        if not (run_directory / directory.config_name(run_directory.name, int(state.step))).is_file():
-            write(state)  # killed between the state and its weights
+        state = _restore(store, state, run_directory, write)
     metrics.truncate(metrics_path, int(state.step))
 
     for number in range(int(state.step) + 1, train_config.steps + 1):
@@ -88,13 +86,9 @@ def train(
         report.progress(number, value)
         last = number == train_config.steps
         if number % train_config.log_every == 0 or last:
-            line = {
-                "step": number,
-                **metrics.describe_step(measured),
-                "learning_rate": float(jnp.asarray(schedule(number - 1))),
-                "milliseconds": 1e3 * seconds,
-                "tokens_per_second": batch[:, 1:].size / seconds,
-            }
+            rate = float(jnp.asarray(schedule(number - 1)))
+            timing = {"milliseconds": 1e3 * seconds, "tokens_per_second": batch[:, 1:].size / seconds}
+            line = {"step": number, **metrics.describe_step(measured), "learning_rate": rate, **timing}
             metrics.append(metrics_path, line)
             report.line(metrics.format_step(line))
         save = last or _every(number, train_config.ckpt_every)
@@ -121,10 +115,15 @@ def _require_finite(name: str, value: float, number: int) -> float:
     return value
 
 
-def _restore(store: checkpoint.StateStore, state: step.TrainState, run_directory: Path) -> step.TrainState:
+def _restore(
+    store: checkpoint.StateStore, like: step.TrainState, run_directory: Path, write: Callable[[step.TrainState], None]
+) -> step.TrainState:
     if (at := store.latest()) is None:
         raise FileNotFoundError(f"{run_directory} has no training state to resume from. Use --reset to start anew")
-    return store.restore(at, state)
+    state = store.restore(at, like)
+    if not (run_directory / directory.config_name(run_directory.name, at)).is_file():
+        write(state)  # the run was killed between the state and its weights
+    return state
 
 
 def _evaluate(
