@@ -91,6 +91,8 @@ def use_compilation_cache(tell: Callable[[str], None]) -> None:
         directory = root / "hipgpt_jax" / "xla"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
+        if not any(directory.iterdir()):
+            tell("compiling for this machine, into a new cache: this first start takes some seconds longer")
     except (OSError, RuntimeError) as error:
         tell(f"compiling without a cache: {error}. {CACHE_VARIABLE} names another directory for it")
         return

@@ -55,6 +55,23 @@ def test_the_users_cache_directory_is_left_alone_and_every_program_is_cached(
     assert not (tmp_path / "xdg").exists()
 
 
+def test_a_new_cache_is_the_users_alone_and_told_of_once(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told: list[str] = []
+    devices.use_compilation_cache(told.append)
+    directory = tmp_path / "hipgpt_jax" / "xla"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert read_settings()["jax_compilation_cache_dir"] == str(directory)
+    assert len(told) == 1
+    assert "first start" in told[0]
+    (directory / "program").write_text("")
+    devices.use_compilation_cache(told.append)
+    assert len(told) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_told_and_no_error(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

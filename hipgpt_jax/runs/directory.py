@@ -65,7 +65,10 @@ def _is_name(run: str) -> bool:
 def names() -> list[str]:
     """Returns the runs that ``find`` knows: those in ``checkpoints/`` and those in the package."""
     begun = {path.name for path in CHECKPOINTS.glob("*")}
-    own, shipped = ({path.parent.name for path in root.glob(f"*/{LATEST_CONFIG}")} for root in (CHECKPOINTS, SHIPPED))
+    own, shipped = (
+        {path.parent.name for path in root.glob(f"*/{LATEST_CONFIG}") if path.is_file()}
+        for root in (CHECKPOINTS, SHIPPED)
+    )
     return sorted(filter(_is_name, own | (shipped - begun)))
 
 
