@@ -99,7 +99,9 @@ def test_no_step_means_the_latest_by_number(run: Path) -> None:
 def test_a_copied_run_opens_under_its_own_name_elsewhere(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = run.parent.rename(run.parent.with_name("elsewhere"))
     monkeypatch.setattr(directory, "CHECKPOINTS", moved)
-    directory.read_checkpoint("tiny").verify()
+    checkpoint = directory.read_checkpoint("tiny")
+    assert checkpoint.directory == moved / "tiny"
+    checkpoint.verify()
 
 
 def test_own_runs_come_before_those_in_the_package(run: Path, roots: tuple[Path, Path]) -> None:
@@ -131,8 +133,7 @@ def test_every_name_that_is_listed_is_found(run: Path) -> None:
     """A notebook server leaves ``.ipynb_checkpoints``, whose name no run can have."""
     shutil.copytree(run, run.parent / ".ipynb_checkpoints")
     (run.parent / "latest_config.json").write_text("{}")
-    for name in directory.names():
-        directory.find(name)
+    assert [directory.find(name).name for name in directory.names()] == directory.names() != []
 
 
 def test_an_unknown_run_lists_the_runs(run: Path) -> None:

@@ -128,8 +128,8 @@ def _holds_something_else(run_directory: Path) -> bool:
 
 def _prepare(run_directory: Path, source: Path) -> dataset.Dataset:
     """Prepares the data beside the run, and moves it into place, over the old run at a reset, when it is whole."""
-    if directory.is_begun(run_directory) and not _RESET.value:
-        return dataset.prepare(run_directory, source, _VOCAB_SIZE.value)
+    if _RESUME.value:
+        return dataset.Dataset(run_directory)  # _check_start has held it against the flags
     fresh = run_directory.with_name(f".{run_directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
