@@ -101,6 +101,7 @@ class SamplingConfig:
 
 OVERFLOW_RULES = ("roll", "stop", "error")
 MAX_SEED = 2**32 - 1
+MAX_ALTERNATIVES = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,15 @@ class DecodingConfig:
             raise ValueError(f"window_stride must be at most the window of {window} tokens: got {self.window_stride}")
         return window
 
+    def check_fits(self, window: int, prompt_tokens: int, num_tokens: int) -> None:
+        """Raises ValueError where overflow is an error and a sample would overflow ``window``."""
+        needed = prompt_tokens + num_tokens - 1
+        if self.overflow == "error" and num_tokens and needed > window:
+            raise ValueError(
+                f"a prompt of {prompt_tokens} tokens and {num_tokens} new ones need a window of {needed}: "
+                f"it holds {window}. Ask for fewer tokens, or use --overflow=roll"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
@@ -158,6 +168,8 @@ class GenerationConfig:
         seed: In ``[0, 2**32)``; with the prompt's ids, the sample's index and the token's index it is
             all that the random numbers depend on.
         eos_id: Token that ends a sample and is not part of its text; -1 for none.
+        stop: Strings that end a sample where its text comes to hold one; the text is cut before it.
+        top_logprobs: Alternatives recorded with each token, the likeliest ones; at most 20.
 
     Raises:
         ValueError: A value is out of its range.
@@ -167,6 +179,8 @@ class GenerationConfig:
     num_samples: int = 1
     seed: int = 0
     eos_id: int = -1
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         _require_int("num_tokens", self.num_tokens, 0, "new tokens to generate")
@@ -175,6 +189,11 @@ class GenerationConfig:
         _require_int("seed", self.seed, 0, "the same seed gives the same tokens")
         if self.seed > MAX_SEED:
             raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {self.seed}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be strings of at least one character: got {self.stop!r}")
+        _require_int("top_logprobs", self.top_logprobs, 0, "alternatives recorded with each token")
+        if self.top_logprobs > MAX_ALTERNATIVES:
+            raise ValueError(f"top_logprobs must be at most {MAX_ALTERNATIVES}: got {self.top_logprobs}")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError where ``eos_id`` is no token of a vocabulary of ``vocab_size``."""

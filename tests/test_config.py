@@ -183,7 +183,7 @@ def test_the_last_learning_rate_is_a_tenth_of_the_peak_or_the_one_given() -> Non
 def test_the_documented_defaults() -> None:
     assert dataclasses.astuple(config.ModelConfig()) == (5000, 32, 128, 4, 256, 2)
     assert dataclasses.astuple(config.SamplingConfig()) == (1.0, 5, 0.9, 1.1)
-    assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1)
+    assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1, (), 0)
     assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1)
     assert config.TrainConfig().batch_size == 4
 

@@ -81,6 +81,7 @@ def test_a_step_means_its_own_files(run: Path) -> None:
         weights_sha256=files.sha256(run / "tiny_step2.bin"),
         tokenizer=run / "tokenizer.json",
         tokenizer_sha256=files.sha256(run / "tokenizer.json"),
+        config_sha256=files.sha256(run / "tiny_step2_config.json"),
     )
     at_2.verify()
     read = weights.read(at_2.weights, at_2.model)

@@ -26,6 +26,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "interop": (3, set()),
     "report": (3, set()),
     "hipgpt_jax, from Python": (4, {"api", "__init__"}),
+    "doctor": (4, set()),
     "cli": (5, set()),
 }
 

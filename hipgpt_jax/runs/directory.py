@@ -28,6 +28,7 @@ class Checkpoint:
         weights_sha256: Digest that the config gives for it.
         tokenizer: The ``tokenizer.json`` file.
         tokenizer_sha256: Digest that the config gives for it.
+        config_sha256: Digest of the config file itself.
     """
 
     run: str
@@ -38,6 +39,7 @@ class Checkpoint:
     weights_sha256: str
     tokenizer: Path
     tokenizer_sha256: str
+    config_sha256: str
 
     def verify(self) -> None:
         """Raises ValueError or FileNotFoundError where a file is not the one that the config names."""
@@ -89,9 +91,9 @@ def find(run: str) -> Path:
     raise FileNotFoundError(f"run {run!r} not found in {CHECKPOINTS}/ or the package. Runs: {', '.join(names())}")
 
 
-def steps(directory: Path) -> list[int]:
-    """Returns the steps that have a config file, ascending."""
-    pattern = re.compile(re.escape(directory.name) + r"_step(\d+)_config\.json")
+def steps(directory: Path, run: str | None = None) -> list[int]:
+    """Returns the steps that have a config file, ascending; the run has its directory's name unless one is given."""
+    pattern = re.compile(re.escape(run or directory.name) + r"_step(\d+)_config\.json")
     return sorted(int(match[1]) for path in directory.iterdir() if (match := pattern.fullmatch(path.name)))
 
 
@@ -114,28 +116,35 @@ def config_name(run: str, step: int) -> str:
     return f"{run}_step{step}_config.json"
 
 
-def read_checkpoint(run: str, step: int | None = None) -> Checkpoint:
+def read_checkpoint(run: str, step: int | None = None, directory: Path | None = None) -> Checkpoint:
     """Reads the config of a step of a run; the latest by default.
+
+    Args:
+        run: Name of the run.
+        step: The step; None takes the latest.
+        directory: The run's directory, wherever it was moved to; None finds it by the run's name.
 
     Raises:
         FileNotFoundError: There is no such run or step; the message lists those there are.
         ValueError: The config lacks a key or holds something else than it should.
     """
-    directory = find(run)
-    path = directory / (LATEST_CONFIG if step is None else config_name(directory.name, step))
+    directory = find(run) if directory is None else directory
+    if not directory.is_dir():
+        raise FileNotFoundError(f"directory of run {run!r} not found: {directory}")
+    path = directory / (LATEST_CONFIG if step is None else config_name(run, step))
     if not path.is_file():
-        have = ", ".join(map(str, steps(directory))) or "none"
+        have = ", ".join(map(str, steps(directory, run))) or "none"
         raise FileNotFoundError(f"run {run!r} has no step {step}. Steps: {have}")
-    found = _parse(directory, path)
+    found = _parse(run, directory, path)
     if step not in (None, found.step):
         raise ValueError(f"{path} must be the config of step {step}: it says step {found.step}")
     return found
 
 
-def _parse(directory: Path, path: Path) -> Checkpoint:
+def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
     value = files.read_json(path)
     return Checkpoint(
-        run=directory.name,
+        run=run,
         step=_get(path, value, "checkpoint", "step", int),
         directory=directory,
         model=_parse_model(path, value),
@@ -143,6 +152,7 @@ def _parse(directory: Path, path: Path) -> Checkpoint:
         weights_sha256=_get(path, value, "checkpoint", "sha256", str),
         tokenizer=directory / _plain(path, _get(path, value, "tokenizer", "path", str)),
         tokenizer_sha256=_get(path, value, "tokenizer", "sha256", str),
+        config_sha256=files.sha256(path),
     )
 
 

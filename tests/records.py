@@ -1,0 +1,138 @@
+"""Records to test with, made without a model."""
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+from hipgpt_jax.runs import provenance, record
+
+SETTINGS = record.Settings(
+    num_tokens=8,
+    temperature=1.0,
+    top_k=5,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    eos_id=-1,
+    stop=(),
+    window=128,
+    window_stride=1,
+    overflow="roll",
+    top_logprobs=5,
+)
+RUN = record.Run(
+    name="shakespeare", step=4000, weights_sha256="ab" * 32, tokenizer_sha256="cd" * 32, config_sha256="ef" * 32
+)
+NUMERICS = record.Numerics(
+    platform="cpu", device_kind="cpu", machine="x86_64", cores=2, dtype="float32", decode_width=1, xla_flags=""
+)
+VERSIONS = provenance.Versions(
+    hipgpt_jax="0.1.0",
+    git_commit="0123456789abcdef" * 2 + "01234567",
+    git_dirty=False,
+    python="3.11.2",
+    jax="0.10.2",
+    jaxlib="0.10.2",
+    plugin=None,
+    flax="0.12.8",
+    tokenizers="0.22.1",
+)
+_ROOT = record.Record(
+    id="p1",
+    sample=0,
+    seed=7,
+    prompt="To be",
+    prompt_ids=(3, 4),
+    prompt_dropped=0,
+    ids=(10, 11),
+    tokens=(" or", " not"),
+    text=" or not",
+    finish_reason="length",
+    stop=None,
+    error=None,
+    logprobs=(-math.log(2), -math.log(16)),
+    ranks=(1, 4),
+    margins=(0.25, 0.0625),
+    gaps=(1.5, 0.5),
+    top_logprobs=None,
+    settings=SETTINGS,
+    run=RUN,
+    numerics=NUMERICS,
+    versions=VERSIONS,
+    argv=("hipgpt-generate", "--prompt", "To be", "--output", "a.jsonl"),
+    started="2026-01-02T03:04:05Z",
+    timings=record.Timings(load=1.0, first_token=0.1, total=0.5),
+)
+
+
+def make_record(**changes: Any) -> record.Record:
+    """Returns a valid record of two tokens, with the fields named changed."""
+    return dataclasses.replace(_ROOT, **changes)
+
+
+def with_tokens(*tokens: str, **changes: Any) -> record.Record:
+    """Returns a record of these tokens, each of 3 bits and of five alternatives, itself the third."""
+    number = len(tokens)
+    best = tuple(
+        tuple((100 + place, -math.log(2 + 3 * place), token if place == 2 else f"alt{place}") for place in range(5))
+        for token in tokens
+    )
+    facts: dict[str, Any] = {
+        "ids": (102,) * number,
+        "tokens": tokens,
+        "text": "".join(tokens),
+        "logprobs": (-math.log(8),) * number,
+        "ranks": (3,) * number,
+        "margins": (0.125,) * number,
+        "gaps": (0.25,) * number,
+        "top_logprobs": best,
+    }
+    return make_record(**facts | changes)
+
+
+def babble(number: int, seed: int, **changes: Any) -> record.Record:
+    """Returns a record of ``number`` tokens of made-up English, of every surprise, with five alternatives each."""
+    draw = random.Random(seed)
+    words = [
+        "",
+        "the,",
+        "of",
+        "and",
+        "king",
+        "lord",
+        "my",
+        "heart.",
+        "night",
+        "shall",
+        "thou",
+        "so",
+        "sweet!",
+        "love",
+        "ing",
+        "ed",
+        "ly",
+        "'tis:\n",
+        "O",
+        "what's",
+    ]
+    tokens = tuple(draw.choice(("", " ", " ", " ")) + draw.choice(words[1:]) for _ in range(number))
+    logprobs = tuple(-draw.expovariate(0.4) for _ in range(number))
+    ids = tuple(draw.randrange(1000) for _ in range(number))
+    best = []
+    for index in range(number):
+        share = sorted((draw.random() for _ in range(5)), reverse=True)
+        others = [[draw.randrange(1000, 2000), math.log(p / 5), " " + draw.choice(words[1:])] for p in share]
+        if draw.random() < 0.7:
+            others[draw.randrange(5)] = [ids[index], logprobs[index], tokens[index]]
+        best.append(tuple((i, p, text) for i, p, text in sorted(others, key=lambda other: -other[1])))
+    facts: dict[str, Any] = {
+        "ids": ids,
+        "tokens": tokens,
+        "text": "".join(tokens),
+        "logprobs": logprobs,
+        "ranks": tuple(draw.randrange(1, 40) for _ in range(number)),
+        "margins": tuple(draw.random() / 5 for _ in range(number)),
+        "gaps": tuple(draw.expovariate(2) for _ in range(number)),
+        "top_logprobs": tuple(best),
+    }
+    return make_record(**facts | changes)

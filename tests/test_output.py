@@ -1,0 +1,158 @@
+"""The file that records are appended to."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import records
+
+from hipgpt_jax.runs import output, record
+
+
+def fill(path: Path, *made: record.Record, **how: Any) -> output.Output:
+    out = output.Output(path, **how)
+    for one in made:
+        out.append(one)
+    out.close()
+    return out
+
+
+def samples_in(path: Path) -> list[int]:
+    return [one.sample for one in record.read(path)]
+
+
+def test_lines_are_appended_and_known_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    first = [records.make_record(sample=i) for i in range(2)]
+    assert fill(path, *first).done == {}
+    again = fill(path, records.make_record(sample=2, id="q"))
+    assert again.done.keys() == {("p1", 0), ("p1", 1)}
+    assert list(record.read(path)) == [*first, records.make_record(sample=2, id="q")]
+
+
+def test_overwriting_waits_for_the_first_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path, records.make_record(sample=0))
+    fill(path, overwrite=True)
+    assert samples_in(path) == [0]
+    fill(path, records.make_record(sample=5), records.make_record(sample=6), overwrite=True)
+    assert samples_in(path) == [5, 6]
+
+
+def test_a_file_that_got_no_record_is_not_left_behind(tmp_path: Path) -> None:
+    fill(tmp_path / "a.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path, records.make_record(sample=0), records.make_record(sample=1))
+    whole = path.read_bytes()
+    start = whole.index(b"\n") + 1
+    for cut in range(start + 1, len(whole), 97):
+        path.write_bytes(whole[:cut])
+        out = fill(path, records.make_record(sample=1))
+        assert (out.done.keys(), out.dropped) == ({("p1", 0)}, cut - start)
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("notes of mine", "line 1 is not a record: use another --output"),
+        ("notes of mine\n", "line 1 is not JSON"),
+        ("{}\n", "line 1 is not a record: it has no schema number"),
+        (records.make_record().to_json() + "\nand a note", "line 2 is not a record: use another --output"),
+        ((records.make_record().to_json() + "\n") * 2, "line 2 repeats sample 0 of p1"),
+        (records.make_record().to_json().replace('"schema":1', '"schema":2') + "\n", "has schema 2"),
+        ('{"schema":1,"contract":1}\n', "line 1 is not a whole record: it lacks 'id'"),
+    ],
+)
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        output.Output(path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("name", ["none/a.jsonl", "."])
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError, match=r"--output .* cannot be written: (No such file|Is a directory)"):
+        output.Output(tmp_path / name)
+
+
+def test_two_may_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    out = output.Output(path)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        output.Output(path)
+    out.append(records.make_record())
+    out.close()
+    assert samples_in(path) == [0]
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path, records.make_record())
+    out = output.Output(path)
+    same = output.basis(json.loads(records.make_record().to_json()))
+    out.require_same({"p1": same}.get, {**same, "temperature": 7})
+    out.require_same({}.get, {**same, "prompt": "another"})
+    changes = {"seed": 8, "temperature": 0.5, "stop": ["x"], "window": 9, "weights": "0" * 64, "decode_width": 2}
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match=f"made by other settings: {name} .* in sample 0 of p1, .* now"):
+            out.require_same({"p1": {**same, name: value}}.get, same)
+        with pytest.raises(ValueError, match=f"made by other settings: {name} .* in sample 0 of p1, .* now"):
+            out.require_same({}.get, {**same, name: value})
+    with pytest.raises(ValueError, match=r"other settings: prompt 'To be' in .*, 'Not to be' now"):
+        out.require_same({"p1": {**same, "prompt": "Not to be"}}.get, same)
+    out.close()
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """A limit on the file's size stands for the disk: the system writes a part of the line and then refuses."""
+    path = tmp_path / "a.jsonl"
+    line = len(records.make_record().to_json()) + 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    out = output.Output(path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * line // 2, before[1]))
+        out.append(records.make_record(sample=0))
+        out.append(records.make_record(sample=1))
+        with pytest.raises(OSError, match=r"no room for sample 2 of p1 .*The file is whole"):
+            out.append(records.make_record(sample=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+        out.close()
+    assert path.stat().st_size == 2 * line
+    assert samples_in(path) == [0, 1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_device_is_written_to_as_it_is() -> None:
+    out = output.Output(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left"):
+        out.append(records.make_record())
+    out.close()
+    fill(Path("/dev/null"), records.make_record(), records.make_record())
+
+
+def test_a_pipe_gets_every_line(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    made = [records.babble(400, seed) for seed in range(5)]
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; print(open(sys.argv[1]).read(), end='')", str(pipe)], stdout=subprocess.PIPE
+    ) as reader:
+        fill(pipe, *made)
+        text, _ = reader.communicate(timeout=60)
+    assert [record.parse(line, "it") for line in text.splitlines()] == made

@@ -1,0 +1,106 @@
+"""Files of prompts, good ones and broken ones."""
+
+import json
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from hipgpt_jax.text import prompts
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", "\ufeffFirst\n\n  two words \r\nünï\u2028code\x0bhere\n{}")
+    assert [prompt.text for prompt in prompts.read(path)] == ["First", "  two words ", "ünï\u2028code\x0bhere", "{}"]
+
+
+def test_json_lines_have_settings_of_their_own(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "a\nb"},
+        {"prompt": "c", "id": "x", "seed": 7, "num_samples": 3, "num_tokens": 9, "eos_id": 5, "stop": ["\n", "."]},
+        {"prompt": "d", "temp": 0, "top_k": 3, "top_p": 0.5, "rep_penalty": 1, "stop": "!"},
+    ]
+    first, second, third = prompts.read(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines))))
+    assert (first.text, first.id, dict(first.generation), dict(first.sampling)) == ("a\nb", None, {}, {})
+    assert second.id == second.name == "x"
+    assert second.generation == {"seed": 7, "num_samples": 3, "num_tokens": 9, "eos_id": 5, "stop": ("\n", ".")}
+    assert third.generation == {"stop": ("!",)}
+    assert third.sampling == {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.0}
+
+
+def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> None:
+    plain = prompts.read(write(tmp_path / "p.txt", "one\ntwo\none\n"))
+    (as_json,) = prompts.read(write(tmp_path / "p.jsonl", '{"num_samples": 9, "prompt": "one"}'))
+    seeded = prompts.read(write(tmp_path / "q.jsonl", '{"prompt": "one", "seed": 1}\n{"prompt": "one", "temp": 2}'))
+    assert plain[0].name == plain[2].name == as_json.name == "00c6ef9ef6f5d622"
+    assert len({prompt.name for prompt in [*plain, *seeded]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no prompt"),
+        (b"\n\n", "has no prompt"),
+        (b"{}", r"line 1: prompt must be a text of at least one character: got None"),
+        (b'\n{"prompt": ""}', r"line 2: prompt must be a text of at least one character: got ''"),
+        (b'{"prompt": "a"}\n{"prompt": 3}', r"line 2: prompt must be a text .*: got 3"),
+        (b'{"prompt": "a"', r"line 1: not JSON: Expecting ',' delimiter at column 15"),
+        (b'["a"]', "line 1: must be a JSON object with a prompt: got list"),
+        (b'{"prompt": "a", "temperature": 1}', "line 1: unknown key 'temperature': the keys are id, prompt, seed"),
+        (b'{"prompt": "a", "prompt": "b"}', "line 1: key 'prompt' is there twice"),
+        (b'{"prompt": "a", "id": 3}', "line 1: id must be a text .*: got 3"),
+        (b'{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', "line 3: id 'x' is that of line 1 too"),
+        (b'{"prompt": "a", "temp": -1}', "line 1: temp must be at least 0"),
+        (b'{"prompt": "a", "temp": "hot"}', "line 1: temp must be a number: got 'hot'"),
+        (b'{"prompt": "a", "temp": NaN}', "line 1: temp must be a finite number"),
+        (b'{"prompt": "a", "top_k": 1.5}', "line 1: top_k must be an integer"),
+        (b'{"prompt": "a", "top_k": true}', "line 1: top_k must be a number: got True"),
+        (b'{"prompt": "a", "seed": -1}', "line 1: seed must be an integer of at least 0"),
+        (b'{"prompt": "a", "seed": 4294967296}', "line 1: seed must be at most 4294967295"),
+        (b'{"prompt": "a", "num_samples": 0}', "line 1: num_samples must be an integer of at least 1"),
+        (b'{"prompt": "a", "stop": [""]}', "line 1: stop must be strings of at least one character"),
+        (b'{"prompt": "a", "stop": 3}', "line 1: stop must be strings"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (b'{"prompt": "a"}\n{"prompt": "\xe9"}', r"line 2 is not UTF-8 text \(byte 13 is 0xe9\).*iconv -f LATIN1"),
+        ("hi".encode("utf-16"), "is UTF-16 text: it must be UTF-8"),
+    ],
+)
+def test_a_broken_file_is_told_with_the_line_and_the_reason(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path / "p.jsonl", content)
+    with pytest.raises(ValueError, match=message) as caught:
+        prompts.read(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"prompts file not found: .*none\.txt"):
+        prompts.read(tmp_path / "none.txt")
+
+
+PIECES = st.sampled_from(
+    [b'{"prompt"', b": ", b'"a"', b"}", b"\n", b"\r", b"\x00", b"\xff", b'"id"', b",", b"1e999", b"\xef\xbb\xbf"]
+)
+
+
+@hypothesis.given(
+    st.lists(PIECES | st.binary(max_size=4), max_size=12).map(b"".join), st.sampled_from(["p.txt", "p.jsonl"])
+)
+@hypothesis.settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_any_bytes_are_prompts_or_a_value_error(tmp_path: Path, content: bytes, name: str) -> None:
+    try:
+        found = prompts.read(write(tmp_path / name, content))
+    except ValueError:
+        return
+    assert all((prompt.text and "\n" not in prompt.text) or name == "p.jsonl" for prompt in found)

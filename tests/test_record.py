@@ -1,0 +1,137 @@
+"""A record and its schema."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jsonschema
+import pytest
+import records
+from hypothesis import strategies as st
+
+from hipgpt_jax.runs import provenance, record
+
+SCHEMA = json.loads(record.SCHEMA_FILE.read_text())
+PARTS = {
+    "settings": record.Settings,
+    "run": record.Run,
+    "numerics": record.Numerics,
+    "versions": provenance.Versions,
+    "timings": record.Timings,
+}
+
+
+def line_of(**changes: Any) -> dict[str, Any]:
+    return json.loads(records.make_record().to_json()) | changes
+
+
+def test_the_schema_is_a_schema_and_records_follow_it() -> None:
+    jsonschema.Draft7Validator.check_schema(SCHEMA)
+    for made in (records.make_record(), records.babble(40, 1), records.with_tokens("a", "\u2028", "é")):
+        jsonschema.Draft7Validator(SCHEMA).validate(json.loads(made.to_json()))
+
+
+def test_schema_classes_and_docstrings_name_the_same_fields() -> None:
+    properties = SCHEMA["properties"]
+    assert properties.keys() - {"schema", "contract"} == {field.name for field in dataclasses.fields(record.Record)}
+    for name, part in {**PARTS, "": record.Record}.items():
+        fields = {field.name for field in dataclasses.fields(part)}
+        if name:
+            assert properties[name]["properties"].keys() == fields
+        assert all(f"        {field}: " in (part.__doc__ or "") for field in fields)
+    objects = [SCHEMA, *(properties[name] for name in PARTS)]
+    assert all(set(one["required"]) == one["properties"].keys() for one in objects)
+    assert not any(one["additionalProperties"] for one in objects)
+
+
+def test_a_record_survives_its_line() -> None:
+    nasty = '\n\r\t"\\\u2028\u0000</script>😀'
+    for made in (records.make_record(prompt=nasty, text=nasty), records.babble(40, 1), records.with_tokens()):
+        line = made.to_json()
+        assert "\n" not in line
+        assert record.parse(line.encode(), "it") == made
+
+
+def test_no_line_has_what_json_has_not() -> None:
+    for number in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            records.make_record(logprobs=(number, -1.0)).to_json()
+
+
+def test_a_file_is_read_line_by_line_and_a_torn_end_is_passed_over(tmp_path: Path) -> None:
+    made = [records.make_record(sample=i) for i in range(3)]
+    lines = "".join(one.to_json() + "\n" for one in made)
+    path = tmp_path / "a.jsonl"
+    for cut in (0, 1, 500, len(made[2].to_json().encode())):
+        path.write_bytes(lines.encode()[: len(lines.encode()) - cut])
+        assert list(record.read(path)) == made[: 3 if cut == 0 else 2]
+    with pytest.raises(FileNotFoundError, match="record file not found"):
+        list(record.read(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "it line 1 is not JSON"),
+        (b"3", "it line 1 is not a record: it has no schema number"),
+        (b"{}", "it line 1 is not a record: it has no schema number"),
+        (b"\xff", "it line 1 is not JSON"),
+        (b"[" * 100_000, "it line 1 is not JSON"),
+        (json.dumps(line_of(schema=2)), r"has schema 2: this version reads schema 1.*wrote it \(0.1.0\)"),
+        (json.dumps(line_of(contract=3)), r"has contract 3: this version reads contract 1"),
+        (json.dumps({"schema": 9}), r"has schema 9.*wrote it \(unknown\)"),
+        (json.dumps(line_of(ids=[1, 2, 3])), "it has 3 ids and 2 tokens"),
+        (json.dumps(line_of(margins=[1.0])), "it has 2 ids and 1 margins"),
+        (json.dumps(line_of(top_logprobs=[[]])), "it has 2 ids and 1 top_logprobs"),
+        (json.dumps(line_of(ids=[1, "x"])), r"is not a whole record: record.ids\[1\] must be integer"),
+        (json.dumps(line_of(seed=-1)), "record.seed must be bigger than or equal to 0"),
+        (json.dumps(line_of(extra=1)), "must not contain {'extra'} properties"),
+        (json.dumps({k: v for k, v in line_of().items() if k != "run"}), r"must contain .* properties"),
+        (json.dumps(line_of(run=line_of()["run"] | {"weights_sha256": "x"})), "record.run.weights_sha256 must match"),
+    ],
+)
+def test_what_is_no_record_is_told_with_its_line(tmp_path: Path, line: str | bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((line.encode() if isinstance(line, str) else line) + b"\n")
+    with pytest.raises(ValueError, match=message.replace("it line", f"{path} line")):
+        list(record.read(path))
+
+
+@hypothesis.given(st.integers(0, 2**32), st.binary(min_size=1, max_size=3))
+@hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
+def test_a_damaged_line_is_a_record_or_a_value_error(seed: int, replacement: bytes) -> None:
+    """And what is still read as one follows the schema, by another implementation of it."""
+    line = bytearray(records.with_tokens("a", "b").to_json().encode())
+    at = random.Random(seed).randrange(len(line))
+    line[at : at + len(replacement)] = replacement
+    try:
+        found = record.parse(bytes(line), "it")
+    except ValueError:
+        return
+    jsonschema.Draft7Validator(SCHEMA).validate(json.loads(found.to_json()))
+
+
+def test_arguments_tell_no_directory() -> None:
+    argv = ["/home/ann/bin/x", "--run-name", "r", "--flagfile=/home/ann/a.flags", "--output", "../ann/o.jsonl"]
+    argv += ["--run-dir", "/home/ann/run/", "--prompt", "either/or /imagine", "--data-path=~ann/t.txt", "/home/ann/f"]
+    kept = ("hipgpt-x", "--run-name", "r", "--flagfile=a.flags", "--output", "o.jsonl", "--run-dir", "run")
+    kept += ("--prompt", "either/or imagine", "--data-path=t.txt", "f")
+    assert provenance.arguments("hipgpt-x", argv) == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("", ""),
+        ("--xla_a=1 --xla_b=x/y", "--xla_a=1 --xla_b=x/y"),
+        ("--xla_dump_to=/home/ann/d --xla_c=/tmp/e,/tmp/f", "--xla_dump_to=d --xla_c=e,f"),
+        ("--xla_dump_to=~/d", "--xla_dump_to=d"),
+        ("--xla_dump_to='/home/ann/d'", "--xla_dump_to='d'"),
+    ],
+)
+def test_flags_tell_no_directory(given: str, kept: str) -> None:
+    assert provenance.without_directories(given) == kept
