@@ -4,32 +4,44 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 
 from hipgpt_jax import version
+from hipgpt_jax.text import prompts
 
 _USAGE = {"--help": "help", "--h": "help", "--version": "version"}
 
 
-def run(name: str, summary: str, values: flags.FlagValues, main: Callable[[], None]) -> None:
+def run(
+    name: str,
+    summary: str,
+    values: flags.FlagValues,
+    main: Callable[[], None],
+    *,
+    operand: str | None = None,
+    error_code: int = 1,
+) -> None:
     """Parses ``sys.argv`` and runs a program, then exits.
 
-    A mistake of the user's is one line on stderr, ``name: error: …``, and exit code 1. A closed pipe
-    and Ctrl-C end quietly, with the exit codes a shell gives them.
+    A mistake of the user's is one line on stderr, ``name: error: …``, and exit code ``error_code``. A
+    closed pipe and Ctrl-C end quietly, with the exit codes a shell gives them.
 
     Args:
         name: The program's name, without ``hipgpt-``.
         summary: What ``--help`` says first.
         values: The program's flags.
         main: The program; it reads its flags from ``values``.
+        operand: The flag whose value may be given without the flag's name.
+        error_code: Exit code of a mistake.
     """
     try:
-        asked = parse(values, sys.argv[1:])
+        asked = parse(values, sys.argv[1:], operand)
         if asked is None:
             main()
         else:
-            print(version.__version__ if asked == "version" else help_text(name, summary, values))
+            print(version.__version__ if asked == "version" else help_text(name, summary, values, operand))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,13 +51,14 @@ def run(name: str, summary: str, values: flags.FlagValues, main: Callable[[], No
         sys.exit(128 + 2)
     except (flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
         sys.stderr.write(f"{name}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
-        sys.exit(1)
+        sys.exit(error_code)
 
 
-def parse(values: flags.FlagValues, arguments: Sequence[str]) -> str | None:
+def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | None = None) -> str | None:
     """Sets ``values`` from a command line; what it does not name takes its default.
 
-    Returns ``help`` or ``version`` where that was asked for, in which case nothing is set.
+    A word that belongs to no flag is the value of the flag ``operand``, if there is one. Returns
+    ``help`` or ``version`` where that was asked for, in which case nothing is set.
 
     ``--run-name`` and ``--run_name`` are the same flag, as are ``--flag value`` and ``--flag=value``;
     a value may begin with ``-``. ``--flagfile=FILE`` reads flags from a file.
@@ -59,14 +72,18 @@ def parse(values: flags.FlagValues, arguments: Sequence[str]) -> str | None:
     words = _respell(values, values.read_flags_from_files(list(arguments), force_gnu=False))
     if asked := [word for word in words if word in _USAGE]:
         return _USAGE[asked[0]]
-    if rest := values(["program", *words])[1:]:
+    rest = values(["program", *words])[1:]
+    if operand is not None and rest and values[operand].value is None:
+        values[operand].parse(rest.pop(0))
+    if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: flags begin with '--', and text with blanks needs quotes")
     return None
 
 
-def help_text(name: str, summary: str, values: flags.FlagValues) -> str:
+def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | None = None) -> str:
     """Returns what ``--help`` prints: the summary and every flag with its default."""
-    lines = [summary.strip(), "", f"usage: hipgpt-{name} [--flag value | --flag=value] …", ""]
+    place = "" if operand is None else f" [{operand.upper()}]"
+    lines = [summary.strip(), "", f"usage: hipgpt-{name}{place} [--flag value | --flag=value] …", ""]
     for flag in values:
         holder = values[flag]
         if holder.name != flag:
@@ -83,6 +100,17 @@ def required(holder: flags.FlagHolder[str | None]) -> str:
     if holder.value is None:
         raise ValueError(f"--{holder.name} is required; --help tells of every flag")
     return holder.value
+
+
+def read_prompts(prompt: str | None, prompts_file: str | None) -> list[prompts.Prompt]:
+    """Returns the prompts that the two flags name: one, one from stdin, or those of a file."""
+    if prompts_file is not None:
+        if prompt is not None:
+            raise ValueError("--prompt and --prompts_file are both given: give one of them")
+        return prompts.read(Path(prompts_file))
+    if prompt is None:
+        raise ValueError("--prompt is required, or --prompts_file; --help tells of every flag")
+    return [prompts.Prompt(text=sys.stdin.buffer.read().decode("utf-8", errors="replace") if prompt == "-" else prompt)]
 
 
 def note(line: str) -> None:

@@ -1,0 +1,64 @@
+"""``hipgpt-inspect``: a record file as a page to read in a browser."""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from hipgpt_jax import files
+from hipgpt_jax.cli import program
+from hipgpt_jax.report import page
+from hipgpt_jax.runs import record
+
+SUMMARY = """Write a record file as one HTML page: each token coloured by its surprise, its facts where you point.
+
+The page holds all it needs and reaches no network. Alternatives are shown of samples that were recorded with
+--top_logprobs 5. Example:
+
+  hipgpt-inspect samples.jsonl --html samples.html"""
+
+FLAGS = flags.FlagValues()
+_RECORDS = flags.DEFINE_string(
+    "records", None, "The record file; may be given without the flag's name.", flag_values=FLAGS
+)
+_HTML = flags.DEFINE_string("html", None, "The page to write; an older one is replaced.", flag_values=FLAGS)
+_TITLE = flags.DEFINE_string("title", None, "The page's title; the record file's name if absent.", flag_values=FLAGS)
+
+
+def main() -> None:
+    """Runs ``hipgpt-inspect``."""
+    program.run("inspect", SUMMARY, FLAGS, _inspect, operand="records")
+
+
+def _inspect() -> None:
+    records, target = Path(program.required(_RECORDS)), Path(program.required(_HTML))
+    if target.resolve() == records.resolve():
+        raise ValueError(f"--html {target} is the record file itself: give the page another name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"--html {target}: there is no directory {target.parent}")
+    if target.is_dir():
+        raise IsADirectoryError(f"--html {target} is a directory: give the page's file name")
+    made = page.Page(_TITLE.value or records.name)
+    for sample in record.read(records):
+        made.add(sample)
+    if not made.samples:
+        raise ValueError(f"{records} holds no whole record")
+    if _is_torn(records):
+        program.note(f"{records}: the last line was cut short and is passed over")
+    with files.replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(made.html())
+    size = target.stat().st_size / 1e6
+    program.note(
+        f"{target}: {page.count(made.samples, 'sample')} of {page.count(made.prompts, 'prompt')}, {size:.1f} MB"
+    )
+
+
+def _is_torn(records: Path) -> bool:
+    """Whether the last line of a file of at least one byte lacks its end."""
+    with records.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+if __name__ == "__main__":
+    main()

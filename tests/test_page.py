@@ -1,0 +1,245 @@
+"""The page of a record file: what stands in it, and that no text gets out of its place."""
+
+import dataclasses
+import html.parser
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import programs
+import pytest
+import records
+from hypothesis import strategies as st
+
+from hipgpt_jax.report import page
+from hipgpt_jax.runs import record
+
+NASTY = [
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "<![CDATA[",
+    "</style>",
+    "\"' onmouseover=alert(1) x='",
+    "&lt;&amp;&#0;",
+    "\u2028\u2029\r\n\t\0",
+    "\ufeff\u202e",
+    "]]>",
+    "😀é",
+]
+
+
+class Reader(html.parser.HTMLParser):
+    """What a browser would find: elements, the text of the spans of each sample, and the facts behind them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: dict[str, int] = {}
+        self.attributes: set[str] = set()
+        self.urls: list[str] = []
+        self.samples: list[list[str]] = []
+        self.facts: list[dict[str, Any]] = []
+        self.headings: list[str] = []
+        self._inside: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements[tag] = self.elements.get(tag, 0) + 1
+        found = dict(attrs)
+        self.attributes |= found.keys()
+        self.urls += [value for name, value in attrs if name in ("src", "href", "srcset", "action") and value]
+        if found.get("class") == "text":
+            self.samples.append([])
+        elif tag == "span" and "text" in self._inside:
+            self.samples[-1].append("")
+        if tag not in ("meta", "link", "br"):
+            kind = "json" if found.get("type") == "application/json" else found.get("class") or tag
+            self._inside.append(kind if tag != "span" else "span")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside:
+            return
+        if self._inside[-1] == "json":
+            self.facts.append(json.loads(data))
+        if "text" in self._inside and "span" in self._inside:
+            self.samples[-1][-1] += data
+        if self._inside[-1] == "prompt":
+            self.headings.append(data)
+
+
+def read(*made: record.Record) -> Reader:
+    return Reader(page.render(made, "a.jsonl"))
+
+
+def shown(text: str) -> str:
+    """How HTML holds what it cannot hold."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\0", "␀")
+
+
+def test_a_token_is_a_span_and_its_facts_stand_beside() -> None:
+    made = [
+        records.babble(30, 1),
+        records.with_tokens("a", "", "é", sample=1),
+        records.make_record(id="q", prompt="No"),
+    ]
+    found = read(*made)
+    assert [len(spans) for spans in found.samples] == [30, 3, 2]
+    for spans, facts, one in zip(found.samples, found.facts, made, strict=True):
+        assert spans == list(one.tokens)
+        assert tuple(facts["id"]) == one.ids
+        assert tuple(facts["rank"]) == one.ranks
+        for name, values in (("logprob", one.logprobs), ("margin", one.margins), ("gap", one.gaps)):
+            assert facts[name] == pytest.approx(values, rel=1e-4)
+        assert (facts["top"] is None) == (one.top_logprobs is None)
+    assert [len(best) for best in found.facts[1]["top"]] == [5, 5, 5]
+    assert found.headings == ["To be", "No"]
+
+
+def test_sums_are_those_of_the_tokens() -> None:
+    """Three bits a token: a perplexity of 8."""
+    text = page.render([records.with_tokens(*"abcd")], "t")
+    for name, value in (
+        ("bits a token", "3.00"),
+        ("perplexity", "8.00"),
+        ("log-probability", "−8.32"),
+        ("tokens", "4"),
+    ):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in text
+    assert 4 * math.log(8) == pytest.approx(8.32, abs=5e-3)
+
+
+def test_colours_go_by_surprise() -> None:
+    bits = (0.0, 0.9, 1.1, 3, 5, 7, 9, 13)
+    made = records.with_tokens(*"abcdefgh", logprobs=tuple(-bit * math.log(2) for bit in bits))
+    assert re.findall(r'<span class="s(\d)">[a-h]<', page.render([made], "t")) == [
+        "0",
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+    ]
+
+
+def test_settings_and_digests_stand_on_top_and_differences_on_the_samples() -> None:
+    warm = dataclasses.replace(records.SETTINGS, temperature=1.5)
+    text = page.render([records.make_record(), records.make_record(sample=1, settings=warm)], "t")
+    head, body = text.split("</header>")
+    for value in ("shakespeare", "abababababab", "ab" * 32, "0.10.2", "hipgpt-generate --prompt"):
+        assert value in head
+    assert "<dt>temperature</dt><dd>1.0</dd>" not in head
+    assert body.count("<dt>temperature</dt>") == 2
+    assert "<dt>temperature</dt><dd>1.5</dd>" in body
+    assert "<dt>top k</dt>" in head
+    assert "<dt>top k</dt>" not in body
+
+
+def test_what_a_stop_string_cut_off_is_struck_through() -> None:
+    made = records.with_tokens("one", " two", " three", text="one t", finish_reason="stop", stop="wo")
+    text = page.render([made], "t")
+    assert "one</span>" in text
+    assert " t<s>wo</s></span>" in text
+    assert "<s> three</s></span>" in text
+    assert "stop &quot;wo&quot;" in text
+
+
+def test_an_error_is_shown() -> None:
+    empty: dict[str, Any] = dict.fromkeys(("ids", "tokens", "logprobs", "ranks", "margins", "gaps"), ())
+    made = records.make_record(text="", finish_reason="error", error="<no> good", **empty)
+    text = page.render([made], "t")
+    assert "&lt;no&gt; good" in text
+    assert read(made).samples == []
+
+
+TEXTS = st.text(max_size=6) | st.sampled_from(NASTY)
+
+
+@hypothesis.given(st.lists(TEXTS, min_size=1, max_size=5), TEXTS, TEXTS, TEXTS.filter(bool))
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_any_text_stays_in_its_place(tokens: list[str], prompt: str, name: str, stop: str) -> None:
+    """The elements and attributes are those of a page of plain words, and each text is read back as it was."""
+    best = tuple(((1, -0.5, token),) for token in tokens)
+    run = dataclasses.replace(records.RUN, name=name)
+    changes: dict[str, Any] = {"finish_reason": "stop", "stop": stop, "top_logprobs": best, "argv": (name,), "run": run}
+    found = read(records.with_tokens(*tokens, prompt=prompt, id=stop, error=name, **changes))
+    plain = read(
+        records.with_tokens(
+            *(["x"] * len(tokens)),
+            prompt="x",
+            id="x",
+            error="x",
+            **{**changes, "stop": "x", "argv": ("x",), "run": run},
+        )
+    )
+    assert found.elements == plain.elements
+    assert found.attributes == plain.attributes
+    assert found.samples == [[shown(token) for token in tokens]]
+    assert [one[0][2] for one in found.facts[0]["top"]] == tokens
+    assert found.headings == ([shown(prompt)] if prompt else [])
+
+
+def test_nothing_reaches_the_network() -> None:
+    text = page.render([records.babble(20, 3)], "t")
+    assert read(records.babble(20, 3)).urls == []
+    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|import\(", text)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    assert policy[1].startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy[1]
+
+
+@pytest.fixture
+def inspect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., programs.Result]:
+    """Runs ``hipgpt-inspect`` in this process, in a directory with record files."""
+    monkeypatch.chdir(tmp_path)
+    made = [records.make_record(sample=i).to_json() + "\n" for i in range(3)]
+    Path("a.jsonl").write_text("".join(made))
+    Path("torn.jsonl").write_text("".join(made)[:-20])
+    Path("empty.jsonl").write_text("")
+    Path("other.jsonl").write_text("{}\n")
+    return lambda *arguments: programs.call("inspect", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_the_program_writes_the_page(inspect: Callable[..., programs.Result]) -> None:
+    result = inspect("a.jsonl", "--html", "a.html", "--title", "My <samples>")
+    assert (result.code, result.out) == (0, "")
+    assert re.fullmatch(r"a\.html: 3 samples of 1 prompt, \d\.\d MB\n", result.err)
+    assert "<title>My &lt;samples&gt;</title>" in Path("a.html").read_text()
+    torn = inspect("--records", "torn.jsonl", "--html", "a.html")
+    assert "torn.jsonl: the last line was cut short and is passed over" in torn.err
+    assert "2 samples of 1 prompt" in torn.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--html", "b.html"), "--records is required"),
+        (("a.jsonl",), "--html is required"),
+        (("none.jsonl", "--html", "b.html"), "record file not found: none.jsonl"),
+        (("empty.jsonl", "--html", "b.html"), "empty.jsonl holds no whole record"),
+        (("other.jsonl", "--html", "b.html"), "other.jsonl line 1 is not a record"),
+        (("a.jsonl", "--html", "a.jsonl"), "--html a.jsonl is the record file itself"),
+        (("a.jsonl", "--html", "none/b.html"), "there is no directory none"),
+        (("a.jsonl", "--html", "."), "is a directory"),
+        (("a.jsonl", "b.jsonl", "--html", "b.html"), "unexpected argument 'b.jsonl'"),
+        (("a.jsonl", "--frob", "--html", "b.html"), "Unknown command line flag 'frob'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_page(
+    inspect: Callable[..., programs.Result], arguments: tuple[str, ...], message: str
+) -> None:
+    result = inspect(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(f"inspect: error: .*{message}.*\n", result.err)
+    assert not Path("b.html").exists()
