@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
+from typing import NamedTuple
 
 DEVICES = ("auto", "cpu", "rocm", "cuda")
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "jax-rocm10-plugin")
@@ -33,8 +34,18 @@ def plugins() -> list[str]:
     return [f"{d.name} {d.version}" for d in found]
 
 
-def start(device: str, tell: Callable[[str], None]) -> str:
-    """Starts JAX on ``device`` and returns what it computes on, as ``platform (kind)``.
+class Device(NamedTuple):
+    """What JAX computes on, in JAX's words."""
+
+    platform: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.platform} ({self.kind})"
+
+
+def start(device: str, tell: Callable[[str], None]) -> Device:
+    """Starts JAX on ``device`` and returns what it computes on.
 
     ``auto`` leaves the choice to JAX, and to ``JAX_PLATFORMS`` where the user has set it; it says so
     where a GPU plugin is installed and JAX took the CPU all the same. Every setting made here is told.
@@ -44,7 +55,8 @@ def start(device: str, tell: Callable[[str], None]) -> str:
         tell: Takes a line for the user.
 
     Raises:
-        ValueError: JAX has no such device; the message says what it found and how to install.
+        ValueError: JAX has no such device; the message says what it found and how to install. Or it has
+            started on another one in this process already.
     """
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}: got {device!r}")
@@ -70,7 +82,23 @@ def start(device: str, tell: Callable[[str], None]) -> str:
         ) from error
     if device == "auto" and first.platform == "cpu" and installed and not os.environ.get("JAX_PLATFORMS"):
         tell(f"computing on the CPU, although {', '.join(installed)} is installed: no GPU was found")
-    return f"{first.platform} ({first.device_kind})"
+    if device != "auto" and (first.platform == "cpu") != (device == "cpu"):
+        raise ValueError(
+            f"device {device!r}: JAX has started on {first.platform} in this process already. Choose the device "
+            f"before anything else uses JAX, or take device='auto'"
+        )
+    return Device(first.platform, first.device_kind)
+
+
+def cache_directory() -> Path:
+    """Returns where compiled programs are kept: ``JAX_COMPILATION_CACHE_DIR``, else under the user's cache directory.
+
+    Raises:
+        RuntimeError: The user has no home directory.
+    """
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hipgpt_jax" / "xla"
 
 
 def use_compilation_cache(tell: Callable[[str], None]) -> None:
@@ -87,8 +115,7 @@ def use_compilation_cache(tell: Callable[[str], None]) -> None:
     if os.environ.get(CACHE_VARIABLE):
         return
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = root / "hipgpt_jax" / "xla"
+        directory = cache_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         if not any(directory.iterdir()):

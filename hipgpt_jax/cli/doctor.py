@@ -1,0 +1,61 @@
+"""``hipgpt-doctor``: whether this machine can train and generate, and whether the runs are whole."""
+
+import itertools
+import sys
+from collections.abc import Iterable
+
+from absl import flags
+
+from hipgpt_jax import doctor, version
+from hipgpt_jax.cli import program
+from hipgpt_jax.doctor import machine, packages, runs
+
+SUMMARY = """Look at packages, devices, compilation cache and runs, and say what to do about each trouble.
+
+JAX is tried in a process of its own, so this works where JAX does not. Exit code 1 where there is a trouble.
+
+  hipgpt-doctor
+  hipgpt-doctor --run-name my_run --noverify"""
+
+FLAGS = flags.FlagValues()
+_RUN_NAME = flags.DEFINE_string("run-name", None, "The one run to look at; every run if absent.", flag_values=FLAGS)
+_VERIFY = flags.DEFINE_boolean(
+    "verify", True, "Compare the files of every step with their digests, which reads them whole.", flag_values=FLAGS
+)
+
+
+def main() -> None:
+    """Runs ``hipgpt-doctor``."""
+    program.run("doctor", SUMMARY, FLAGS, _doctor)
+
+
+def _doctor() -> None:
+    about_runs = runs.examine(_RUN_NAME.value, verify=_VERIFY.value)
+    first = next(about_runs)  # a name that is no run's is refused before anything is printed
+    print(f"hipgpt-jax {version.__version__}")
+    troubles = (
+        _report("packages", packages.examine())
+        + _report("machine", itertools.chain(machine.examine(), [machine.cache()]))
+        + _report("runs", itertools.chain([first], about_runs))
+    )
+    print(f"\n{troubles or 'no'} trouble{'s' * (troubles > 1)}" + ("" if troubles else " found"), flush=True)
+    if troubles:
+        sys.exit(1)
+
+
+def _report(title: str, findings: Iterable[doctor.Finding]) -> int:
+    """Prints findings as they come and returns how many are troubles."""
+    print(f"\n{title}")
+    troubles = 0
+    for finding in findings:
+        print(
+            f"  {'TROUBLE' if finding.advice else 'ok':8}{finding.topic:18}{' '.join(finding.text.split())}", flush=True
+        )
+        if finding.advice:
+            print(f"{'':28}→ {finding.advice}", flush=True)
+            troubles += 1
+    return troubles
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""``hipgpt-doctor`` as a user meets it, with a JAX that works and with those that do not."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machines
+import programs
+import pytest
+
+from hipgpt_jax import doctor
+from hipgpt_jax.doctor import machine
+
+
+@pytest.fixture(autouse=True)
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines.make_bare(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., programs.Result]:
+    """Runs ``hipgpt-doctor`` in this process."""
+    return lambda *arguments: programs.call("doctor", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts a module of this source before the installed one, for the processes that are started."""
+
+    def put(name: str, source: str) -> None:
+        (tmp_path / "path" / name).mkdir(parents=True)
+        (tmp_path / "path" / name / "__init__.py").write_text(source)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+
+    return put
+
+
+def test_a_healthy_machine_has_no_trouble(
+    call: Callable[..., programs.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    result = call()
+    assert (result.code, result.err) == (0, "")
+    assert re.search(r"\n  ok +run +shakespeare: 1 step, latest 4000, whole, digests checked; in ", result.out)
+    assert re.search(r"\n  ok +environment +JAX_PLATFORMS=cpu\n", result.out)
+    assert re.search(r"\n  ok +JAX device +0: cpu\n", result.out)
+    assert "TROUBLE" not in result.out
+    assert result.out.splitlines()[-1] == "no trouble found"
+
+
+def test_jax_is_not_imported_in_its_own_process(cache: Path) -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['doctor']\n"
+        "try: runpy.run_module('hipgpt_jax.cli.doctor', run_name='__main__')\n"
+        "finally: print(sorted({'jax', 'flax', 'numpy', 'tokenizers'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=programs.environment(cache), capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise ImportError('no such symbol')", "does not start: ImportError: no such symbol (exit code 1)"),
+        ("import os; os.abort()", "does not start: it said nothing (Aborted)"),
+        ("import sys; print('banner'); sys.exit(3)", "does not start: it said nothing (exit code 3)"),
+    ],
+)
+def test_a_jax_that_does_not_start_is_a_trouble_and_no_crash(
+    call: Callable[..., programs.Result], module: Callable[[str, str], None], source: str, said: str
+) -> None:
+    module("jax", source)
+    result = call()
+    assert (result.code, result.err) == (1, "")
+    lines = result.out.splitlines()
+    (line,) = (i for i, text in enumerate(lines) if "TROUBLE" in text)
+    assert re.fullmatch(rf" +TROUBLE +JAX +{re.escape(said)}", lines[line])
+    assert re.fullmatch(r" +→ pip install --force-reinstall 'jax==[\d.]+' 'jaxlib==[\d.]+'", lines[line + 1])
+    assert lines[-1] == "1 trouble"
+    assert "shakespeare" in result.out
+    assert "Traceback" not in result.out
+
+
+def test_it_works_in_a_process_of_its_own_beside_a_broken_jax(
+    module: Callable[[str, str], None], tmp_path: Path, cache: Path
+) -> None:
+    module("jax", "raise ImportError('no such symbol')")
+    result = programs.spawn("doctor", cwd=tmp_path, cache=cache)
+    assert result.code == 1
+    assert result.err == ""
+    assert "TROUBLE JAX " in result.out
+
+
+def test_a_jax_that_hangs_is_given_up(module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module("jax", "import time; time.sleep(60)")
+    monkeypatch.setattr(machine, "PROBE_TIMEOUT_S", 0.5)
+    begin = time.monotonic()
+    (finding,) = machine.probe()
+    assert time.monotonic() - begin < 15
+    assert finding.text == "does not start: nothing came of it in 0.5 seconds"
+    assert "--device cpu" in (finding.advice or "")
+
+
+def test_memory_is_shown_and_a_device_that_does_not_compute_is_a_trouble(module: Callable[[str, str], None]) -> None:
+    kind = "platform, device_kind, id, memory_stats = 'gpu', 'AMD MI300X', 0, lambda self: {'bytes_limit': 8 * 10**9}"
+    module("jax", f"class Device:\n    {kind}\ndef devices(): return [Device()]\n")
+    device, jax = machine.probe()
+    assert device == doctor.Finding("JAX device", "0: gpu (AMD MI300X), 8.0 GB for JAX")
+    assert re.match("does not compute: AttributeError: .*'numpy'", jax.text)
+    assert jax.advice
+
+
+def test_a_flax_that_does_not_fit_is_a_trouble(module: Callable[[str, str], None]) -> None:
+    module("flax", "raise AttributeError('jax has no such thing')")
+    finding = machines.about("JAX", machine.probe())
+    assert "Flax does not import with it: AttributeError: jax has no such thing" in finding.text
+    assert re.match(r"pip install --force-reinstall 'flax.*!=0\.12\.9", finding.advice or "")
+
+
+def test_a_platform_that_jax_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "nosuch")
+    (finding,) = machine.probe()
+    assert "Unable to initialize backend 'nosuch'" in finding.text
+    assert "without JAX_PLATFORMS=nosuch" in (finding.advice or "")
+
+
+def test_the_caches_place_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "cache/hipgpt_jax/xla"
+    assert machine.cache() == doctor.Finding("compile cache", f"{place}: not made yet")
+    place.mkdir(parents=True)
+    for name in ("a-cache", "b-cache"):
+        (place / name).write_bytes(bytes(750_000))
+        (place / name.replace("cache", "atime")).write_bytes(b"8")
+    assert machine.cache() == doctor.Finding("compile cache", f"{place}: 2 programs, 1.5 MB")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    assert machine.cache().text == f"{tmp_path / 'own'}: not made yet"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
+    assert machine.cache().text == "gs://bucket/cache: remote, not looked into"
+
+
+def test_a_cache_that_cannot_be_made_is_a_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch(mode=0o755)
+    for own in ("file", "file/below"):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / own))
+        assert "export JAX_COMPILATION_CACHE_DIR=" in (machine.cache().advice or "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--run-name", "nosuch"), "run 'nosuch' not found .*Runs: shakespeare"),
+        (("--run-name", "../x"), "must be a plain name"),
+        (("--frobnicate",), "Unknown command line flag 'frobnicate'"),
+        (("more",), "unexpected argument 'more'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(
+    call: Callable[..., programs.Result], arguments: tuple[str, ...], message: str
+) -> None:
+    result = call(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(f"doctor: error: .*{message}.*\n", result.err)
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Path, cache: Path) -> None:
+    line = " ".join(["PATH=/bin:/usr/bin; exec", *programs.command("doctor"), "| head -c 1"])
+    done = subprocess.run(
+        ["/bin/bash", "-c", line], env=programs.environment(cache), capture_output=True, text=True, timeout=120
+    )
+    assert len(done.stdout) == 1
+    assert done.stderr == ""

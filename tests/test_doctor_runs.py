@@ -1,0 +1,118 @@
+"""``hipgpt-doctor`` on runs: which are whole, and what to do about those that are not."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import machines
+import programs
+import pytest
+
+from hipgpt_jax import doctor
+from hipgpt_jax.doctor import runs
+from hipgpt_jax.runs import directory
+
+
+@pytest.fixture(autouse=True)
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines.make_bare(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., programs.Result]:
+    """Runs ``hipgpt-doctor`` in this process."""
+    return lambda *arguments: programs.call("doctor", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture
+def tiny(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained run, to be damaged."""
+    target = tmp_path / "checkpoints" / "tiny"
+    shutil.copytree(trained / "checkpoints/tiny", target, symlinks=True)
+    return target
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_whole_run_is_one_line(tiny: Path) -> None:
+    (finding,) = runs.examine("tiny")
+    assert finding == doctor.Finding("run", "tiny: 2 steps, latest 40, whole, digests checked; in checkpoints/tiny")
+    assert [finding.topic for finding in runs.examine()] == ["checkpoints", "run", "run"]
+
+
+def test_a_damaged_latest_step_is_named_with_the_step_to_take(tiny: Path, call: Callable[..., programs.Result]) -> None:
+    cut(tiny / "tiny_step40.bin")
+    result = call("--run-name", "tiny")
+    assert result.code == 1
+    assert re.search(
+        r"TROUBLE run +tiny: step 40, the latest, is damaged: .*tiny_step40\.bin is not the file", result.out
+    )
+    assert re.search(r"\n +→ Restore the file; until then, take --step 20\n\n1 trouble\n$", result.out)
+    cut(tiny / "tiny_step20.bin")
+    latest, older = runs.examine("tiny")
+    assert latest.advice == "Restore the file, or train the run anew: hipgpt-train --run-name tiny --reset …"
+    assert "tiny: step 20 is damaged" in older.text
+
+
+def test_a_damaged_older_step_can_be_given_up_as_advised(tiny: Path) -> None:
+    cut(tiny / "tiny_step20.bin")
+    (finding,) = runs.examine("tiny")
+    words = (finding.advice or "").partition("rm ")[2].split()
+    assert words == ["checkpoints/tiny/tiny_step20_config.json", "checkpoints/tiny/tiny_step20.bin"]
+    for word in words:
+        Path(word).unlink()
+    assert [finding.advice for finding in runs.examine("tiny")] == [None]
+
+
+def test_a_config_that_cannot_be_read_is_one_trouble(tiny: Path) -> None:
+    cut(tiny / "tiny_step40_config.json")
+    (finding,) = runs.examine("tiny")
+    assert "latest_config.json is not JSON" in finding.text
+    assert finding.advice == "Restore the file; until then, take --step 20"
+
+
+def test_noverify_sees_only_what_is_missing(
+    tiny: Path, call: Callable[..., programs.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    cut(tiny / "tiny_step40.bin")
+    result = call("--run-name=tiny", "--noverify")
+    assert result.code == 0
+    assert "2 steps, latest 40, complete, digests not checked" in result.out
+    (tiny / "tiny_step40.bin").unlink()
+    result = call("--run-name=tiny", "--noverify")
+    assert result.code == 1
+    assert re.search(r"TROUBLE .*step 40, .* damaged: .*tiny_step40\.bin is missing", result.out)
+
+
+@pytest.mark.parametrize("name", ["latest_config.json", "latest_checkpoint.bin"])
+def test_a_dangling_link_is_mended_by_the_command_advised(tiny: Path, name: str) -> None:
+    (tiny / name).unlink()
+    (tiny / name).symlink_to("tiny_step60.bin")
+    (finding,) = runs.examine("tiny")
+    assert f"{name} points to tiny_step60.bin, which is not there" in finding.text
+    subprocess.run(["/bin/sh", "-c", f"PATH=/bin:/usr/bin; {finding.advice}"], check=True)
+    assert [finding.advice for finding in runs.examine("tiny")] == [None]
+
+
+def test_runs_without_a_checkpoint_are_told_and_no_trouble(tiny: Path) -> None:
+    for path in (*tiny.glob("*.bin"), *tiny.glob("*_config.json")):
+        path.unlink()
+    (tiny.parent / "empty").mkdir()
+    (tiny.parent / "notes.txt").touch()
+    empty, shakespeare, begun = list(runs.examine())[1:]
+    assert "empty: a directory without a checkpoint" in empty.text
+    assert shakespeare.text.startswith("shakespeare: ")
+    assert begun.text == "tiny: begun, no whole checkpoint yet; --resume goes on with it"
+    assert machines.troubles((empty, shakespeare, begun)) == []
+
+
+def test_the_packages_own_run_is_restored_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(directory.SHIPPED, tmp_path / "shipped")
+    monkeypatch.setattr(directory, "SHIPPED", tmp_path / "shipped")
+    cut(tmp_path / "shipped/shakespeare/shakespeare_step4000.bin")
+    assert "git checkout" in (machines.troubles(runs.examine())[0].advice or "")
