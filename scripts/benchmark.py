@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, sampler, sampling
+from hipgpt_jax.generation import decoding, events, sampler, sampling
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import weights
 
@@ -139,7 +139,7 @@ def _between(times: Sequence[float]) -> tuple[float, float]:
 def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> Request:
     engine = sampler.Sampler(model, params, config.DecodingConfig())
     generation = config.GenerationConfig(num_tokens=num_tokens)
-    asked = sampler.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
+    asked = events.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
 
     def request() -> tuple[float, float]:
         return _between([time.perf_counter() for event in engine.run([asked]) if event.token is not None])
@@ -154,7 +154,8 @@ def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> Request:
     zero_B, prompt_1T = jnp.zeros(1, jnp.int32), jnp.asarray([_PROMPT_IDS], jnp.int32)
     context_BS = jnp.pad(prompt_1T, ((0, 0), (0, W - prompt_1T.size)))
     seen_BV = jnp.zeros((1, model.vocab_size), bool).at[0, prompt_1T[0]].set(True)
-    start = decoding.State(zero_B, zero_B, zero_B + prompt_1T.size, context_BS, seen_BV)
+    logits_BV = jnp.zeros((1, model.vocab_size))
+    start = decoding.State(zero_B, zero_B, zero_B + prompt_1T.size, context_BS, seen_BV, logits_BV)
     read = jax.jit(functools.partial(decoding.read_window, module, length=len(_PROMPT_IDS)))
 
     @jax.jit

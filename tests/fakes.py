@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import sampler
+from hipgpt_jax.generation import events, sampler
 from hipgpt_jax.runs import weights
 
 # The vocabulary exceeds ``sampling.CANDIDATES``, so that the fast and the slow way to draw are both compiled.
@@ -49,9 +49,9 @@ def request(
     seed: int = 0,
     eos_id: int = -1,
     **settings: Any,
-) -> sampler.Request:
+) -> events.Request:
     """Returns a request for one sample; ``settings`` are those of ``config.SamplingConfig``."""
-    return sampler.Request(
+    return events.Request(
         prompt_ids=prompt_ids,
         sample=sample,
         generation=config.GenerationConfig(num_tokens=num_tokens, seed=seed, eos_id=eos_id),
@@ -64,7 +64,7 @@ def prompt(length: int) -> tuple[int, ...]:
     return tuple(np.random.RandomState(length).randint(0, MODEL.vocab_size, length).tolist())
 
 
-def tokens_of(source: sampler.Sampler, requests: list[sampler.Request]) -> list[list[int]]:
+def tokens_of(source: sampler.Sampler, requests: list[events.Request]) -> list[list[int]]:
     """Returns the tokens that each request drew."""
     tokens: list[list[int]] = [[] for _ in requests]
     for event in source.run(requests):

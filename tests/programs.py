@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from hipgpt_jax.cli import generate, train
+from hipgpt_jax.cli import doctor, evaluate, generate, inspect, replay, train
 
-MAINS: dict[str, Callable[[], None]] = {"generate": generate.main, "train": train.main}
+MAINS: dict[str, Callable[[], None]] = {
+    "doctor": doctor.main,
+    "evaluate": evaluate.main,
+    "generate": generate.main,
+    "inspect": inspect.main,
+    "replay": replay.main,
+    "train": train.main,
+}
 
 _LINES = ("the king and his fool went up to see", "what a queen would say of all that they had lost in war")
 WORDS = " ".join(_LINES).split(" ")

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import sampler
+from hipgpt_jax.generation import events, sampler
 
 # Width, and the window's stride. Prompts of up to 14 tokens lie in both buckets and beyond the window of 11.
 SHAPES = [(1, 1), (3, 1), (3, 4)]
@@ -31,12 +31,12 @@ def sampler_of(width: int, stride: int) -> sampler.Sampler:
 
 
 @functools.cache
-def alone(width: int, stride: int, request: sampler.Request) -> list[int]:
+def alone(width: int, stride: int, request: events.Request) -> list[int]:
     """The tokens of a request that nothing else runs beside."""
     return fakes.tokens_of(sampler_of(width, stride), [request])[0]
 
 
-def requests() -> st.SearchStrategy[sampler.Request]:
+def requests() -> st.SearchStrategy[events.Request]:
     return st.builds(
         fakes.request,
         st.integers(1, 14).map(fakes.prompt),
@@ -51,7 +51,7 @@ def requests() -> st.SearchStrategy[sampler.Request]:
     )
 
 
-def longer(request: sampler.Request, more: int) -> sampler.Request:
+def longer(request: events.Request, more: int) -> events.Request:
     generation = dataclasses.replace(request.generation, num_tokens=request.generation.num_tokens + more)
     return dataclasses.replace(request, generation=generation)
 
@@ -60,7 +60,7 @@ def longer(request: sampler.Request, more: int) -> sampler.Request:
 @SETTINGS
 @hypothesis.given(st.lists(requests(), min_size=1, max_size=7), st.randoms())
 def test_sample_is_the_same_alone_and_in_any_company_and_order(
-    width: int, stride: int, wanted: list[sampler.Request], random: Any
+    width: int, stride: int, wanted: list[events.Request], random: Any
 ) -> None:
     wanted = [*wanted, random.choice(wanted)]
     random.shuffle(wanted)
@@ -71,7 +71,7 @@ def test_sample_is_the_same_alone_and_in_any_company_and_order(
 @SETTINGS
 @hypothesis.given(requests(), st.integers(0, 40))
 def test_first_tokens_of_a_longer_run_are_the_shorter_run(
-    width: int, stride: int, request_: sampler.Request, more: int
+    width: int, stride: int, request_: events.Request, more: int
 ) -> None:
     short = alone(width, stride, request_)
     longest = alone(width, stride, longer(request_, more))
@@ -102,8 +102,8 @@ def test_streams_may_be_read_by_turns_and_left(width: int, stride: int) -> None:
     next(left)
     streams = [source.run(group) for group in groups]
     drawn: list[list[list[int]]] = [[[] for _ in group] for group in groups]
-    for events in zip(*streams, strict=True):
-        for group, event in zip(drawn, events, strict=True):
+    for turn in zip(*streams, strict=True):
+        for group, event in zip(drawn, turn, strict=True):
             if event.token is not None:
                 group[event.index].append(event.token)
     assert drawn == [[alone(width, stride, one) for one in group] for group in groups]

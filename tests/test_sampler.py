@@ -1,5 +1,7 @@
 """The sampler against a naive loop of full forward passes, and how samples begin and end."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from hipgpt_jax.generation import sampler, sampling
+from hipgpt_jax.generation import events, sampler, sampling
 from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
@@ -24,7 +26,7 @@ choose = jax.jit(sampling.choose)
 uniform = jax.jit(sampling.uniform)
 
 
-def naive(request: sampler.Request, window: int, stride: int) -> list[int]:
+def naive(request: events.Request, window: int, stride: int) -> list[int]:
     """Generates by a full forward pass over the window for every token; nothing is kept between them.
 
     With ``m`` tokens from the first one read, the window starts at the first multiple of the stride
@@ -86,7 +88,7 @@ def test_stop_ends_where_the_window_is_full(narrow: sampler.Sampler, monkeypatch
     assert [len(tokens) for tokens in drawn] == [WINDOW, WINDOW - 3, 2, 1, 1, 3]
     for one, tokens in zip(requests, drawn, strict=True):
         assert tokens == naive(one, WINDOW, 1)[: len(tokens)]
-    reasons = [event.finish_reason for event in narrow.run(requests) if event.token is None]
+    reasons = [event.finish_reason for event in narrow.run(requests) if event.finish_reason is not None]
     assert reasons == ["length"] * len(requests)
 
 
@@ -110,11 +112,7 @@ def test_refused_requests(narrow: sampler.Sampler) -> None:
         fakes.make_sampler(window_stride=WINDOW + 1)
 
 
-def test_prompt_beyond_the_window_loses_its_first_tokens(narrow: sampler.Sampler) -> None:
-    assert [narrow.dropped(fakes.request(fakes.prompt(n))) for n in (1, WINDOW, WINDOW + 1, 40)] == [0, 0, 1, 29]
-
-
-def test_eos_ends_its_row_alone_and_is_no_token(wide: sampler.Sampler) -> None:
+def test_eos_ends_its_row_alone_and_is_its_last_token(wide: sampler.Sampler) -> None:
     """Every token of a row in turn is made the id that ends it, and its last one, and none."""
     plain = [fakes.request(fakes.prompt(n), num_tokens=n + 12) for n in (2, 9, 4)]
     expected = fakes.tokens_of(wide, plain)
@@ -122,13 +120,35 @@ def test_eos_ends_its_row_alone_and_is_no_token(wide: sampler.Sampler) -> None:
         for eos_id in {*expected[row], -1, 149}:
             ending = list(plain)
             ending[row] = fakes.request(plain[row].prompt_ids, num_tokens=len(expected[row]), eos_id=eos_id)
-            events = list(wide.run(ending))
+            happened = list(wide.run(ending))
             for index, tokens in enumerate(expected):
-                own = [event for event in events if event.index == index]
+                own = [event for event in happened if event.index == index]
                 ended = index == row and eos_id in tokens
-                kept = tokens[: tokens.index(eos_id)] if ended else tokens
-                assert [event.token for event in own] == [*kept, None]
-                assert [event.finish_reason for event in own] == [*[None] * len(kept), "eos" if ended else "length"]
+                kept = tokens[: tokens.index(eos_id) + 1] if ended else tokens
+                reasons = [*[None] * (len(kept) - 1), "eos" if ended else "length"]
+                assert [event.token for event in own] == kept
+                assert [event.finish_reason for event in own] == reasons
+
+
+def test_a_request_may_end_its_sample_with_any_token_but_the_end_token(wide: sampler.Sampler) -> None:
+    """``ends`` hears of every token once, in order, and the token it ends with is still the sample's."""
+    plain = [fakes.request(fakes.prompt(n), num_tokens=12) for n in (2, 9, 4)]
+    expected = fakes.tokens_of(wide, plain)
+    heard: list[list[int]] = [[], [], []]
+
+    def listen(row: int, token: int) -> bool:
+        heard[row].append(token)
+        return len(heard[row]) == 4 * (row + 1)
+
+    ending = [dataclasses.replace(one, ends=functools.partial(listen, row)) for row, one in enumerate(plain)]
+    happened = list(wide.run(ending))
+    assert heard == [tokens[: 4 * (row + 1)] for row, tokens in enumerate(expected)]
+    assert heard == [[event.token for event in happened if event.index == row] for row in range(3)]
+    assert sorted(event.index for event in happened if event.finish_reason == "stop") == [0, 1, 2]
+    silent = dataclasses.replace(
+        plain[0], ends=lambda token: True, generation=fakes.request(eos_id=expected[0][0]).generation
+    )
+    assert [event.finish_reason for event in wide.run([silent])] == ["eos"]
 
 
 @pytest.mark.parametrize("length", [2, WINDOW + 2])
@@ -139,8 +159,8 @@ def test_work_stops_after_eos(length: int, narrow: sampler.Sampler, monkeypatch:
     steps = []
     step = narrow._step
     monkeypatch.setattr(narrow, "_step", lambda *args: steps.append(1) or step(*args))
-    events = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
-    assert len(events) == drawn + 1
+    happened = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
+    assert len(happened) == drawn + 1
     assert len(steps) <= drawn + 1
     steps.clear()
     list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30)]))
@@ -149,7 +169,7 @@ def test_work_stops_after_eos(length: int, narrow: sampler.Sampler, monkeypatch:
 
 def test_no_tokens_asked_for_is_an_end_without_work(wide: sampler.Sampler) -> None:
     nothing = fakes.request(num_tokens=0)
-    ends = [sampler.Event(index=i, finish_reason="length") for i in range(4)]
+    ends = [events.Event(index=i, finish_reason="length") for i in range(4)]
     with fakes.compilations() as compiled:
         assert list(fakes.make_sampler(width=3).run([nothing] * 4)) == ends
     assert not compiled
@@ -162,16 +182,16 @@ def test_requests_are_taken_as_they_are_needed(wide: sampler.Sampler) -> None:
     """So that any number of them runs in constant memory."""
     taken = []
 
-    def endless() -> Iterator[sampler.Request]:
+    def endless() -> Iterator[events.Request]:
         for sample in range(10**9):
             taken.append(sample)
             yield fakes.request(num_tokens=2, sample=sample)
 
-    events = wide.run(endless())
-    for _ in range(9):
-        next(events)
+    happened = wide.run(endless())
+    for _ in range(6):
+        next(happened)
     assert len(taken) == 3
-    next(events)
+    next(happened)
     assert len(taken) == 6
 
 
@@ -189,16 +209,16 @@ def test_bucket_is_tight_monotone_and_within_the_window() -> None:
 @hypothesis.given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(1, 5), st.randoms())
 def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int], width: int, random: Any) -> None:
     samples = [
-        [sampler.Event(index=i, token=t) for t in range(length)] + [sampler.Event(index=i, finish_reason="length")]
+        [events.Event(index=i, token=t) for t in range(length)] + [events.Event(index=i, finish_reason="length")]
         for i, length in enumerate(lengths)
     ]
-    given: list[sampler.Event] = []
+    given: list[events.Event] = []
     for first in range(0, len(samples), width):
         group = [list(sample) for sample in samples[first : first + width]]
         while any(group):
             given.append(random.choice([sample for sample in group if sample]).pop(0))
     taken = []
-    ordered = sampler.in_order(event for event in given if taken.append(event) or True)
+    ordered = events.in_order(event for event in given if taken.append(event) or True)
     for place, event in enumerate(expected := [event for sample in samples for event in sample]):
         assert next(ordered) == event
         assert set(expected[: place + 1]) <= set(taken)

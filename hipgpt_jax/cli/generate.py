@@ -1,21 +1,15 @@
 """``hipgpt-generate``: text from a trained run."""
 
-import dataclasses
 import secrets
 import sys
-import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from absl import flags
 
-from hipgpt_jax import config, devices
-from hipgpt_jax.cli import program
-from hipgpt_jax.runs import directory, weights
-from hipgpt_jax.text import tokenizer
-
-if TYPE_CHECKING:
-    from hipgpt_jax.generation import sampler
+from hipgpt_jax import api, config, devices
+from hipgpt_jax.cli import program, writing
+from hipgpt_jax.generation import source
+from hipgpt_jax.runs import directory, output, provenance
+from hipgpt_jax.text import prompts
 
 SUMMARY = """Generate text from a trained run. The text goes to stdout as it is made, the facts to stderr.
 
@@ -28,7 +22,16 @@ streaming are. Examples:
 FLAGS = flags.FlagValues()
 _SAMPLING, _DECODING, _GENERATION = config.SamplingConfig(), config.DecodingConfig(), config.GenerationConfig()
 
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; at least one token.", flag_values=FLAGS)
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "Text to continue, at least one token; - reads it from stdin.", flag_values=FLAGS
+)
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file",
+    None,
+    "File of prompts instead: one a line, or in a .jsonl file a JSON object a line, with prompt, id, seed, "
+    "num_samples, num_tokens, eos_id, stop, temp, top_k, top_p, rep_penalty.",
+    flag_values=FLAGS,
+)
 _RUN_NAME = flags.DEFINE_string(
     "run-name", None, "Run to generate from: a directory in checkpoints/, or a run of the package.", flag_values=FLAGS
 )
@@ -72,6 +75,9 @@ _REP_PENALTY = flags.DEFINE_float(
     "Penalty on tokens already in the text, once each; 1 is none.",
     flag_values=FLAGS,
 )
+_STOP = flags.DEFINE_multi_string(
+    "stop", list(_GENERATION.stop), "Text that ends a sample and is cut off; may be given again.", flag_values=FLAGS
+)
 _SEED = flags.DEFINE_integer(
     "seed", _GENERATION.seed, "Seed of the random numbers; -1 draws one and shows it.", flag_values=FLAGS
 )
@@ -81,34 +87,21 @@ _BATCH_SIZE = flags.DEFINE_integer(
 )
 _STREAM = flags.DEFINE_boolean("stream", True, "Print each token when it is made.", flag_values=FLAGS)
 _ECHO = flags.DEFINE_boolean("echo", False, "Print the prompt before its continuation.", flag_values=FLAGS)
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "File to append a record of each sample to, a JSON line; a finished sample in it is not made again. - writes the "
+    "records to stdout, in place of the text. Records of a --prompts_file are written in place of the text too.",
+    flag_values=FLAGS,
+)
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the records in --output.", flag_values=FLAGS)
+_TOP_LOGPROBS = flags.DEFINE_integer(
+    "top_logprobs",
+    _GENERATION.top_logprobs,
+    f"Alternatives to record with each token, up to {config.MAX_ALTERNATIVES}.",
+    flag_values=FLAGS,
+)
 _DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=FLAGS)
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Clock:
-    """Times of one command, in seconds since it began, and the tokens it drew."""
-
-    began: float = dataclasses.field(default_factory=time.perf_counter)
-    loaded: float = 0.0
-    first_token: float = 0.0
-    last_token: float = 0.0
-    tokens: int = 0
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def count_token(self) -> None:
-        self.last_token = self.elapsed()
-        self.first_token = self.first_token or self.last_token
-        self.tokens += 1
-
-    def summary(self) -> str:
-        facts = [f"loaded in {self.loaded:.2f} s"]
-        if self.tokens:
-            facts.append(f"first token {self.first_token - self.loaded:.2f} s later")
-        if self.tokens > 1:
-            facts.append(f"then {(self.tokens - 1) / (self.last_token - self.first_token):.0f} tokens/s")
-        return f"{self.tokens} tokens: {', '.join(facts)}, {self.elapsed():.2f} s in all"
 
 
 def main() -> None:
@@ -117,41 +110,31 @@ def main() -> None:
 
 
 def _generate() -> None:
-    clock = _Clock()
-    prompt, run = program.required(_PROMPT), program.required(_RUN_NAME)
+    origin = provenance.Origin(argv=provenance.arguments("hipgpt-generate", sys.argv))
+    run_name = program.required(_RUN_NAME)
     decode, generation, sampling = _configs()
-    checkpoint = directory.read_checkpoint(run, _STEP.value)
-    decode.resolve_window(checkpoint.model)
-    generation.check_vocabulary(checkpoint.model.vocab_size)
-    checkpoint.verify()
-    vocabulary = tokenizer.Tokenizer.load(checkpoint.tokenizer)
-    if vocabulary.vocab_size != checkpoint.model.vocab_size:
-        raise ValueError(
-            f"{checkpoint.tokenizer} has {vocabulary.vocab_size} ids: the model in its config needs "
-            f"{checkpoint.model.vocab_size}. Restore the tokenizer that the run was trained with"
-        )
-    prompt_ids = tuple(vocabulary.encode(prompt))
-    if not prompt_ids:
-        raise ValueError("--prompt is empty: it must hold at least one token")
-    device = devices.start(_DEVICE.value, program.note)
-    devices.use_compilation_cache(program.note)
-    program.note(f"{checkpoint.run} step {checkpoint.step} of {_place(checkpoint)} on {device}, seed {generation.seed}")
-
-    from hipgpt_jax.generation import sampler
-
-    engine = sampler.Sampler(checkpoint.model, weights.read(checkpoint.weights, checkpoint.model), decode)
-    first = sampler.Request(prompt_ids=prompt_ids, sample=0, generation=generation, sampling=sampling)
-    requests = (dataclasses.replace(first, sample=i) for i in range(generation.num_samples))
-    if dropped := engine.dropped(first):
-        program.note(f"the prompt has {len(prompt_ids)} tokens: the first {dropped} are beyond the window and not read")
-    clock.loaded = clock.elapsed()
-    _write(
-        vocabulary,
-        sampler.in_order(engine.run(requests)),
-        clock,
-        before=vocabulary.decode(prompt_ids) if _ECHO.value else "",
-    )
-    program.note(clock.summary())
+    several = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
+    found = source.open_run(run_name, _STEP.value, decode)
+    ask = found.ask_all if _PROMPTS_FILE.value else lambda prompts, *defaults: [found.ask(prompts[0], *defaults)]
+    asked = ask(several, sampling, generation)
+    with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value) as out:
+        device = devices.start(_DEVICE.value, program.note)
+        devices.use_compilation_cache(program.note)
+        step = found.checkpoint
+        program.note(f"{step.run} step {step.step} of {_place(step)} on {device}, seed {generation.seed}")
+        for one in asked:
+            if len(one.prompt_ids) > found.window:
+                program.note(
+                    f"{'the prompt' if len(asked) == 1 else f'prompt {one.id}'} has {len(one.prompt_ids)} tokens: "
+                    f"the first {len(one.prompt_ids) - found.window} are beyond the window and not read"
+                )
+        run = api.Run(found, device, origin)
+        if isinstance(out, output.Output):
+            known = {one.id: run.recorder.basis(one) for one in asked}
+            prompt = prompts.Prompt(text="-")
+            out.require_same(known.get, run.recorder.basis(found.ask(prompt, sampling, generation)))
+        shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)
+        writing.write(run, asked, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
 
 
 def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.SamplingConfig]:
@@ -167,7 +150,13 @@ def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.S
         num_samples=_NUM_SAMPLES.value,
         seed=secrets.randbelow(config.MAX_SEED + 1) if _SEED.value == -1 else _SEED.value,
         eos_id=_EOS_ID.value,
+        stop=tuple(_STOP.value),
+        top_logprobs=_TOP_LOGPROBS.value,
     )
+    if generation.top_logprobs and _OUTPUT.value is None:
+        raise ValueError("--top_logprobs is for the record: give --output too")
+    if _OVERWRITE.value and _OUTPUT.value in (None, "-"):
+        raise ValueError("--overwrite is for the record file: give --output too")
     sampling = config.SamplingConfig(
         temperature=_TEMP.value,
         top_k=_TOP_K.value,
@@ -179,23 +168,6 @@ def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.S
 
 def _place(checkpoint: directory.Checkpoint) -> str:
     return "the package" if checkpoint.directory.parent == directory.SHIPPED else f"{directory.CHECKPOINTS}/"
-
-
-def _write(vocabulary: tokenizer.Tokenizer, events: Iterator["sampler.Event"], clock: _Clock, *, before: str) -> None:
-    """Writes each sample, ``before`` first and a line end last, token by token where streaming was asked for."""
-    decoder = None
-    for event in events:
-        if decoder is None:
-            decoder = vocabulary.decoder()
-            sys.stdout.write(before)
-        if event.token is not None:
-            clock.count_token()
-            sys.stdout.write(decoder.push(event.token))
-        else:
-            sys.stdout.write(decoder.finish() + "\n")
-            decoder = None
-        if _STREAM.value:
-            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ class Score:
         """Exponential of the loss, which is taken as 700 at most to stay finite."""
         return math.exp(min(self.loss, 700.0))
 
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of the text."""
+        return self.nats_per_byte / math.log(2)
+
 
 def sum_tokens(logits_BTV: jax.Array, targets_BT: jax.Array, kept_BT: jax.Array | None = None) -> TokenSums:
     """Sums the loss and the correct predictions of the targets kept, all by default; log-softmax in float32."""
@@ -57,6 +62,56 @@ def _sum_window(
     return sum_tokens(model.bind({"params": params})(tokens_BT, dropout=0.0), targets_BT, kept_BT)
 
 
+def rows_of(length: int) -> int:
+    """Returns how many windows of a length to score at a time: 2048 tokens keep a CPU busy and need little memory."""
+    return max(1, 2048 // length)
+
+
+def check_stride(stride: int, window: int) -> None:
+    """Raises ValueError where windows of a length cannot lie ``stride`` apart."""
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must be at least 1 and at most the window of {window} tokens: got {stride}")
+
+
+class Windows(NamedTuple):
+    """How a text is cut into windows, so that each token but the first is predicted once.
+
+    The context rule: the first window predicts all its ``length`` tokens, each from those before it.
+    Every further one begins ``stride`` tokens after the one before and predicts the last ``stride`` of
+    its own, so each from at least ``length - stride`` and at most ``length`` tokens. A stride of 1 is the
+    exact sliding window of generation, ``N`` that of ``--window_stride N``, ``length`` cuts the
+    text into windows that do not overlap.
+
+    Attributes:
+        starts: Where the windows begin.
+        length: Inputs in a window, ``T``.
+        stride: Tokens from one window to the next.
+        targets: Tokens that are predicted, one less than the text has.
+    """
+
+    starts: np.ndarray
+    length: int
+    stride: int
+    targets: int
+
+    @classmethod
+    def over(cls, targets: int, *, length: int, stride: int) -> "Windows":
+        """Returns the windows over a text of ``targets + 1`` tokens; raises ValueError for a stride out of range."""
+        check_stride(stride, length)
+        further = -(-max(0, targets - length) // stride)
+        return cls(np.arange(1 + further) * stride, length, stride, targets)
+
+    def places(self, starts: np.ndarray) -> np.ndarray:
+        """Returns the places of the inputs of windows, ``[B, T]``; beyond the end they repeat the last one."""
+        return np.minimum(starts[:, None] + np.arange(self.length), self.targets - 1)
+
+    def counted(self, starts: np.ndarray) -> np.ndarray:
+        """Returns which predictions of windows count, ``[B, T]``."""
+        T = np.arange(self.length)
+        is_new = (starts[:, None] == 0) | (self.length - self.stride <= T)
+        return is_new & (starts[:, None] + T < self.targets)
+
+
 def score(
     model: transformer.Transformer,
     params: Any,
@@ -65,13 +120,10 @@ def score(
     text_bytes: int,
     batch_size: int,
     length: int,
+    stride: int | None = None,
     max_batches: int = 0,
 ) -> Score:
-    """Scores every token of ``ids`` but the first, each once.
-
-    The context rule: the text is cut into windows of ``length`` inputs that do not overlap, so the
-    ``j``-th token of a window is predicted from the ``j`` tokens before it in that window and
-    the last one of the window before.
+    """Scores every token of ``ids`` but the first, each once; ``Windows`` has the context rule.
 
     Args:
         model: The model.
@@ -80,17 +132,18 @@ def score(
         text_bytes: Bytes of text that the scored ids stand for.
         batch_size: Windows at a time.
         length: Inputs in a window, at most the model's ``max_seq_len``.
+        stride: Tokens from one window to the next; ``length`` if absent, so that they do not overlap.
         max_batches: Batches scored, evenly spread over the text; 0 scores all.
     """
     targets = len(ids) - 1
-    starts = np.arange(0, targets, length)
-    batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
+    windows = Windows.over(targets, length=length, stride=length if stride is None else stride)
+    batches = [windows.starts[i : i + batch_size] for i in range(0, len(windows.starts), batch_size)]
     if 0 < max_batches < len(batches):
         batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
     nll, correct, scored = 0.0, 0, 0
     for batch in batches:
-        at_BT = np.minimum(np.resize(batch, batch_size)[:, None] + np.arange(length), targets - 1)
-        kept_BT = np.resize(batch, batch_size)[:, None] + np.arange(length) < targets
+        padded = np.resize(batch, batch_size)
+        at_BT, kept_BT = windows.places(padded), windows.counted(padded)
         kept_BT[len(batch) :] = False
         sums = _sum_window(
             model,

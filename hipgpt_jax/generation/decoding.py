@@ -35,6 +35,7 @@ class State(NamedTuple):
         length_B: Tokens in the context.
         context_BS: The ids that the model has read, from slot 0; nothing stands at ``length`` and after.
         seen_BV: Whether a token stands in the prompt or the output.
+        logits_BV: What the newest token was drawn from; no step reads it.
     """
 
     index_B: jax.Array
@@ -42,6 +43,7 @@ class State(NamedTuple):
     length_B: jax.Array
     context_BS: jax.Array
     seen_BV: jax.Array
+    logits_BV: jax.Array
 
 
 def read_window(
@@ -109,9 +111,13 @@ def where(rows_B: jax.Array, chosen: State, other: State) -> State:
     return jax.tree.map(select, chosen, other)
 
 
-def _draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
+def uniform(rows: Rows, state: State) -> jax.Array:
+    """Returns the uniform numbers ``[B]`` of the tokens that the state draws next."""
     key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")
-    uniform_B = jax.vmap(sampling.uniform)(key_B, state.index_B)
-    token_B = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform_B)
+    return jax.vmap(sampling.uniform)(key_B, state.index_B)
+
+
+def _draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
+    token_B = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform(rows, state))
     seen_BV = state.seen_BV | (jnp.arange(state.seen_BV.shape[1])[None] == token_B[:, None])
-    return state._replace(index_B=state.index_B + 1, token_B=token_B, seen_BV=seen_BV)
+    return state._replace(index_B=state.index_B + 1, token_B=token_B, seen_BV=seen_BV, logits_BV=logits_BV)

@@ -1,6 +1,5 @@
 """Samples from prompts: the one driver over the decode step, for a stream and for a batch."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,44 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, sampling
+from hipgpt_jax.generation import decoding, events, facts, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 
 _SMALLEST_BUCKET = 8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """One sample to make.
-
-    Attributes:
-        prompt_ids: The prompt's ids, at least one; those before the last ``W`` are not read.
-        sample: Index of the sample among those of its prompt, from 0.
-        generation: How many tokens, the seed, and the id that ends the sample.
-        sampling: How each token is chosen.
-    """
-
-    prompt_ids: tuple[int, ...]
-    sample: int
-    generation: config.GenerationConfig
-    sampling: config.SamplingConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """What happened to a sample: a token was drawn, or it ended.
-
-    Attributes:
-        index: Place of the sample's request.
-        token: The id drawn; None at the end.
-        finish_reason: ``length`` where the tokens or the window ran out, ``eos`` where the end token
-            was drawn; None before the end.
-    """
-
-    index: int
-    token: int | None = None
-    finish_reason: str | None = None
 
 
 class Sampler:
@@ -74,20 +40,25 @@ class Sampler:
         self.model = model
         self.window = decode.resolve_window(model)
         self._decode = decode
-        self._params = jax.device_put(params)
+        self.params = jax.device_put(params)
         module = transformer.Transformer(model)
         self._read = jax.jit(functools.partial(decoding.read_window, module), static_argnames="length")
         self._advance = jax.jit(functools.partial(decoding.advance, module))
         self._append = jax.jit(kv.append, donate_argnums=0)
         self._roll = jax.jit(functools.partial(_roll, module, stride=decode.window_stride))
+        self._measure = jax.jit(facts.measure)
         self._where = jax.jit(decoding.where)
         self._where_cache = jax.jit(kv.where)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def run(self, requests: Iterable[events.Request], *, measure: bool = False) -> Iterator[events.Event]:
         """Yields the tokens of each request as they are drawn, and how it ended.
 
         Requests are taken ``width`` at a time; a last partial group is padded. Within a group the
         events of its samples alternate, token by token.
+
+        Args:
+            requests: Taken as they are needed.
+            measure: Whether events carry facts; it changes no token.
 
         Raises:
             ValueError: A request is empty, or cannot fit the window where overflow is an error.
@@ -97,60 +68,55 @@ class Sampler:
         while group := list(itertools.islice(source, self._decode.width)):
             for request in group:
                 self.check(request)
-            yield from self._run_group(first, group)
+            yield from self._run_group(first, group, measure)
             first += len(group)
 
-    def check(self, request: Request) -> None:
+    def check(self, request: events.Request) -> None:
         """Raises ValueError where a request cannot be served."""
         if not request.prompt_ids:
             raise ValueError("the prompt is empty: it must hold at least one token")
-        request.generation.check_vocabulary(self.model.vocab_size)
-        needed = len(request.prompt_ids) + request.generation.num_tokens - 1
-        if self._decode.overflow == "error" and request.generation.num_tokens and needed > self.window:
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.model.vocab_size:
             raise ValueError(
-                f"a prompt of {len(request.prompt_ids)} tokens and {request.generation.num_tokens} new ones need a "
-                f"window of {needed}: it holds {self.window}. Ask for fewer tokens, or use --overflow=roll"
+                f"the prompt's ids must be at least 0 and below the vocabulary's size {self.model.vocab_size}"
             )
+        request.generation.check_vocabulary(self.model.vocab_size)
+        self._decode.check_fits(self.window, len(request.prompt_ids), request.generation.num_tokens)
 
-    def dropped(self, request: Request) -> int:
-        """Returns how many of the prompt's first tokens are beyond the window and not read."""
-        return max(0, len(request.prompt_ids) - self.window)
-
-    def _run_group(self, first: int, group: list[Request]) -> Iterator[Event]:
+    def _run_group(self, first: int, group: list[events.Request], measure: bool) -> Iterator[events.Event]:
         limit_B = [self._limit(request) for request in group]
         active_B = np.array([limit > 0 for limit in limit_B] + [False] * (self._decode.width - len(group)))
         for row, limit in enumerate(limit_B):
             if limit == 0:
-                yield Event(index=first + row, finish_reason="length")
+                yield events.Event(index=first + row, finish_reason="length")
         if not active_B.any():
             return
-        rows, state = self._start(group)
-        length_B = np.array(state.length_B)
-        state, cache = self._read_prompts(rows, state, length_B)
+        rows, before = self._start(group)
+        length_B = np.array(before.length_B)
+        state, cache = self._read_prompts(rows, before, length_B)
         for drawn in itertools.count(1):
-            newest = state.token_B
+            newest = state
+            measured = self._measure(rows, before, newest) if measure else None
             wanted_B = active_B.copy()
             wanted_B[: len(group)] &= np.array(limit_B) > drawn
             if wanted_B.any():
-                state, cache = self._step(rows, state, cache, length_B, wanted_B)
-            token_B = np.asarray(newest)
-            for row in np.flatnonzero(active_B):
-                token, eos_id = int(token_B[row]), group[row].generation.eos_id
-                if token != eos_id:
-                    yield Event(index=first + int(row), token=token)
-                if token == eos_id or drawn == limit_B[row]:
-                    active_B[row] = False
-                    yield Event(index=first + int(row), finish_reason="eos" if token == eos_id else "length")
+                before = newest
+                state, cache = self._step(rows, newest, cache, length_B, wanted_B)
+            token_B, measured = np.asarray(newest.token_B), jax.device_get(measured)
+            for row in np.flatnonzero(active_B).tolist():
+                found = None if measured is None else events.facts_of(measured, row)
+                event = events.event_of(first + row, int(token_B[row]), found, group[row], last=drawn == limit_B[row])
+                active_B[row] = event.finish_reason is None
+                yield event
             if not active_B.any():
                 return
 
-    def _limit(self, request: Request) -> int:
+    def _limit(self, request: events.Request) -> int:
         """Tokens that a sample may have before it ends for want of tokens or of window."""
         if self._decode.overflow != "stop":
             return request.generation.num_tokens
         return min(request.generation.num_tokens, self.window - min(len(request.prompt_ids), self.window) + 1)
 
-    def _start(self, group: Sequence[Request]) -> tuple[decoding.Rows, decoding.State]:
+    def _start(self, group: Sequence[events.Request]) -> tuple[decoding.Rows, decoding.State]:
         """The state before the prompts are read; rows without a request repeat the first one."""
         padded = [*group, *[group[0]] * (self._decode.width - len(group))]
         B, W, V = len(padded), self.window, self.model.vocab_size
@@ -170,6 +136,7 @@ class Sampler:
             length_B=jnp.asarray([min(len(request.prompt_ids), W) for request in padded], jnp.int32),
             context_BS=jnp.asarray(context_BS),
             seen_BV=jnp.asarray(seen_BV),
+            logits_BV=jnp.zeros((B, V), jnp.float32),
         )
         return rows, state
 
@@ -178,7 +145,7 @@ class Sampler:
     ) -> tuple[decoding.State, kv.Cache]:
         """Reads each row in its own bucket, so that no other row's length touches its arithmetic."""
         bucket_B = np.array([bucket(int(length), self.window) for length in length_B])
-        read = {size: self._read(self._params, rows, start, length=size) for size in sorted(set(bucket_B.tolist()))}
+        read = {size: self._read(self.params, rows, start, length=size) for size in sorted(set(bucket_B.tolist()))}
         (size, (state, cache)), *others = read.items()
         for size, (other_state, other_cache) in others:
             state = self._where(bucket_B == size, other_state, state)
@@ -198,9 +165,9 @@ class Sampler:
         ``length_B`` is the host's copy of the state's lengths and is brought up to date in place.
         """
         full_B = (length_B >= self.window) & wanted_B
-        rolled = self._roll(self._params, rows, state) if full_B.any() else None
+        rolled = self._roll(self.params, rows, state) if full_B.any() else None
         if rolled is None or (wanted_B & ~full_B).any():
-            next_state, new = self._advance(self._params, rows, state, cache)
+            next_state, new = self._advance(self.params, rows, state, cache)
             cache = self._append(cache, new, state.length_B)
             if rolled is not None:
                 next_state = self._where(full_B, rolled[0], next_state)
@@ -210,24 +177,6 @@ class Sampler:
             state, cache = rolled[0], rolled[1] or cache
         length_B[:] = np.where(full_B, self.window - self._decode.window_stride + 1, length_B + 1)
         return state, cache
-
-
-def in_order(events: Iterable[Event]) -> Iterator[Event]:
-    """Yields the events of the first sample as they come, then those of the second, and so on.
-
-    >>> drawn = [Event(index=0, token=5), Event(index=1, token=6), Event(index=0, finish_reason="eos")]
-    >>> [(event.index, event.token) for event in in_order(drawn)]
-    [(0, 5), (0, None), (1, 6)]
-    """
-    held: dict[int, list[Event]] = {}
-    current = 0
-    for event in events:
-        held.setdefault(event.index, []).append(event)
-        while waiting := held.pop(current, None):
-            yield from waiting
-            if waiting[-1].finish_reason is None:
-                break
-            current += 1
 
 
 def bucket(length: int, window: int) -> int:

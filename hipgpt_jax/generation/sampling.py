@@ -6,8 +6,8 @@ them by golden vectors, because JAX promises only a distribution across versions
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def count_top_p(cumulative_BK: jax.Array, kept_B: jax.Array, top_p_B: jax.Array)
     References:
         Holtzman et al., The Curious Case of Neural Text Degeneration, 2020.
     """
-    reached_BK = cumulative_BK >= (top_p_B * _at(cumulative_BK, kept_B - 1))[:, None]
+    reached_BK = cumulative_BK >= (top_p_B * at_rank(cumulative_BK, kept_B - 1))[:, None]
     return jnp.where(top_p_B < 1, 1 + jnp.argmax(reached_BK, axis=-1), kept_B)
 
 
@@ -115,7 +115,7 @@ def draw(cumulative_BK: jax.Array, kept_B: jax.Array, uniform_B: jax.Array) -> j
     >>> draw(jnp.array([[0.5, 0.75, 1.0]]), kept_B=jnp.array([2]), uniform_B=jnp.array([0.7])).tolist()
     [1]
     """
-    threshold_B = uniform_B * _at(cumulative_BK, kept_B - 1)
+    threshold_B = uniform_B * at_rank(cumulative_BK, kept_B - 1)
     return jnp.argmax(cumulative_BK > threshold_B[:, None], axis=-1)
 
 
@@ -131,25 +131,99 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: j
     Returns:
         Ids ``[B]``, int32.
     """
+
+    def pick(sorted_BK: jax.Array, id_BK: jax.Array) -> jax.Array:
+        ranked = _rank(sorted_BK, row, uniform_B)
+        return at_rank(id_BK, jnp.where(row.temperature_B < _TINY, 0, ranked.rank_B))
+
+    return _of_candidates(pick, logits_BV, seen_BV, row, CANDIDATES)
+
+
+class Margins(NamedTuple):
+    """How safe a choice was, arrays ``[B]``: how much must change before it is another token.
+
+    Attributes:
+        margin_B: Distance from the uniform number to the nearest boundary that would have changed the
+            token, or from ``top_p`` to the share at which the nucleus would have ended elsewhere and
+            changed it; 1 where no number would have. At temperature 0, the gap of the two best logits.
+        gap_B: Distance of the token's logit, after the penalty, to the nearer one of its neighbours in
+            the order of candidates, with which it would have changed places.
+    """
+
+    margin_B: jax.Array
+    gap_B: jax.Array
+
+
+def margins(logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: jax.Array) -> Margins:
+    """Returns how safe the choice was that ``choose`` makes of the same arguments."""
+
+    def measure(sorted_BK: jax.Array, id_BK: jax.Array) -> Margins:
+        del id_BK
+        K = sorted_BK.shape[1]
+        cumulative_BK, top_k_B, kept_B, rank_B = _rank(sorted_BK, row, uniform_B)
+        total_B = at_rank(cumulative_BK, kept_B - 1)
+        below_B = at_rank(cumulative_BK, jnp.maximum(rank_B - 1, 0)) / total_B
+        above_B = at_rank(cumulative_BK, rank_B) / total_B
+        margin_B = jnp.where(rank_B > 0, uniform_B - below_B, 1)
+        margin_B = jnp.minimum(margin_B, jnp.where(rank_B < kept_B - 1, above_B - uniform_B, 1))
+        # The nucleus could have ended a candidate earlier or later.
+        whole_B = at_rank(cumulative_BK, top_k_B - 1)
+        for shift, possible_B in ((-1, kept_B > 1), (1, kept_B < top_k_B)):
+            other_B = jnp.clip(kept_B + shift, 1, K)
+            end_B = at_rank(cumulative_BK, jnp.minimum(kept_B, other_B) - 1) / whole_B
+            changes_B = (row.top_p_B < 1) & possible_B & (draw(cumulative_BK, other_B, uniform_B) != rank_B)
+            margin_B = jnp.minimum(margin_B, jnp.where(changes_B, jnp.abs(row.top_p_B - end_B), 1))
+        rank_B = jnp.where(row.temperature_B < _TINY, 0, rank_B)
+        own_B = at_rank(sorted_BK, rank_B)
+        up_B = jnp.where(rank_B > 0, at_rank(sorted_BK, jnp.maximum(rank_B - 1, 0)) - own_B, jnp.inf)
+        down_B = jnp.where(rank_B < K - 1, own_B - at_rank(sorted_BK, jnp.minimum(rank_B + 1, K - 1)), jnp.inf)
+        gap_B = jnp.minimum(jnp.minimum(up_B, down_B), jnp.finfo(jnp.float32).max)
+        return Margins(jnp.where(row.temperature_B < _TINY, gap_B, jnp.maximum(margin_B, 0)), gap_B)
+
+    return _of_candidates(measure, logits_BV, seen_BV, row, CANDIDATES + 1)
+
+
+def at_rank(x_BK: jax.Array, rank_B: jax.Array) -> jax.Array:
+    """Returns the element of each row at its rank."""
+    return jnp.take_along_axis(x_BK, rank_B[:, None], axis=-1)[:, 0]
+
+
+class _Ranked(NamedTuple):
+    """Cumulative sums of the candidates, how many top-k and then top-p keep, and the rank drawn."""
+
+    cumulative_BK: jax.Array
+    top_k_B: jax.Array
+    kept_B: jax.Array
+    rank_B: jax.Array
+
+
+def _rank(sorted_BK: jax.Array, row: Settings, uniform_B: jax.Array) -> _Ranked:
+    cumulative_BK = jnp.cumsum(jnp.exp(scale(sorted_BK, row.temperature_B)), axis=-1)
+    top_k_B = count_top_k(row.top_k_B, sorted_BK.shape[1])
+    kept_B = count_top_p(cumulative_BK, top_k_B, row.top_p_B)
+    return _Ranked(cumulative_BK, top_k_B, kept_B, draw(cumulative_BK, kept_B, uniform_B))
+
+
+def _of_candidates(
+    function: Callable[[jax.Array, jax.Array], Any],
+    logits_BV: jax.Array,
+    seen_BV: jax.Array,
+    row: Settings,
+    few: int,
+) -> Any:
+    """Applies ``function`` to the penalized logits and their ids, best first: ``few`` of them where that is enough."""
     logits_BV = penalize(logits_BV.astype(jnp.float32), seen_BV, row.penalty_B)
     logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
     V = logits_BV.shape[1]
     few_B = (row.top_k_B > 0) & (row.top_k_B <= CANDIDATES) | (row.temperature_B < _TINY)
 
-    def among(candidates: int) -> jax.Array:
-        sorted_BK, id_BK = jax.lax.top_k(logits_BV, min(candidates, V))
-        cumulative_BK = jnp.cumsum(jnp.exp(scale(sorted_BK, row.temperature_B)), axis=-1)
-        kept_B = count_top_k(row.top_k_B, sorted_BK.shape[1])
-        kept_B = count_top_p(cumulative_BK, kept_B, row.top_p_B)
-        rank_B = draw(cumulative_BK, kept_B, uniform_B)
-        return _at(id_BK, jnp.where(row.temperature_B < _TINY, 0, rank_B))
+    def among(candidates: int) -> Any:
+        return function(*jax.lax.top_k(logits_BV, candidates))
 
-    if V <= CANDIDATES:
+    if few >= V:
         return among(V)
     return jax.lax.cond(
-        jnp.all(few_B), lambda: among(CANDIDATES), lambda: jnp.where(few_B, among(CANDIDATES), among(V))
+        jnp.all(few_B),
+        lambda: among(few),
+        lambda: jax.tree.map(lambda of_few, of_all: jnp.where(few_B, of_few, of_all), among(few), among(V)),
     )
-
-
-def _at(x_BK: jax.Array, rank_B: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x_BK, rank_B[:, None], axis=-1)[:, 0]

@@ -124,7 +124,7 @@ def prepare(directory: Path, source: Path, vocab_size: int) -> Dataset:
     token_bytes = 2 if vocabulary.vocab_size <= 1 << 16 else 4
     with files.replacing(directory / TOKENS_NAME) as temporary, temporary.open("wb") as file:
         counts = [
-            _append_tokens(file, vocabulary, corpus.read_text(source, *span, chunk_bytes=_PIECE_BYTES), token_bytes)
+            _append_tokens(file, _encoded(vocabulary, source, *span), token_bytes)
             for span in ((0, split), (split, None))
         ]
     manifest = Manifest(
@@ -149,12 +149,23 @@ def _require_text(source: Path) -> None:
         raise ValueError(f"{source} is empty: 0 tokens to train on. Give a text file with --data-path")
 
 
-def _append_tokens(file: BinaryIO, vocabulary: tokenizer.Tokenizer, pieces: Iterator[str], token_bytes: int) -> int:
-    count = 0
+def encode(vocabulary: tokenizer.Tokenizer, source: Path, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Returns the ids of a text file between two byte offsets, int32, as ``prepare`` would write them."""
+    pieces = _encoded(vocabulary, source, start, stop)
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(ids, np.int32) for ids in pieces)])
+
+
+def _encoded(vocabulary: tokenizer.Tokenizer, source: Path, start: int, stop: int | None) -> Iterator[list[int]]:
+    pieces = corpus.read_text(source, start, stop, chunk_bytes=_PIECE_BYTES)
     while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
-        for ids in vocabulary.encode_batch(batch):
-            file.write(np.asarray(ids, dtype=f"<u{token_bytes}").tobytes())
-            count += len(ids)
+        yield from vocabulary.encode_batch(batch)
+
+
+def _append_tokens(file: BinaryIO, encoded: Iterator[list[int]], token_bytes: int) -> int:
+    count = 0
+    for ids in encoded:
+        file.write(np.asarray(ids, dtype=f"<u{token_bytes}").tobytes())
+        count += len(ids)
     return count
 
 

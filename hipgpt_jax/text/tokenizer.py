@@ -113,6 +113,10 @@ class Tokenizer:
         """Returns the text of ``ids``; bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def show(self, token_id: int) -> str:
+        r"""Returns the text of a token alone; bytes that are no text by themselves are written ``\xNN``."""
+        return self._bytes[token_id].decode("utf-8", errors="backslashreplace")
+
     def decoder(self) -> "StreamDecoder":
         """Returns a decoder that takes ids one at a time."""
         return StreamDecoder(self)

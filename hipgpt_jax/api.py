@@ -1,0 +1,242 @@
+"""Runs from Python: the records that the command line writes, in notebooks and experiment scripts."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hipgpt_jax import config, devices
+from hipgpt_jax.generation import source
+from hipgpt_jax.runs import provenance, record, weights
+from hipgpt_jax.text import prompts as prompt_files
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hipgpt_jax.evaluation import loss, score
+    from hipgpt_jax.generation import samples
+
+Prompt = prompt_files.Prompt
+
+_LOG = logging.getLogger("hipgpt_jax")
+
+
+class Stream:
+    """The text of one sample as it is made: iterate over it for its pieces.
+
+    Attributes:
+        record: The sample's record, once the text has ended; None before.
+    """
+
+    def __init__(self, run: "Run", job: "samples.Job") -> None:
+        self.record: record.Record | None = None
+        self._pieces = self._make(run, job)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _make(self, run: "Run", job: "samples.Job") -> Iterator[str]:
+        for update in run.make([job]):
+            if update.finish_reason is not None:
+                self.record = run.recorder.describe(update.sample)
+            if update.text:
+                yield update.text
+
+
+class Run:
+    """A run that is loaded, to generate and to score.
+
+    Attributes:
+        source: The run's files and the window it is read through.
+        device: What it is computed on.
+        recorder: Makes the records of its samples.
+        load_seconds: From the program's start to the loaded weights.
+    """
+
+    def __init__(self, found: source.Source, device: devices.Device, origin: provenance.Origin) -> None:
+        """Loads the weights; JAX has been started on ``device``. ``load_run`` is the way in."""
+        from hipgpt_jax.generation import recorder, sampler
+
+        model = found.checkpoint.model
+        self.source = found
+        self.device = device
+        self._engine = sampler.Sampler(model, weights.read(found.checkpoint.weights, model), found.decoding)
+        self.load_seconds = origin.elapsed()
+        self.recorder = recorder.Recorder(found, device, origin, self.load_seconds)
+
+    def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt],
+        settings: config.SamplingConfig | None = None,
+        seed: int = 0,
+        num_samples: int = 1,
+        **generation: Any,
+    ) -> list[record.Record]:
+        """Generates from prompts and returns a record a sample, prompt by prompt.
+
+        Args:
+            prompts: A text, or several; a ``Prompt`` may have settings of its own.
+            settings: How each token is chosen; the defaults of ``hipgpt-generate`` if absent.
+            seed: In ``[0, 2**32)``.
+            num_samples: Samples for each prompt, at least 1.
+            **generation: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``eos_id``,
+                ``stop``, ``top_logprobs``.
+
+        Raises:
+            ValueError: A prompt is empty, or a value is out of its range.
+        """
+        several = [prompts] if isinstance(prompts, (str, Prompt)) else prompts
+        return list(self.records(several, settings, seed, num_samples, **generation))
+
+    def records(
+        self,
+        prompts: Iterable[str | Prompt],
+        settings: config.SamplingConfig | None = None,
+        seed: int = 0,
+        num_samples: int = 1,
+        **generation: Any,
+    ) -> Iterator[record.Record]:
+        """Yields what ``generate`` returns, each record when its sample ends: for more samples than memory holds."""
+        defaults = config.GenerationConfig(seed=seed, num_samples=num_samples, **generation)
+        asked = self.source.ask_all(map(_prompt, prompts), settings or config.SamplingConfig(), defaults)
+        yield from self.records_of(self.jobs(asked))
+
+    def stream(
+        self,
+        prompt: str | Prompt,
+        settings: config.SamplingConfig | None = None,
+        seed: int = 0,
+        sample: int = 0,
+        **generation: Any,
+    ) -> Stream:
+        """Makes one sample of those that ``generate`` would, and gives its text as it is made.
+
+        Args:
+            prompt: The text to continue.
+            settings: As for ``generate``.
+            seed: As for ``generate``.
+            sample: Index of the sample among those of its prompt.
+            **generation: As for ``generate``.
+        """
+        defaults = config.GenerationConfig(seed=seed, num_samples=sample + 1, **generation)
+        (asked,) = self.source.ask_all([_prompt(prompt)], settings or config.SamplingConfig(), defaults)
+        return Stream(self, list(self.jobs([asked]))[sample])
+
+    def score(self, texts: str | Sequence[str | Sequence[int]], stride: int | None = None) -> "list[score.TextScore]":
+        """Returns the log-probability of every token of each text but the first, which nothing predicts.
+
+        Args:
+            texts: Texts, or their token ids; each needs at least two tokens.
+            stride: Tokens by which the window moves on where a text is longer than it; that of
+                generation if absent, so that a sample's score is what its record says.
+
+        Raises:
+            ValueError: A text has fewer than two tokens, an id is unknown, or the stride is out of range.
+        """
+        from hipgpt_jax.evaluation import score
+
+        several = [texts] if isinstance(texts, str) else texts
+        vocabulary, model = self.source.vocabulary, self.source.checkpoint.model
+        stride = self.source.decoding.window_stride if stride is None else stride
+        return [
+            score.score_text(
+                model,
+                self._engine.params,
+                vocabulary.encode(text) if isinstance(text, str) else text,
+                vocabulary=vocabulary,
+                window=self.source.window,
+                stride=stride,
+            )
+            for text in several
+        ]
+
+    def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "loss.Score":
+        """Scores every token of a long text but the first, each once; ``loss.Windows`` has the context rule.
+
+        Args:
+            ids: Token ids of the text, at least two.
+            text_bytes: Its bytes.
+            stride: Tokens from one window to the next.
+        """
+        from hipgpt_jax.evaluation import loss
+        from hipgpt_jax.model import transformer
+
+        length = self.source.window
+        return loss.score(
+            transformer.Transformer(self.source.checkpoint.model),
+            self._engine.params,
+            ids,
+            text_bytes=text_bytes,
+            batch_size=loss.rows_of(length),
+            length=length,
+            stride=stride,
+        )
+
+    def jobs(self, asked: Iterable[source.Ask]) -> "Iterator[samples.Job]":
+        """Yields the samples that are asked for, prompt by prompt."""
+        from hipgpt_jax.generation import events, samples
+
+        for ask in asked:
+            for sample in range(ask.generation.num_samples):
+                request = events.Request(
+                    prompt_ids=ask.prompt_ids, sample=sample, generation=ask.generation, sampling=ask.sampling
+                )
+                yield samples.Job(id=ask.id, prompt=ask.prompt, request=request)
+
+    def job_of(self, recorded: record.Record) -> "samples.Job":
+        """Returns the sample that a record is of, to be made anew; raises ValueError where it cannot be."""
+        from hipgpt_jax.generation import events, replay, samples
+
+        request = events.Request(
+            prompt_ids=recorded.prompt_ids,
+            sample=recorded.sample,
+            generation=replay.generation_of(recorded),
+            sampling=replay.sampling_of(recorded),
+        )
+        self._engine.check(request)
+        prompt = self.source.vocabulary.decode(recorded.prompt_ids)
+        return samples.Job(id=recorded.id, prompt=prompt, request=request)
+
+    def records_of(self, jobs: "Iterable[samples.Job]") -> Iterator[record.Record]:
+        """Makes samples and yields their records, in order."""
+        from hipgpt_jax.generation import events
+
+        for update in events.in_order(self.make(jobs)):
+            if update.finish_reason is not None:
+                yield self.recorder.describe(update.sample)
+
+    def make(self, jobs: "Iterable[samples.Job]", *, measure: bool = True) -> "Iterator[samples.Update]":
+        """Yields the steps of samples as they are made; ``measure`` is needed for their records."""
+        from hipgpt_jax.generation import samples
+
+        return samples.make(self._engine, self.source.vocabulary, jobs, measure=measure)
+
+
+def load_run(
+    name: str,
+    step: int | None = None,
+    device: str = "auto",
+    decoding: config.DecodingConfig | None = None,
+    where: str | Path | None = None,
+) -> Run:
+    """Loads a run: one in ``checkpoints/``, else one of the package.
+
+    Args:
+        name: Name of the run.
+        step: Training step; the latest if absent.
+        device: One of ``devices.DEVICES``. JAX must not have started on another one already.
+        decoding: Window, stride, overflow rule and width; the defaults of ``hipgpt-generate`` if absent.
+        where: The run's directory, where it is not in ``checkpoints/``.
+
+    Raises:
+        FileNotFoundError: There is no such run, step or file.
+        ValueError: A file is not the one that the run's config names, or JAX has no such device.
+    """
+    origin = provenance.Origin()
+    found = source.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
+    started = devices.start(device, _LOG.info)
+    return Run(found, started, origin)
+
+
+def _prompt(prompt: str | Prompt) -> Prompt:
+    return Prompt(text=prompt) if isinstance(prompt, str) else prompt

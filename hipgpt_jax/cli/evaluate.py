@@ -1,0 +1,207 @@
+"""``hipgpt-evaluate``: how well a run predicts a text."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+from absl import flags
+
+from hipgpt_jax import api, config, devices, files
+from hipgpt_jax.cli import program
+from hipgpt_jax.generation import source
+from hipgpt_jax.runs import provenance
+from hipgpt_jax.text import corpus, dataset, prompts
+
+if TYPE_CHECKING:
+    from hipgpt_jax.evaluation import loss, score
+
+SUMMARY = """Say how well a run predicts a text: loss, perplexity, bits a byte, accuracy, over every token once. The
+text is the run's validation split, another one, or prompts, which may be scored token by token. Examples:
+
+  hipgpt-evaluate --run-name my_run
+  hipgpt-evaluate --run-name shakespeare --data-path data/data.txt --split validation --stride 32
+  hipgpt-evaluate --run-name shakespeare --prompt "To be, or not to be" --output -"""
+
+FLAGS = flags.FlagValues()
+SPLITS = ("validation", "all")
+
+_RUN_NAME = flags.DEFINE_string(
+    "run-name", None, "Run to evaluate: a directory in checkpoints/, or a run of the package.", flag_values=FLAGS
+)
+_STEP = flags.DEFINE_integer("step", None, "Training step to load; the latest if absent.", flag_values=FLAGS)
+_DATA_PATH = flags.DEFINE_string(
+    "data-path", None, "Text file to score; the run's own data if absent.", flag_values=FLAGS
+)
+_SPLIT = flags.DEFINE_string(
+    "split",
+    None,
+    "validation (the last tenth of the text) or all of it; all for --data-path and validation without it, if absent.",
+    flag_values=FLAGS,
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to score instead; - reads it from stdin.", flag_values=FLAGS)
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "Texts to score instead: one a line, or the prompts of a .jsonl file.", flag_values=FLAGS
+)
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "File to write for --prompt and --prompts_file, a JSON line a text: ids, tokens, and the log-probability and "
+    "the rank of each. - writes it to stdout.",
+    flag_values=FLAGS,
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride",
+    None,
+    "Tokens from one window to the next. 1 predicts every token from as many as generation would see; the window's "
+    "length, the value if absent, is the fastest.",
+    flag_values=FLAGS,
+)
+_MAX_SEQ_LEN = flags.DEFINE_integer(
+    "max_seq_len", None, "Tokens the model sees at most; the run's own context if absent.", flag_values=FLAGS
+)
+_DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=FLAGS)
+
+
+def main() -> None:
+    """Runs ``hipgpt-evaluate``."""
+    program.run("evaluate", SUMMARY, FLAGS, _evaluate)
+
+
+def _evaluate() -> None:
+    origin = provenance.Origin(argv=provenance.arguments("hipgpt-evaluate", sys.argv))
+    run_name = program.required(_RUN_NAME)
+    _check_flags()
+    found = source.open_run(run_name, _STEP.value, config.DecodingConfig(window=_MAX_SEQ_LEN.value))
+    stride = found.window if _STRIDE.value is None else _STRIDE.value
+    if not 1 <= stride <= found.window:
+        raise ValueError(f"stride must be at least 1 and at most the window of {found.window} tokens: got {stride}")
+    texts = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value) if _is_prompts() else None
+    text = None if texts else _read_text(found)
+    with _open(_OUTPUT.value) as out:
+        device = devices.start(_DEVICE.value, program.note)
+        devices.use_compilation_cache(program.note)
+        checkpoint = found.checkpoint
+        program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, windows of {found.window}, stride {stride}")
+        run = api.Run(found, device, origin)
+        if texts:
+            _score_texts(run, texts, stride, out)
+        elif text:
+            print(f"{text.name}: {len(text.ids)} tokens, {text.bytes} bytes")
+            _print(run.evaluate(text.ids, text_bytes=text.bytes, stride=stride))
+
+
+def _is_prompts() -> bool:
+    return _PROMPT.value is not None or _PROMPTS_FILE.value is not None
+
+
+def _check_flags() -> None:
+    if _SPLIT.value not in (None, *SPLITS):
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}: got {_SPLIT.value!r}")
+    for flag in (_DATA_PATH, _SPLIT):
+        if flag.value is not None and _is_prompts():
+            raise ValueError(f"--{flag.name} does not go with --prompt or --prompts_file: give one of them")
+    if _OUTPUT.value is not None and not _is_prompts():
+        raise ValueError("--output is for --prompt and --prompts_file: give one of them too")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Text:
+    """What is scored."""
+
+    name: str
+    ids: np.ndarray
+    bytes: int
+
+
+def _read_text(found: source.Source) -> _Text:
+    if _DATA_PATH.value is None:
+        return _read_own(found)
+    path = Path(_DATA_PATH.value)
+    if not path.is_file():
+        raise FileNotFoundError(f"data file not found: {path}")
+    start = corpus.split_offset(path) if _SPLIT.value == "validation" else 0
+    ids = dataset.encode(found.vocabulary, path, start, None)
+    if len(ids) < 2:
+        raise ValueError(f"{path} is too short: {len(ids)} tokens to score, and it needs 2")
+    name = f"validation split of {path.name}" if _SPLIT.value == "validation" else path.name
+    return _Text(name=name, ids=ids, bytes=path.stat().st_size - start)
+
+
+def _read_own(found: source.Source) -> _Text:
+    where = found.checkpoint.directory
+    if not (where / dataset.MANIFEST_NAME).is_file():
+        raise FileNotFoundError(
+            f"run {found.checkpoint.run!r} does not carry the text it was trained on: give --data-path, "
+            f"and --split validation for the last tenth of it"
+        )
+    data = dataset.Dataset(where)
+    if _SPLIT.value == "all":
+        ids = np.concatenate([data.train, data.validation])
+        return _Text(name=data.manifest.source, ids=ids, bytes=data.manifest.source_bytes)
+    name = f"validation split of {data.manifest.source}"
+    return _Text(name=name, ids=data.validation, bytes=data.manifest.validation_bytes)
+
+
+def _score_texts(run: api.Run, texts: list[prompts.Prompt], stride: int, out: TextIO | None) -> None:
+    """Scores texts one by one: a JSON line each where there is an output, else a table row each."""
+    for place, text in enumerate(texts, 1):
+        try:
+            (scored,) = run.score([text.text], stride=stride)
+        except ValueError as error:
+            raise ValueError(f"text {place} ({text.name}): {error}") from error
+        if out is not None:
+            out.write(json.dumps(_line(run, text, scored, stride), ensure_ascii=False, separators=(",", ":")) + "\n")
+            out.flush()
+        if out is not sys.stdout:
+            print(f"{text.name}: {len(scored.ids)} tokens")
+            _print(scored.score)
+
+
+def _line(run: api.Run, text: prompts.Prompt, scored: "score.TextScore", stride: int) -> dict[str, Any]:
+    return {
+        "id": text.name,
+        "text": "".join(scored.tokens),
+        "ids": scored.ids,
+        "tokens": scored.tokens,
+        "logprobs": [None, *(float(str(value)) for value in scored.logprobs)],
+        "ranks": [None, *scored.ranks.tolist()],
+        **_figures(scored.score),
+        "window": run.source.window,
+        "stride": stride,
+        **run.recorder.about(),
+    }
+
+
+def _figures(found: "loss.Score") -> dict[str, float]:
+    return {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "nats_per_byte": found.nats_per_byte,
+        "bits_per_byte": found.bits_per_byte,
+        "accuracy": found.accuracy,
+    }
+
+
+def _print(found: "loss.Score") -> None:
+    units = {"loss": "nats a token", "accuracy": "of the tokens were the likeliest"}
+    for name, value in _figures(found).items():
+        print(f"  {name.replace('_', ' '):14} {value:9.4f} {units.get(name, '')}".rstrip())
+
+
+@contextlib.contextmanager
+def _open(name: str | None) -> Iterator[TextIO | None]:
+    """Opens what ``--output`` names; a file is whole or absent."""
+    if name is None or name == "-":
+        yield None if name is None else sys.stdout
+        return
+    with files.replacing(Path(name)) as temporary, temporary.open("w", encoding="utf-8") as out:
+        yield out
+
+
+if __name__ == "__main__":
+    main()

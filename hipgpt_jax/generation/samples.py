@@ -1,0 +1,148 @@
+"""Samples as text: what was drawn, what it says so far, and what is known of it when it ends."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+
+from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.text import stops, tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A sample to make.
+
+    Attributes:
+        id: Of its prompt.
+        prompt: The prompt's text.
+        request: What is asked of the sampler.
+    """
+
+    id: str
+    prompt: str
+    request: events.Request
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sample:
+    """A sample as it grows; see ``record.Record`` for the meaning of what it holds.
+
+    Attributes:
+        job: What was asked for.
+        ids: The ids drawn.
+        tokens: The text that each completed.
+        text: The text so far, without what a stop string could still cut off.
+        facts: The facts of each, where they were measured.
+        finish_reason: None until it ends.
+        stop: The stop string found.
+        error: Why it could not be finished.
+        first_token: Seconds from its start to its first token.
+        total: Seconds from its start to its end.
+    """
+
+    job: Job
+    ids: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[str] = dataclasses.field(default_factory=list)
+    text: str = ""
+    facts: list[events.TokenFacts] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    stop: str | None = None
+    error: str | None = None
+    first_token: float | None = None
+    total: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """A step of a sample: a token was drawn, it ended, or both.
+
+    Attributes:
+        index: Place of its job.
+        text: What the sample's text grew by; nothing that a stop string could still cut off.
+        sample: The sample so far.
+        drew: Whether a token was drawn.
+        finish_reason: None before its end.
+    """
+
+    index: int
+    text: str
+    sample: Sample
+    drew: bool
+    finish_reason: str | None
+
+
+class _Draft:
+    """A sample and the decoding of its text."""
+
+    def __init__(self, job: Job, vocabulary: tokenizer.Tokenizer) -> None:
+        self.sample = Sample(job=job)
+        self._decoder = vocabulary.decoder()
+        self._stops = stops.StopFilter(job.request.generation.stop)
+        self._passed = ""
+        self._began = time.perf_counter()
+
+    def draw(self, token: int) -> bool:
+        """Takes a token that is not the end token, and returns whether a stop string ends the sample."""
+        text = self._decoder.push(token)
+        self.sample.tokens.append(text)
+        self._passed += self._stops.push(text)
+        self.sample.stop = self._stops.found
+        return self._stops.found is not None
+
+    def update(self, event: events.Event) -> Update:
+        """Takes the sampler's word of what happened and returns the step of the sample."""
+        sample, now = self.sample, time.perf_counter() - self._began
+        if event.token is not None:
+            sample.ids.append(event.token)
+            sample.first_token = now if sample.first_token is None else sample.first_token
+        if event.facts is not None:
+            sample.facts.append(event.facts)
+        text, self._passed = self._passed, ""
+        reason = event.finish_reason
+        if reason is not None:
+            text += self._end()
+            reason = "stop" if sample.stop is not None else reason
+            sample.finish_reason, sample.total = reason, now
+            if reason == "error":
+                sample.error = f"the model's numbers are not finite at token {len(sample.ids)}: its weights are no good"
+        sample.text += text
+        return Update(index=event.index, text=text, sample=sample, drew=event.token is not None, finish_reason=reason)
+
+    def _end(self) -> str:
+        """Returns the text that was held back; an unfinished character is the last token's."""
+        sample = self.sample
+        rest = self._decoder.finish()
+        if sample.tokens:
+            sample.tokens[-1] += rest
+        sample.tokens += [""] * (len(sample.ids) - len(sample.tokens))
+        text = self._stops.push(rest) + self._stops.finish()
+        sample.stop = self._stops.found
+        return text
+
+
+def make(
+    engine: sampler.Sampler, vocabulary: tokenizer.Tokenizer, jobs: Iterable[Job], *, measure: bool
+) -> Iterator[Update]:
+    """Makes samples and yields their steps; ``sampler.Sampler.run`` says in which order.
+
+    Args:
+        engine: The sampler.
+        vocabulary: Its model's tokenizer.
+        jobs: Taken as they are needed.
+        measure: Whether tokens are measured; it changes none.
+
+    Raises:
+        ValueError: A job cannot be served; ``sampler.Sampler.check`` tells beforehand.
+    """
+    drafts: dict[int, _Draft] = {}
+
+    def requests() -> Iterator[events.Request]:
+        for index, job in enumerate(jobs):
+            drafts[index] = _Draft(job, vocabulary)
+            yield dataclasses.replace(job.request, ends=drafts[index].draw)
+
+    for event in engine.run(requests(), measure=measure):
+        update = drafts[event.index].update(event)
+        if update.finish_reason is not None:
+            del drafts[event.index]
+        yield update

@@ -1,0 +1,138 @@
+"""Runs from Python: what the command line does, token for token."""
+
+import doctest
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import programs
+import pytest
+
+import hipgpt_jax
+from hipgpt_jax import config
+from hipgpt_jax.runs import record
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path) -> hipgpt_jax.Run:
+    return hipgpt_jax.load_run("tiny", where=trained / "checkpoints/tiny")
+
+
+def without_times(made: record.Record) -> dict:
+    value = json.loads(made.to_json())
+    return {key: part for key, part in value.items() if key not in ("argv", "started", "timings")}
+
+
+def test_importing_the_package_imports_no_jax() -> None:
+    program = (
+        "import sys, hipgpt_jax; print({'jax', 'numpy', 'tokenizers'} & sys.modules.keys());"
+        "hipgpt_jax.load_run; hipgpt_jax.SamplingConfig; print('jax' in sys.modules);"
+        "print(all(name in dir(hipgpt_jax) for name in ('load_run', 'Run', 'Prompt', '__version__')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["set()", "False", "True"]
+    with pytest.raises(AttributeError, match="has no attribute 'lode_run'"):
+        getattr(hipgpt_jax, "lode_" + "run")
+
+
+def test_records_are_those_of_the_command_line(run: hipgpt_jax.Run, trained: Path, cache: Path) -> None:
+    flags = [
+        "--num_samples",
+        "2",
+        "--num_tokens",
+        "40",
+        "--seed",
+        "5",
+        "--temp",
+        "0.8",
+        "--top_k",
+        "9",
+        "--top_logprobs",
+        "3",
+        "--output",
+        "-",
+    ]
+    done = programs.spawn("generate", "--run-name", "tiny", "--prompt", "the king", *flags, cwd=trained, cache=cache)
+    settings = hipgpt_jax.SamplingConfig(temperature=0.8, top_k=9)
+    made = run.generate("the king", settings, seed=5, num_samples=2, num_tokens=40, top_logprobs=3)
+    told = [record.parse(line.encode(), "it") for line in done.out.splitlines()]
+    assert [without_times(one) for one in told] == [without_times(one) for one in made]
+    assert (told[0].argv[0], made[0].argv) == ("hipgpt-generate", ())
+
+
+def test_a_stream_is_the_text_of_its_record(run: hipgpt_jax.Run) -> None:
+    records = run.generate("the king", num_samples=3, num_tokens=30, stop=("\n\n",))
+    for sample, expected in enumerate(records):
+        stream = run.stream("the king", sample=sample, num_tokens=30, stop=("\n\n",))
+        assert stream.record is None
+        pieces = list(stream)
+        assert "".join(pieces) == expected.text
+        assert stream.record is not None
+        assert (stream.record.ids, stream.record.sample) == (expected.ids, sample)
+
+
+def test_prompts_may_have_settings_of_their_own(run: hipgpt_jax.Run) -> None:
+    prompts = ["the king", hipgpt_jax.Prompt(text="the king", id="greedy", sampling={"temperature": 0.0})]
+    plain, greedy = run.generate(prompts, num_tokens=12)
+    assert (greedy.id, greedy.settings.temperature, plain.settings.temperature) == ("greedy", 0.0, 1.0)
+    assert set(greedy.ranks) <= set(range(1, 10))
+    assert [one.ids for one in run.records(iter(prompts), num_tokens=12)] == [plain.ids, greedy.ids]
+    with pytest.raises(ValueError, match=r"prompt 2 \(.*\): the prompt is empty"):
+        run.generate(["fine", ""])
+    with pytest.raises(ValueError, match="temp must be at least 0"):
+        run.generate([hipgpt_jax.Prompt(text="a", sampling={"temperature": -1.0})])
+
+
+@pytest.mark.parametrize(("stride", "num_tokens"), [(1, 20), (1, 70), (5, 70), (32, 70)])
+def test_recorded_log_probabilities_add_up_to_the_score(trained: Path, stride: int, num_tokens: int) -> None:
+    """Within the window and far beyond it, where the context rule of scoring must be that of generation."""
+    decoding = config.DecodingConfig(window_stride=stride)
+    run = hipgpt_jax.load_run("tiny", decoding=decoding, where=trained / "checkpoints/tiny")
+    (made,) = run.generate("the king and his fool", num_tokens=num_tokens)
+    (scored,) = run.score([[*made.prompt_ids, *made.ids]])
+    np.testing.assert_allclose(scored.logprobs[-num_tokens:], made.logprobs, atol=2e-4)
+    assert abs(scored.logprobs[-num_tokens:].sum(dtype=np.float64) - sum(made.logprobs)) < 1e-3
+    assert np.mean(scored.ranks[-num_tokens:] == made.ranks) > 0.9
+
+
+def test_a_score_is_the_sum_over_a_full_forward_pass(run: hipgpt_jax.Run) -> None:
+    """By its definition, a pass for each token, in and beyond the window of 32; and for each stride."""
+    (scored,) = run.score("the king and his fool went up to see what a queen would say of all that they had lost " * 2)
+    n = len(scored.ids)
+    assert n > 40
+    for stride in (1, 3, 32):
+        (strided,) = run.score([scored.ids], stride=stride)
+        for place in (1, 2, 17, 32, 33, 34, n - 1):
+            first = max(0, -((32 - place) // stride) * stride)
+            (alone,) = run.score([scored.ids[first : place + 1]], stride=1)
+            assert abs(alone.logprobs[-1] - strided.logprobs[place - 1]) < 1e-4
+    assert "".join(scored.tokens).startswith("the king and")
+    assert np.isclose(scored.score.loss, -scored.logprobs.mean(), rtol=1e-6)
+    assert np.isclose(scored.score.bits_per_byte * np.log(2), scored.score.nats_per_byte)
+
+
+def test_what_cannot_be_scored_is_told(run: hipgpt_jax.Run) -> None:
+    for texts, message in (([""], "at least 2 tokens"), ([[1]], "at least 2 tokens"), ([[1, 300]], "below the vocab")):
+        with pytest.raises(ValueError, match=message):
+            run.score(texts)
+    for stride in (0, 33):
+        with pytest.raises(ValueError, match=f"stride must be at least 1 .*: got {stride}"):
+            run.score(
+                ["the king and his fool went up to see what a queen would say of all that they had lost"] * 2, stride
+            )
+
+
+def test_a_device_that_is_not_the_one_jax_started_on_is_told() -> None:
+    with pytest.raises(ValueError, match=r"--device cuda|JAX has started on cpu"):
+        hipgpt_jax.load_run("shakespeare", device="cuda")
+
+
+def test_the_readme_is_true() -> None:
+    """The Python that it shows gives what it shows, tokens and all."""
+    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 3
+    assert result.failed == 0

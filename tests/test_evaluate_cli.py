@@ -1,0 +1,114 @@
+"""``hipgpt-evaluate``: a run against a text, and texts token by token."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import programs
+import pytest
+
+from hipgpt_jax.text import corpus
+
+Run = Callable[..., programs.Result]
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``hipgpt-evaluate`` of the trained run in this process, in a directory of its own."""
+    for name in ("checkpoints", "text.txt"):
+        (tmp_path / name).symlink_to(trained / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
+    return lambda *arguments: programs.call(
+        "evaluate", "--run-name", "tiny", *arguments, monkeypatch=monkeypatch, capsys=capsys
+    )
+
+
+def figures(text: str) -> dict[str, float]:
+    return {name.strip(): float(value) for name, value in re.findall(r"^  ([a-z ]+?) +([\d.]+)\b", text, re.MULTILINE)}
+
+
+def test_the_validation_split_scores_as_in_training(run: Run, trained: Path) -> None:
+    found = figures(run().out)
+    logged = [json.loads(line) for line in (trained / "checkpoints/tiny/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in logged if line["step"] == 40 and "validation_loss" in line][-1]
+    assert found["loss"] == pytest.approx(last["validation_loss"], abs=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(last["validation_loss"]), rel=1e-3)
+    assert found["bits per byte"] == pytest.approx(found["nats per byte"] / math.log(2), abs=2e-4)
+    assert 0 < found["accuracy"] < 1
+    assert found == figures(run("--data-path", "text.txt", "--split", "validation").out)
+
+
+def test_all_of_a_text_is_both_splits(run: Run, trained: Path) -> None:
+    whole = run("--data-path", "text.txt")
+    own = run("--split", "all")
+    assert abs(int(whole.out.split()[1]) - int(own.out.split()[1])) < 3, "a token may straddle the splits"
+    assert figures(whole.out)["loss"] == pytest.approx(figures(own.out)["loss"], abs=1e-3)
+    assert f"{(trained / 'text.txt').stat().st_size} bytes" in whole.out
+
+
+def test_each_token_counts_once_at_every_stride(run: Run) -> None:
+    """Against the same text scored token by token, whose rule the tests of the API hold to its definition."""
+    offset = corpus.split_offset(Path("text.txt"))
+    text = Path("text.txt").read_bytes()[offset:].decode()[:600]
+    Path("short.txt").write_text(text)
+    Path("p.jsonl").write_text(json.dumps({"prompt": text}))
+    losses = []
+    for stride in ("1", "7", "32"):
+        run("--prompts_file", "p.jsonl", "--output", "s.jsonl", "--stride", stride)
+        line = json.loads(Path("s.jsonl").read_text())
+        found = figures(run("--data-path", "short.txt", "--stride", stride).out)
+        assert found["loss"] == pytest.approx(line["loss"], abs=1e-4)
+        assert found["loss"] == pytest.approx(-np.mean(line["logprobs"][1:]), abs=1e-4)
+        assert found["accuracy"] == pytest.approx(np.mean(np.asarray(line["ranks"][1:]) == 1), abs=1e-4)
+        losses.append(found["loss"])
+    assert losses[0] != losses[1] != losses[2]
+
+
+def test_texts_are_scored_token_by_token(run: Run) -> None:
+    Path("p.txt").write_text("the king and\na queen\n")
+    out = run("--prompts_file", "p.txt", "--output", "-").out
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert (first["text"], "".join(second["tokens"])) == ("the king and", "a queen")
+    for one in (first, second):
+        assert len(one["ids"]) == len(one["tokens"]) == len(one["logprobs"]) == len(one["ranks"])
+        assert (one["logprobs"][0], one["ranks"][0]) == (None, None)
+        assert one["loss"] == pytest.approx(-np.mean(one["logprobs"][1:]))
+        assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+        assert one["run"].keys() == {"name", "step", "weights_sha256", "tokenizer_sha256", "config_sha256"}
+    assert json.loads(run("--prompt", "a queen", "--output", "-").out)["logprobs"] == second["logprobs"]
+    table = run("--prompt", "a queen").out
+    assert figures(table)["loss"] == pytest.approx(second["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data-path", "none.txt"), "data file not found: none.txt"),
+        (("--data-path", "none.txt", "--split", "validation"), "data file not found: none.txt"),
+        (("--data-path", "one.txt"), "one.txt is too short: 1 tokens to score, and it needs 2"),
+        (("--split", "train"), "split must be one of validation, all: got 'train'"),
+        (("--stride", "0"), "stride must be at least 1 and at most the window of 32 tokens: got 0"),
+        (("--stride", "33"), "stride must be at least 1 .*: got 33"),
+        (("--stride", "17", "--max_seq_len", "16"), "at most the window of 16 tokens: got 17"),
+        (("--step", "7"), "no step 7. Steps: 20, 40"),
+        (("--prompt", "a", "--data-path", "text.txt"), "--data-path does not go with --prompt"),
+        (("--prompt", "a", "--prompts_file", "text.txt"), "are both given"),
+        (("--output", "-"), "--output is for --prompt and --prompts_file"),
+        (("--prompt", "a"), r"text 1 \(\w{16}\): a text to score needs at least 2 tokens"),
+        (("--prompt", "the king", "--output", "none/o.jsonl"), "No such file or directory: 'none/"),
+        (
+            ("--run-name", "shakespeare"),
+            "run 'shakespeare' does not carry the text it was trained on: give --data-path",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    Path("one.txt").write_text("a")
+    result = run(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(f"evaluate: error: .*{message}.*", result.err.splitlines()[-1])
+    assert not Path("o.jsonl").exists()

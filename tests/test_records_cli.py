@@ -1,0 +1,307 @@
+"""``hipgpt-generate`` with prompts in and records out."""
+
+import io
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import programs
+import pytest
+
+from hipgpt_jax.runs import record
+
+PROMPTS = ["the king", "a queen", "the fool and", "in war", "see what", "the king"]
+
+
+@pytest.fixture
+def run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., programs.Result]:
+    """Runs ``hipgpt-generate`` of the trained run in this process, in a directory of its own."""
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
+    flags = ("--run-name", "tiny", "--num_tokens", "12")
+    return lambda *arguments: programs.call("generate", *flags, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def lines_of(path: str | Path) -> dict[tuple[str, int], str]:
+    """The lines of a record file without what only tells of the making, by prompt and sample."""
+    found = {}
+    for one in record.read(Path(path)):
+        value = json.loads(one.to_json())
+        assert (one.id, one.sample) not in found
+        found[one.id, one.sample] = json.dumps(
+            {k: v for k, v in value.items() if k not in ("argv", "started", "timings")}
+        )
+    return found
+
+
+def write_prompts(name: str, lines: list[Any]) -> str:
+    Path(name).write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return name
+
+
+def test_a_file_shuffled_split_or_doubled_gives_each_prompt_the_same_lines(run) -> None:
+    result = run("--prompts_file", write_prompts("p.txt", PROMPTS), "--num_samples", "2", "--output", "all.jsonl")
+    assert (result.code, result.out) == (0, "")
+    assert "1 prompts repeat an earlier one" in result.err
+    expected = lines_of("all.jsonl")
+    assert len(expected) == 10
+    shuffled = random.Random(3).sample(PROMPTS * 2, 12)
+    ways = {"shuffled": [shuffled], "split": [PROMPTS[:2], PROMPTS[2:]], "alone": [[one] for one in PROMPTS]}
+    for name, parts in ways.items():
+        for part in parts:
+            write_prompts("q.txt", part)
+            assert run("--prompts_file", "q.txt", "--num_samples", "2", "--output", f"{name}.jsonl").code == 0
+        assert lines_of(f"{name}.jsonl") == expected
+
+
+def test_sample_7_alone_is_sample_7_of_10_and_fewer_tokens_are_the_first(run) -> None:
+    assert run("--prompt", "the king", "--num_samples", "10", "--output", "ten.jsonl").code == 0
+    assert run("--prompt", "the king", "--num_samples", "8", "--num_tokens", "5", "--output", "eight.jsonl").code == 0
+    ten, eight = (list(record.read(Path(name))) for name in ("ten.jsonl", "eight.jsonl"))
+    for long, short in zip(ten, eight, strict=False):
+        assert short.ids == long.ids[:5]
+        assert (short.logprobs, short.margins, short.gaps) == (long.logprobs[:5], long.margins[:5], long.gaps[:5])
+    kept = [line for line in Path("ten.jsonl").read_text().splitlines(True) if '"sample":7,' not in line]
+    Path("nine.jsonl").write_text("".join(kept))
+    result = run("--prompt", "the king", "--num_samples", "10", "--output", "nine.jsonl")
+    assert "nine.jsonl has 9 of the samples: 1 are left" in result.err
+    assert lines_of("nine.jsonl") == lines_of("ten.jsonl")
+
+
+def test_the_text_is_the_same_with_and_without_records(run) -> None:
+    plain = run("--prompt", "the king", "--num_samples", "2", "--batch_size", "2")
+    both = run("--prompt", "the king", "--num_samples", "2", "--batch_size", "2", "--output", "a.jsonl")
+    only = run("--prompt", "the king", "--num_samples", "2", "--batch_size", "2", "--output", "-")
+    assert both.out == plain.out
+    told = [record.parse(line.encode(), "it") for line in only.out.splitlines()]
+    assert "".join(one.text + "\n" for one in told) == plain.out
+    assert {(one.id, one.sample): one.ids for one in told} == {
+        (one.id, one.sample): one.ids for one in record.read(Path("a.jsonl"))
+    }
+
+
+def test_prompts_of_a_file_without_records_are_written_as_text(run) -> None:
+    result = run("--prompts_file", write_prompts("p.txt", PROMPTS), "--echo")
+    alone = [run("--prompt", prompt, "--echo").out for prompt in PROMPTS]
+    assert result.out == "".join(alone)
+
+
+def test_a_line_may_ask_for_settings_of_its_own(run) -> None:
+    lines = [
+        {"id": "a", "prompt": "the king", "seed": 9, "num_samples": 2, "num_tokens": 5},
+        {"id": "b", "prompt": "the king", "temp": 0, "stop": " "},
+        {"id": "c", "prompt": "the king"},
+    ]
+    assert run("--prompts_file", write_prompts("p.jsonl", lines), "--output", "o.jsonl", "--top_k", "7").code == 0
+    found = {(one.id, one.sample): one for one in record.read(Path("o.jsonl"))}
+    assert found.keys() == {("a", 0), ("a", 1), ("b", 0), ("c", 0)}
+    assert (found["a", 0].seed, found["a", 1].settings.num_tokens, found["a", 0].settings.top_k) == (9, 5, 7)
+    assert (found["b", 0].settings.temperature, found["b", 0].settings.stop) == (0, (" ",))
+    run("--prompt", "the king", "--seed", "9", "--num_tokens", "5", "--top_k", "7", "--output", "a.jsonl")
+    (alone,) = record.read(Path("a.jsonl"))
+    assert alone.ids == found["a", 0].ids
+
+
+def test_a_prompt_may_come_from_stdin(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("the\nkïng\xff".encode() + b"\xff")))
+    assert run("--prompt", "-", "--echo", "--num_tokens", "0").out == "the\nkïng\xff\ufffd\n"
+
+
+def test_a_stop_string_ends_the_text(run) -> None:
+    text = run("--prompt", "the king", "--num_tokens", "30").out.removesuffix("\n")
+    first, second = text[9:12], text[5:7]
+    result = run("--prompt", "the king", "--num_tokens", "30", "--stop", first, "--stop", second, "--output", "s.jsonl")
+    assert result.out == text[: min(text.index(first), text.index(second))] + "\n"
+    (made,) = record.read(Path("s.jsonl"))
+    assert (made.finish_reason, made.stop in (first, second), made.text + "\n") == ("stop", True, result.out)
+
+
+def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
+    base = ("--prompt", "the king", "--output", "a.jsonl")
+    assert run(*base).code == 0
+    before = Path("a.jsonl").read_bytes()
+    changes = {
+        "seed": ("--seed", "1"),
+        "temperature": ("--temp", "0.5"),
+        "num_tokens": ("--num_tokens", "13"),
+        "window_stride": ("--window_stride", "4"),
+        "decode_width": ("--batch_size", "2"),
+        "weights": ("--step", "20"),
+        "stop": ("--stop", "x"),
+    }
+    for name, change in changes.items():
+        for prompt in ("the king", "another"):
+            result = run("--output", "a.jsonl", "--prompt", prompt, *change)
+            assert (result.code, result.out) == (1, "")
+            assert re.search(f"a.jsonl was made by other settings: {name} .* now. Repeat", result.err)
+    assert Path("a.jsonl").read_bytes() == before
+    assert run("--prompt", "a queen", "--output", "a.jsonl").code == 0
+    assert len(lines_of("a.jsonl")) == 2
+    assert run(*base, "--seed", "1", "--overwrite").code == 0
+    (made,) = record.read(Path("a.jsonl"))
+    assert made.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "a", "--prompts_file", "p.txt"), "--prompt and --prompts_file are both given"),
+        ((), "--prompt is required, or --prompts_file"),
+        (("--prompts_file", "none.txt"), "prompts file not found: none.txt"),
+        (("--prompts_file", "bad.jsonl"), "bad.jsonl line 2: unknown key 'promt'"),
+        (("--prompts_file", "p.txt", "--overflow", "error", "--num_tokens", "40"), r"prompt 1 \(\w{16}\): a prompt of"),
+        (("--prompt", "a", "--output", "none/o.jsonl"), "--output none/o.jsonl cannot be written: No such file"),
+        (("--prompt", "a", "--output", "checkpoints"), "--output checkpoints cannot be written: Is a directory"),
+        (("--prompt", "a", "--output", "p.txt"), "p.txt line 1 is not JSON"),
+        (("--prompt", "a", "--stop", ""), "stop must be strings of at least one character"),
+        (("--prompt", "a", "--top_logprobs", "21", "--output", "-"), "top_logprobs must be at most 20: got 21"),
+        (("--prompt", "a", "--top_logprobs", "2"), "--top_logprobs is for the record: give --output too"),
+        (("--prompt", "a", "--overwrite"), "--overwrite is for the record file: give --output too"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments: tuple[str, ...], message: str) -> None:
+    write_prompts("p.txt", PROMPTS)
+    write_prompts("bad.jsonl", [{"prompt": "a"}, {"promt": "a"}])
+    before = {path: path.is_dir() or path.read_bytes() for path in Path.cwd().iterdir()}
+    result = run(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(f"generate: error: .*{message}.*", result.err.splitlines()[-1])
+    assert {path: path.is_dir() or path.read_bytes() for path in Path.cwd().iterdir()} == before
+
+
+def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(trained: Path, cache: Path) -> None:
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
+        "finally: print('jax' in sys.modules, file=sys.stderr)"
+    )
+    for arguments in (("--output", "/none/o.jsonl", "--prompt", "a"), ("--prompts_file", "none.txt")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "generate", "--run-name", "tiny", *arguments],
+            cwd=trained,
+            env=programs.environment(cache),
+            capture_output=True,
+            text=True,
+        )
+        assert done.stderr.splitlines()[-1] == "False"
+
+
+def spawn_many(trained: Path, cache: Path, out: Path, samples: int, *more: str) -> "subprocess.Popen[str]":
+    flags = ("--run-name", "tiny", "--prompt", "the king", "--num_tokens", "6", "--num_samples", str(samples))
+    return subprocess.Popen(
+        programs.command("generate", *flags, "--batch_size", "4", "--output", str(out), *more),
+        cwd=trained,
+        env=programs.environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, cache: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    with spawn_many(trained, cache, whole, 300) as process:
+        process.communicate(timeout=120)
+    sizes = [0]
+    for turn in range(4):
+        with spawn_many(trained, cache, killed, 300) as process:
+            until = time.monotonic() + 60
+            while process.poll() is None and (not killed.exists() or killed.stat().st_size <= sizes[-1]):
+                assert time.monotonic() < until
+                time.sleep(0.002)
+            time.sleep(0.01 * turn)
+            process.send_signal(signal.SIGKILL)
+        sizes.append(killed.stat().st_size)
+        assert len(lines_of(killed)) >= len(sizes) - 1
+    with killed.open("ab") as file:  # and cut in the middle of a line
+        file.truncate(sizes[-1] - 40)
+    with spawn_many(trained, cache, killed, 300) as process:
+        _, err = process.communicate(timeout=120)
+    assert "dropped a torn last line" in err
+    assert lines_of(killed) == lines_of(whole)
+
+
+@pytest.mark.slow
+def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(trained: Path, cache: Path, tmp_path: Path) -> None:
+    """Each process tells its own peak; what grows is the set of finished samples, some hundred bytes each."""
+    code = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    flags = ("--run-name", "tiny", "--prompt", "the king", "--num_tokens", "2", "--batch_size", "250")
+    peaks = []
+    for samples in (1000, 10_000):
+        out = tmp_path / f"{samples}.jsonl"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "generate", *flags, "--num_samples", str(samples), "--output", str(out)],
+            cwd=trained,
+            env=programs.environment(cache),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert out.read_bytes().count(b"\n") == samples
+        peaks.append(int(done.stderr.splitlines()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 40, f"peaks of {peaks} MiB"
+
+
+def test_stdout_of_records_may_be_closed(trained: Path, cache: Path) -> None:
+    line = " ".join([*programs.command("generate"), "--run-name tiny --prompt king --num_samples 500 --output -"])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} | head -n 1"],
+        cwd=trained,
+        env=programs.environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 141
+    assert record.parse(done.stdout.encode(), "it").sample == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bar_shows_how_far_it_is(trained: Path, cache: Path, tmp_path: Path) -> None:
+    """On a terminal of its own, which the text does not go to."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        programs.command(
+            "generate",
+            "--run-name",
+            "tiny",
+            "--prompt",
+            "king",
+            "--num_samples",
+            "60",
+            "--output",
+            str(tmp_path / "a.jsonl"),
+        ),
+        cwd=trained,
+        env={**programs.environment(cache), "TERM": "xterm", "COLUMNS": "100"},
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        for _ in itertools.repeat(None):
+            shown += os.read(ours, 65536)
+    except OSError:  # how Linux says that the other end was closed
+        process.wait(timeout=60)
+    assert re.search(rb"\d+/60 samples.*\d+ tokens/s", shown)
+    assert b"60/60 samples" in shown
