@@ -1,10 +1,16 @@
 """A text read in pieces is the text, and its tokens are the text's tokens."""
 
+import gzip
+import hashlib
+import itertools
+import json
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tokenizers
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -35,29 +41,36 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("corpus") / "text.txt"
 
 
-def tokens_of_pieces(path: Path, chunk_bytes: int) -> list[int]:
-    pieces = corpus.read_text(path, chunk_bytes=chunk_bytes)
+def read(path: Path, start: int = 0, stop: int | None = None, *, piece_bytes: int = 1 << 16) -> Iterator[str]:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        size = (path.stat().st_size if stop is None else stop) - start
+        yield from corpus.read_text(stream, size, piece_bytes=piece_bytes)
+
+
+def tokens_of_pieces(path: Path, piece_bytes: int) -> list[int]:
+    pieces = read(path, piece_bytes=piece_bytes)
     return [token_id for piece in pieces for token_id in VOCABULARY.encode(piece)]
 
 
 @SETTINGS
 @given(
     content=st.binary() | st.text().map(str.encode) | MIXTURES.map(str.encode),
-    chunk_bytes=st.integers(1, 40),
+    piece_bytes=st.integers(1, 40),
     ends=st.tuples(st.integers(0, 50), st.integers(0, 50)),
 )
-@example(content=b"\r\n\n\r\xf0\x9f\x98\x80\xf0\x9f\x98", chunk_bytes=1, ends=(0, 50))
-@example(content=b"a b c " * 20, chunk_bytes=7, ends=(3, 44))
-@example(content=b"", chunk_bytes=7, ends=(0, 0))
+@example(content=b"\r\n\n\r\xf0\x9f\x98\x80\xf0\x9f\x98", piece_bytes=1, ends=(0, 50))
+@example(content=b"a b c " * 20, piece_bytes=7, ends=(3, 44))
+@example(content=b"", piece_bytes=7, ends=(0, 0))
 def test_pieces_joined_are_the_bytes_between_the_offsets(
-    source: Path, content: bytes, chunk_bytes: int, ends: tuple[int, int]
+    source: Path, content: bytes, piece_bytes: int, ends: tuple[int, int]
 ) -> None:
     source.write_bytes(content)
-    whole = list(corpus.read_text(source, chunk_bytes=chunk_bytes))
+    whole = list(read(source, piece_bytes=piece_bytes))
     assert "".join(whole) == content.decode("utf-8", "replace")
     assert "" not in whole
     start, stop = sorted(min(end, len(content)) for end in ends)
-    part = corpus.read_text(source, start, stop, chunk_bytes=chunk_bytes)
+    part = read(source, start, stop, piece_bytes=piece_bytes)
     assert "".join(part) == content[start:stop].decode("utf-8", "replace")
 
 
@@ -72,40 +85,40 @@ def test_tokens_of_the_pieces_are_the_tokens_of_the_whole(source: Path, text: st
 
 def test_a_chunk_is_cut_where_a_word_ends_even_far_from_its_end(source: Path) -> None:
     source.write_bytes(DATA_URI.encode())
-    chunk_bytes = len(DATA_URI) - 100
-    pieces = list(corpus.read_text(source, chunk_bytes=chunk_bytes))
+    piece_bytes = len(DATA_URI) - 100
+    pieces = list(read(source, piece_bytes=piece_bytes))
     assert len(pieces) == 2
-    assert tokens_of_pieces(source, chunk_bytes) == VOCABULARY.encode(DATA_URI)
+    assert tokens_of_pieces(source, piece_bytes) == VOCABULARY.encode(DATA_URI)
 
 
-@pytest.mark.parametrize("chunk_bytes", [16, 50, 64, 100])
-def test_a_control_character_that_only_python_calls_blank_is_no_place_to_cut(source: Path, chunk_bytes: int) -> None:
+@pytest.mark.parametrize("piece_bytes", [16, 50, 64, 100])
+def test_a_control_character_that_only_python_calls_blank_is_no_place_to_cut(source: Path, piece_bytes: int) -> None:
     r"""``"\x1c".isspace()``, but to the tokenizer's regex the separators \x1c to \x1f are visible."""
     source.write_bytes(SEPARATED.encode())
-    assert tokens_of_pieces(source, chunk_bytes) == VOCABULARY.encode(SEPARATED)
+    assert tokens_of_pieces(source, piece_bytes) == VOCABULARY.encode(SEPARATED)
 
 
 def test_a_vocabulary_does_not_depend_on_the_chunks(source: Path) -> None:
     text = "".join(blank + word for word in WORDS * 3 for blank in BLANKS)
     source.write_bytes(text.encode())
     whole = tokenizer.Tokenizer.train([text], 400).to_json()
-    for chunk_bytes in (LONGEST, 100, 1000, 1 << 20):
-        pieces = list(corpus.read_text(source, chunk_bytes=chunk_bytes))
-        assert len(pieces) > 1 or chunk_bytes == 1 << 20
+    for piece_bytes in (LONGEST, 100, 1000, 1 << 20):
+        pieces = list(read(source, piece_bytes=piece_bytes))
+        assert len(pieces) > 1 or piece_bytes == 1 << 20
         assert tokenizer.Tokenizer.train(pieces, 400).to_json() == whole
 
 
 @pytest.mark.parametrize("pattern", ["to be or not ", "x", " ", "要生存", "a " + "b" * 9000], ids=lambda text: text[:6])
 def test_memory_does_not_grow_with_the_text(source: Path, pattern: str) -> None:
-    size, chunk_bytes = 4 << 20, 1 << 14
+    size, piece_bytes = 4 << 20, 1 << 14
     source.write_bytes(pattern.encode() * (size // len(pattern.encode())))
     tracemalloc.start()
     try:
-        longest = max(map(len, corpus.read_text(source, chunk_bytes=chunk_bytes)))
+        longest = max(map(len, read(source, piece_bytes=piece_bytes)))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert longest <= 2 * chunk_bytes
+    assert longest <= 2 * piece_bytes
     assert peak < size / 4
 
 
@@ -117,23 +130,23 @@ def test_memory_does_not_grow_with_the_text(source: Path, pattern: str) -> None:
 def test_the_split_never_lands_in_a_character(source: Path, text: str) -> None:
     content = text.encode()
     source.write_bytes(content)
-    split = corpus.split_offset(source)
+    split = corpus.Corpus(source).split
     assert content[:split].decode() + content[split:].decode() == text
     assert len(content) * 9 // 10 <= split <= len(content) * 9 // 10 + 3
 
 
 @SETTINGS
-@given(content=st.binary())
+@given(content=st.binary(min_size=1))
 @example(content=b"\x80" * 100)
 def test_the_split_of_any_bytes_lies_within_them(source: Path, content: bytes) -> None:
     source.write_bytes(content)
     tenths = len(content) * 9 // 10
-    assert tenths <= corpus.split_offset(source) <= min(tenths + 3, len(content))
+    assert tenths <= corpus.Corpus(source).split <= min(tenths + 3, len(content))
 
 
 def test_the_split_of_ascii_is_exactly_nine_tenths(source: Path) -> None:
     source.write_bytes(b"x" * 1_115_394)
-    assert corpus.split_offset(source) == 1_003_854
+    assert corpus.Corpus(source).split == 1_003_854
 
 
 def test_blanks_are_blanks_to_the_tokenizers_regex_too() -> None:
@@ -141,3 +154,87 @@ def test_blanks_are_blanks_to_the_tokenizers_regex_too() -> None:
     regex = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     for blank in BLANKS:
         assert regex.pre_tokenize_str(f"!?{blank}!?")[0] == ("!?", (0, 2))
+
+
+PARTS = st.lists(st.text(max_size=12) | MIXTURES, min_size=1, max_size=8)
+
+
+def write_parts(folder: Path, parts: list[str], forms: list[str]) -> list[Path]:
+    """Writes each part as a file of its own, or as one or two lines of JSON."""
+    paths = []
+    for number, part in enumerate(parts):
+        path = folder / f"{number}{forms[number % len(forms)]}"
+        content = part.encode()
+        if ".jsonl" in path.name:
+            content = b"".join(json.dumps({"text": line}).encode() + b"\n\n" for line in (part, "", part))
+        packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+        path.write_bytes(packed(content))
+        paths.append(path)
+    return paths
+
+
+@SETTINGS
+@given(
+    parts=PARTS,
+    forms=st.lists(st.sampled_from([".txt", ".jsonl", ".txt.gz", ".jsonl.zst", ".md.zst", ".jsonl.gz"]), min_size=1),
+    piece_bytes=st.integers(1, 40),
+)
+@example(parts=["🙂"], forms=[".txt.zst"], piece_bytes=40)
+@example(parts=["", "a", "", "🙂" * 9, ""], forms=[".txt", ".jsonl"], piece_bytes=3)
+def test_documents_come_in_order_and_split_in_two(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str], forms: list[str], piece_bytes: int
+) -> None:
+    paths = write_parts(tmp_path_factory.mktemp("parts"), parts, forms)
+    texts = [
+        text for part, path in zip(parts, paths, strict=True) for text in [part] * (1 + (".jsonl" in path.name)) if text
+    ]
+    content = "".join(texts).encode()
+    if not content:
+        with pytest.raises(ValueError, match=r"0\.\S+.* (is|are) empty: 0 tokens"):
+            corpus.Corpus(paths)
+        return
+    found = corpus.Corpus(paths)
+    assert (found.documents, found.bytes) == (len(texts), len(content))
+    content[: found.split].decode()
+    assert len(content) * 9 // 10 <= found.split <= len(content) * 9 // 10 + 3
+    pieces = list(found.pieces(0, found.bytes, piece_bytes=piece_bytes))
+    assert [list(group) for is_end, group in itertools.groupby(pieces, lambda piece: piece is None) if is_end] == [
+        [None] for _ in texts
+    ]
+    documents = "".join("\0END\0" if piece is None else piece for piece in pieces).split("\0END\0")
+    assert documents == [*texts, ""]
+    halves = [list(found.pieces(*ends)) for ends in ((0, found.split), (found.split, found.bytes))]
+    assert ["".join(piece or "" for piece in half).encode() for half in halves] == [
+        content[: found.split],
+        content[found.split :],
+    ]
+    assert sum(half.count(None) for half in halves) == len(texts)
+    assert not halves[1] or halves[1][0] is not None, "an end belongs to the side of its document's last byte"
+
+
+def test_a_sample_is_spread_evenly_and_no_larger_than_asked(source: Path) -> None:
+    source.write_text("".join(f"{number:09} " for number in range(200_000)))
+    text = corpus.Corpus(source)
+    whole = "".join(text.sample(1 << 30))
+    assert whole == source.read_text()[: text.split]
+    numbers = [int(word) for piece in text.sample(400_000) for word in piece.split() if len(word) == 9]
+    assert 400_000 - 2 * corpus.PIECE_BYTES < 10 * len(numbers) <= 400_000
+    for quarter in range(4):
+        share = sum(quarter * 45_000 <= number < (quarter + 1) * 45_000 for number in numbers)
+        assert 0.5 < share / (len(numbers) / 4) < 1.5
+
+
+def test_a_sample_of_bytes_that_are_no_text_is_no_larger_than_asked(source: Path) -> None:
+    source.write_bytes(b"\xff " * 500_000)
+    assert 0 < sum(len(piece.encode()) for piece in corpus.Corpus(source).sample(300_000)) <= 300_000
+
+
+def test_what_a_corpus_reads_is_told(source: Path, tmp_path: Path) -> None:
+    source.write_text("abc")
+    (tmp_path / "second.txt").write_text("defgh")
+    told: list[tuple[int, int, str]] = []
+    found = corpus.Corpus([source, tmp_path / "second.txt"], progress=lambda *fact: told.append(fact))
+    assert told == [(0, 8, "reading"), (3, 8, "reading")]
+    assert [(one.name, one.bytes) for one in found.sources] == [("text.txt", 3), ("second.txt", 5)]
+    assert found.sources[0].sha256 == hashlib.sha256(b"abc").hexdigest()
+    assert found.sources == corpus.digests([source, tmp_path / "second.txt"])

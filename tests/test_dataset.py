@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hipgpt_jax import files
-from hipgpt_jax.text import dataset, tokenizer
+from hipgpt_jax.text import corpus, dataset, encoding, tokenizer
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
@@ -38,11 +38,15 @@ def run_directory(folder: Path, name: str = "run") -> Path:
 def write_ids(directory: Path, train: int, validation: int) -> dataset.Dataset:
     """Writes a data set whose ids count up from 0, so that a window shows where it begins."""
     manifest = dataset.Manifest(
-        source="text.txt",
-        source_bytes=0,
-        source_sha256="",
+        sources=(corpus.Source(name="text.txt", bytes=0, sha256=""),),
+        text_field=None,
+        documents=1,
+        text_bytes=0,
+        eos_id=None,
+        tokenizer_sha256=None,
         requested_vocab_size=1000,
         vocab_size=1000,
+        sample_bytes=0,
         token_bytes=2,
         train_tokens=train,
         validation_tokens=validation,
@@ -83,8 +87,9 @@ def test_the_vocabulary_is_learned_from_the_training_split_alone(tmp_path: Path)
 def test_ids_do_not_depend_on_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_text(tmp_path)
     whole = dataset.prepare(run_directory(tmp_path, "whole"), source, 300)
-    monkeypatch.setattr(dataset, "_PIECE_BYTES", 64)
-    monkeypatch.setattr(dataset, "_PIECES_AT_ONCE", 3)
+    read_text = corpus.read_text
+    monkeypatch.setattr(corpus, "read_text", lambda *rest, **_: read_text(*rest, piece_bytes=64))
+    monkeypatch.setattr(encoding, "_BATCH_PIECES", 3)
     pieces = dataset.prepare(run_directory(tmp_path, "pieces"), source, 300)
     assert pieces.manifest == whole.manifest
     np.testing.assert_array_equal(pieces.train, whole.train)
@@ -116,7 +121,6 @@ def test_a_prepare_that_was_cut_short_is_done_again(tmp_path: Path, monkeypatch:
         patched.setattr(tokenizer.Tokenizer, "encode_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             dataset.prepare(directory, source, 300)
-    assert not (directory / "tokens.bin").exists()
     assert not (directory / "data.json").exists()
     whole = dataset.prepare(run_directory(tmp_path, "whole"), source, 300)
     np.testing.assert_array_equal(dataset.prepare(directory, source, 300).train, whole.train)
@@ -133,7 +137,7 @@ def test_an_id_has_the_width_that_its_vocabulary_needs(
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     large = tokenizer.Tokenizer(backend)
-    monkeypatch.setattr(tokenizer.Tokenizer, "train", lambda *_: large)
+    monkeypatch.setattr(tokenizer.Tokenizer, "train", lambda *_, **__: large)
     text = TEXT + "\xad"
     data = dataset.prepare(run_directory(tmp_path), write_text(tmp_path, text), vocab_size)
     ids = large.encode(text)
@@ -171,11 +175,10 @@ def test_a_vocabulary_that_the_text_could_not_fill_is_still_the_one_asked_for(tm
     assert dataset.prepare(directory, source, 20_000).manifest.vocab_size == learned
 
 
-@pytest.mark.parametrize("name", ["nosuch.txt", "."])
-def test_a_missing_text_is_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_text_is_named(tmp_path: Path) -> None:
     directory = run_directory(tmp_path)
-    with pytest.raises(FileNotFoundError, match=re.escape(f"data file not found: {tmp_path / name}. ")):
-        dataset.prepare(directory, tmp_path / name, 300)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"data file not found: {tmp_path / 'nosuch.txt'}. ")):
+        dataset.prepare(directory, tmp_path / "nosuch.txt", 300)
     assert list(directory.iterdir()) == []
 
 
@@ -284,7 +287,13 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     [
         *((key, value) for key in ("train_tokens", "validation_tokens") for value in (None, "9", 9.5, [9], -1)),
         *(("token_bytes", value) for value in (None, "2", 3, 0, 1)),
-        ("source_sha256", 7),
+        *(
+            ("sources", value)
+            for value in (None, [], ["a.txt"], [{"name": "a"}], {"name": "a", "bytes": 1, "sha256": ""})
+        ),
+        *(("eos_id", value) for value in ("9", 1.0, True)),
+        ("text_field", 7),
+        ("tokenizer_sha256", 7),
         ("more", 1),
     ],
 )
@@ -303,3 +312,57 @@ def test_a_manifest_that_lacks_a_key_is_named(tmp_path: Path, key: str) -> None:
     files.write_json(path, {name: value for name, value in files.read_json(path).items() if name != key})
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is not a data manifest: .*'{key}'"):
         dataset.Dataset(tmp_path)
+
+
+OLD = {
+    "source": "text.txt",
+    "source_bytes": 1000,
+    "source_sha256": "ab",
+    "requested_vocab_size": 300,
+    "vocab_size": 299,
+    "token_bytes": 2,
+    "train_tokens": 9,
+    "validation_tokens": 2,
+    "validation_bytes": 100,
+}
+
+
+def test_a_run_of_version_0_1_still_opens(tmp_path: Path) -> None:
+    np.arange(11, dtype="<u2").tofile(tmp_path / "tokens.bin")
+    files.write_json(tmp_path / "data.json", OLD)
+    assert dataset.Dataset(tmp_path).manifest == dataset.Manifest(
+        sources=(corpus.Source(name="text.txt", bytes=1000, sha256="ab"),),
+        text_field=None,
+        documents=1,
+        text_bytes=1000,
+        eos_id=None,
+        tokenizer_sha256=None,
+        requested_vocab_size=300,
+        vocab_size=299,
+        sample_bytes=900,
+        token_bytes=2,
+        train_tokens=9,
+        validation_tokens=2,
+        validation_bytes=100,
+    )
+
+
+@pytest.mark.parametrize("key", OLD)
+@pytest.mark.parametrize("change", ["lacks", "holds something else"])
+def test_a_broken_manifest_of_version_0_1_is_named(tmp_path: Path, key: str, change: str) -> None:
+    rest = {name: value for name, value in OLD.items() if name != key}
+    files.write_json(tmp_path / "data.json", rest if change == "lacks" else OLD | {key: [7]})
+    with pytest.raises(ValueError, match=r"data\.json (is not a data manifest|must hold)"):
+        dataset.Dataset(tmp_path)
+
+
+def test_old_and_new_runs_are_held_to_their_text_alike(tmp_path: Path) -> None:
+    source, directory = write_text(tmp_path), run_directory(tmp_path)
+    made = dataset.prepare(directory, source, 300).manifest
+    (one,) = made.sources
+    old = {"source": one.name, "source_bytes": one.bytes, "source_sha256": one.sha256}
+    old |= {name: value for name, value in dataclasses.asdict(made).items() if name in OLD}
+    files.write_json(directory / "data.json", old)
+    assert dataset.prepare(directory, source, 300).manifest == made
+    with pytest.raises(ValueError, match=r"--data-path gives 2 files, not its 1;"):
+        dataset.require_same(directory, [source, source], 301)

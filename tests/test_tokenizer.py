@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -244,3 +245,109 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path, content: bytes)
 def test_a_missing_tokenizer_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(f"tokenizer not found: {tmp_path / name}")):
         tokenizer.Tokenizer.load(tmp_path / name)
+
+
+ENDED = tokenizer.Tokenizer.train([TEXT], 330, has_end=True)
+SPECIAL = st.sampled_from([*tokenizer.END_TOKENS, "<|endof", "text|>", " ", "\n", "a"])
+
+
+def test_the_end_token_is_the_last_id_of_as_many_as_asked() -> None:
+    assert (ENDED.vocab_size, ENDED.end_id) == (330, 329)
+    assert (MERGED.end_id, BYTES.end_id) == (None, None)
+    assert ENDED.encode(TEXT) == tokenizer.Tokenizer.train([TEXT], 329).encode(TEXT)
+    assert tokenizer.Tokenizer.train(["aaab"], 5000, has_end=True).end_id == 256 + len(["aa", "ab", "aaab"])
+    assert ENDED.show(329) == "<|endoftext|>"
+
+
+def test_an_end_token_needs_an_id_beside_the_bytes() -> None:
+    assert tokenizer.Tokenizer.train([TEXT], 257, has_end=True).end_id == 256
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 257 .*the end of a document\): got 256$"):
+        tokenizer.Tokenizer.train([TEXT], 256, has_end=True)
+
+
+@SETTINGS
+@given(parts=st.lists(ANY_TEXT | SPECIAL))
+@example(parts=["<|endoftext|>"])
+@example(parts=["to be<|endoftext|>or </s><eos>", "<|endoftext|>"])
+def test_text_that_spells_the_end_token_is_text(parts: list[str]) -> None:
+    text = "".join(parts)
+    loaded = tokenizer.Tokenizer(tokenizers.Tokenizer.from_str(ENDED.to_json()))
+    for vocabulary in (ENDED, loaded):
+        ids = vocabulary.encode(text)
+        assert vocabulary.end_id not in ids
+        assert list(vocabulary.encode_batch([text, text])) == [ids, ids]
+        assert vocabulary.decode(ids) == text
+
+
+def byte_level(**settings: Any) -> tokenizers.Tokenizer:
+    """A vocabulary such as other programs make: bytes, some merges, and an end token of GPT-2's name."""
+    backend = tokenizers.Tokenizer.from_str(MERGED.to_json())
+    backend.add_special_tokens(["<|endoftext|>"])
+    for name, value in settings.items():
+        setattr(backend, name, value)
+    return backend
+
+
+def word_piece() -> tokenizers.Tokenizer:
+    words = {word: number for number, word in enumerate(["[UNK]", "[SEP]", "the", "king", "##s"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return backend
+
+
+def test_a_ready_made_tokenizer_is_read_whatever_it_would_add(tmp_path: Path) -> None:
+    backend = byte_level(
+        post_processor=tokenizers.processors.TemplateProcessing(
+            single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 330)]
+        )
+    )
+    backend.enable_truncation(5)
+    backend.enable_padding(length=9)
+    backend.add_tokens(["King's"])
+    backend.save(str(tmp_path / "ready.json"))
+    ready = tokenizer.Tokenizer.load_lossless(tmp_path / "ready.json")
+    assert ready.end_id == 330
+    assert ready.encode("King's") == [331]
+    assert ready.encode(TEXT) == MERGED.encode(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("backend", "difference"),
+    [
+        (word_piece(), "'The  King' comes"),
+        (byte_level(normalizer=tokenizers.normalizers.NFC()), "comes back as"),
+        (byte_level(normalizer=tokenizers.normalizers.NFKC()), "comes back as"),
+        (byte_level(normalizer=tokenizers.normalizers.Lowercase()), "'The  King' comes back as 'the  king'"),
+        (byte_level(normalizer=tokenizers.normalizers.Strip()), "comes back as"),
+        (byte_level(normalizer=tokenizers.normalizers.Replace("  ", " ")), "' King and' comes back as 'King and\\\\t'"),
+        (
+            byte_level(pre_tokenizer=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            "comes back as ' The  Kin'",
+        ),
+        (byte_level(pre_tokenizer=tokenizers.pre_tokenizers.Metaspace()), "comes back as"),
+        (byte_level(pre_tokenizer=tokenizers.pre_tokenizers.Whitespace()), "comes back as"),
+    ],
+    ids=["WordPiece", "NFC", "NFKC", "lowercase", "strip", "replace", "prefix", "metaspace", "whitespace"],
+)
+def test_a_tokenizer_that_changes_text_is_refused(
+    tmp_path: Path, backend: tokenizers.Tokenizer, difference: str
+) -> None:
+    path = tmp_path / "ready.json"
+    backend.save(str(path))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} does not keep text as it is: .*{difference}"):
+        tokenizer.Tokenizer.load_lossless(path)
+
+
+def test_a_tokenizer_that_takes_text_for_its_end_token_is_refused(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(MERGED.to_json())
+    backend.add_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "ready.json"))
+    with pytest.raises(ValueError, match=r"ready.json takes the text '<\|endoftext\|>' for its end token"):
+        tokenizer.Tokenizer.load_lossless(tmp_path / "ready.json")
+
+
+@pytest.mark.parametrize("name", tokenizer.END_TOKENS)
+def test_an_end_token_is_known_by_its_name(name: str) -> None:
+    backend = tokenizers.Tokenizer.from_str(MERGED.to_json())
+    backend.add_special_tokens(["<pad>", name])
+    assert tokenizer.Tokenizer(backend).end_id == 331

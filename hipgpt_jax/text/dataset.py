@@ -1,50 +1,27 @@
 """A corpus as token ids on disk, and the batch that a step takes from it."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
+import tokenizers
 
-from hipgpt_jax import files
-from hipgpt_jax.text import corpus, tokenizer
+from hipgpt_jax import files, version
+from hipgpt_jax.text import corpus, documents, encoding, manifest, tokenizer
 
-TOKENIZER_NAME = "tokenizer.json"
-TOKENS_NAME = "tokens.bin"
+TOKENIZER_NAME = encoding.TOKENIZER_NAME
+TOKENS_NAME = encoding.TOKENS_NAME
+JOURNAL_NAME = encoding.JOURNAL_NAME
 MANIFEST_NAME = "data.json"
 
-# 64 pieces of 64 KiB keep every core busy and 4 MiB of text in memory.
-_PIECE_BYTES = 1 << 16
-_PIECES_AT_ONCE = 64
+Manifest = manifest.Manifest
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What ``tokens.bin`` holds and where it came from; stored as ``data.json`` and in every config.
-
-    Attributes:
-        source: Name of the text file, without its directory.
-        source_bytes: Its size.
-        source_sha256: Its digest.
-        requested_vocab_size: Vocabulary asked for.
-        vocab_size: Vocabulary learned; smaller where the text has too few distinct pairs.
-        token_bytes: Width of an id in ``tokens.bin``, little-endian: 2 or 4.
-        train_tokens: Ids of the training split, first in the file.
-        validation_tokens: Ids of the validation split, the last tenth of the text's bytes.
-        validation_bytes: Bytes of text in the validation split, for bits a byte.
-    """
-
-    source: str
-    source_bytes: int
-    source_sha256: str
-    requested_vocab_size: int
-    vocab_size: int
-    token_bytes: int
-    train_tokens: int
-    validation_tokens: int
-    validation_bytes: int
+# Learning holds every distinct word, about 70 bytes each: in the worst text, whose words are all distinct,
+# 64 MiB took 650 MiB of memory. What more text would add are rare words, which are no pairs to merge.
+_SAMPLE_BYTES = 1 << 27
+_TOLD_BYTES = 1 << 20
 
 
 class Dataset:
@@ -58,7 +35,7 @@ class Dataset:
 
     def __init__(self, directory: Path) -> None:
         manifest_path, tokens_path = directory / MANIFEST_NAME, directory / TOKENS_NAME
-        self.manifest = _parse_manifest(manifest_path)
+        self.manifest = Manifest.read(manifest_path)
         tokens = self.manifest.train_tokens + self.manifest.validation_tokens
         if tokens_path.stat().st_size != tokens * self.manifest.token_bytes:
             raise ValueError(
@@ -74,7 +51,7 @@ class Dataset:
         for name, ids, needed in (("training", self.train, length + 1), ("validation", self.validation, 2)):
             if len(ids) < needed:
                 raise ValueError(
-                    f"{self.manifest.source} is too short: its {name} split has {len(ids)} tokens and needs "
+                    f"{self.manifest.name} is too short: its {name} split has {len(ids)} tokens and needs "
                     f"{needed}. Use more text, or a shorter --seq"
                 )
 
@@ -98,100 +75,154 @@ class Dataset:
         return np.stack([self.train[start : start + length + 1] for start in words % starts]).astype(np.int32)
 
 
-def prepare(directory: Path, source: Path, vocab_size: int) -> Dataset:
-    """Learns a tokenizer from the training split of ``source`` and writes its token ids, once.
+def prepare(
+    directory: Path,
+    sources: Path | Sequence[Path],
+    vocab_size: int,
+    *,
+    text_field: str = corpus.DEFAULT_TEXT_FIELD,
+    tokenizer_path: Path | None = None,
+    progress: corpus.Progress | None = None,
+) -> Dataset:
+    """Learns a tokenizer from the training split of a corpus and writes its token ids, once.
 
-    Memory does not grow with the corpus: text is read, and ids are written, by pieces. The manifest
-    is written last, so its presence says that the other files are whole.
+    Memory does not grow with the corpus: text is read, and ids are written, by pieces. Work that was
+    cut short is gone on with, and gives the same files, where the corpus and the settings are the same;
+    else it starts anew. The manifest is written last, so its presence says that the other files are whole.
 
     Args:
         directory: The run's directory, which exists.
-        source: A text file.
-        vocab_size: Ids wanted, at least 256.
+        sources: Files and directories, as ``documents.find`` takes them. Where they hold several documents,
+            an end token follows each, which is the last id of a vocabulary that is learned.
+        vocab_size: Ids wanted, at least 256, or 257 with the end token; a ready-made tokenizer has its own.
+        text_field: Key of the text in a line of a ``.jsonl`` file.
+        tokenizer_path: A ready-made ``tokenizer.json``; None learns one.
+        progress: Called with bytes done, bytes in all and what is done: reading, learning, encoding.
 
     Raises:
-        FileNotFoundError: There is no such text file.
-        ValueError: It is empty, or the run was prepared from another text or vocabulary.
+        FileNotFoundError: A file is not there.
+        ValueError: A file is broken, there is no text, the tokenizer has no end token for several documents
+            or loses text, or the run was prepared from another corpus or with other settings.
     """
-    _require_text(source)
     if (directory / MANIFEST_NAME).is_file():
-        require_same(directory, source, vocab_size)
+        require_same(directory, sources, vocab_size, text_field=text_field, tokenizer_path=tokenizer_path)
+        (directory / JOURNAL_NAME).unlink(missing_ok=True)
         return Dataset(directory)
 
-    split = corpus.split_offset(source)
-    vocabulary = tokenizer.Tokenizer.train(corpus.read_text(source, 0, split), vocab_size)
-    files.write_text(directory / TOKENIZER_NAME, vocabulary.to_json())
-    token_bytes = 2 if vocabulary.vocab_size <= 1 << 16 else 4
-    with files.replacing(directory / TOKENS_NAME) as temporary, temporary.open("wb") as file:
-        counts = [
-            _append_tokens(file, _encoded(vocabulary, source, *span), token_bytes)
-            for span in ((0, split), (split, None))
-        ]
-    manifest = Manifest(
-        source=source.name,
-        source_bytes=source.stat().st_size,
-        source_sha256=files.sha256(source),
-        requested_vocab_size=vocab_size,
-        vocab_size=vocabulary.vocab_size,
-        token_bytes=token_bytes,
-        train_tokens=counts[0],
-        validation_tokens=counts[1],
-        validation_bytes=source.stat().st_size - split,
-    )
-    files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(manifest))
+    _remove_stale(directory)
+    ready = None if tokenizer_path is None else tokenizer.Tokenizer.load_lossless(tokenizer_path)
+    digest = None if tokenizer_path is None else files.sha256(tokenizer_path)
+    text = corpus.Corpus(sources, text_field, progress)
+    if ready is not None and text.documents > 1 and ready.end_id is None:
+        raise ValueError(
+            f"{tokenizer_path} has no end token ({', '.join(tokenizer.END_TOKENS)}) to set {text.documents} documents "
+            f"apart. Add one to it, by add_special_tokens of the tokenizers library, or give one document"
+        )
+    request = {
+        "version": version.__version__,
+        "tokenizers": tokenizers.__version__,
+        "sources": [dataclasses.asdict(source) for source in text.sources],
+        "text_field": text_field,
+        "vocab_size": vocab_size,
+        "tokenizer": digest,
+    }
+    made = _write(directory, text, request, ready, progress)
+    files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(made))
+    (directory / JOURNAL_NAME).unlink()
     return Dataset(directory)
 
 
-def _require_text(source: Path) -> None:
-    if not source.is_file():
-        raise FileNotFoundError(f"data file not found: {source}. Give a text file with --data-path")
-    if source.stat().st_size == 0:
-        raise ValueError(f"{source} is empty: 0 tokens to train on. Give a text file with --data-path")
+def _remove_stale(directory: Path) -> None:
+    """Removes what a kill left that was about to be renamed."""
+    for name in (TOKENIZER_NAME, JOURNAL_NAME, MANIFEST_NAME):
+        for stale in directory.glob(f".{name}.*.tmp"):
+            stale.unlink()
 
 
-def encode(vocabulary: tokenizer.Tokenizer, source: Path, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Returns the ids of a text file between two byte offsets, int32, as ``prepare`` would write them."""
-    pieces = _encoded(vocabulary, source, start, stop)
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(ids, np.int32) for ids in pieces)])
+def _write(
+    directory: Path,
+    text: corpus.Corpus,
+    request: dict[str, Any],
+    ready: tokenizer.Tokenizer | None,
+    progress: corpus.Progress | None,
+) -> Manifest:
+    """Writes the vocabulary and the ids, or what is left of that to do, and returns what to say of them."""
+    size = request["vocab_size"]
+    journal = encoding.begin(directory, request, lambda: ready or _learn(text, size, progress))
+    vocabulary = tokenizer.Tokenizer.load(directory / TOKENIZER_NAME)
+    end_id = vocabulary.end_id if text.documents > 1 else None
+    counts = encoding.write_tokens(directory, journal, text, vocabulary, end_id=end_id, progress=progress)
+    return Manifest(
+        sources=text.sources,
+        text_field=_text_field(text.sources, request["text_field"]),
+        documents=text.documents,
+        text_bytes=text.bytes,
+        eos_id=end_id,
+        tokenizer_sha256=request["tokenizer"],
+        requested_vocab_size=size if ready is None else ready.vocab_size,
+        vocab_size=vocabulary.vocab_size,
+        sample_bytes=min(text.split, _SAMPLE_BYTES) if ready is None else 0,
+        token_bytes=encoding.token_bytes(vocabulary),
+        train_tokens=counts[0],
+        validation_tokens=counts[1],
+        validation_bytes=text.bytes - text.split,
+    )
 
 
-def _encoded(vocabulary: tokenizer.Tokenizer, source: Path, start: int, stop: int | None) -> Iterator[list[int]]:
-    pieces = corpus.read_text(source, start, stop, chunk_bytes=_PIECE_BYTES)
-    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
-        yield from vocabulary.encode_batch(batch)
+def _learn(text: corpus.Corpus, vocab_size: int, progress: corpus.Progress | None) -> tokenizer.Tokenizer:
+    total, done, told = min(text.split, _SAMPLE_BYTES), 0, 0
+
+    def pieces() -> Iterator[str]:
+        nonlocal done, told
+        for piece in text.sample(_SAMPLE_BYTES):
+            if progress is not None and done >= told:
+                progress(min(done, total), total, "learning")
+                told = done + _TOLD_BYTES
+            done += len(piece.encode())
+            yield piece
+
+    return tokenizer.Tokenizer.train(pieces(), vocab_size, has_end=text.documents > 1)
 
 
-def _append_tokens(file: BinaryIO, encoded: Iterator[list[int]], token_bytes: int) -> int:
-    count = 0
-    for ids in encoded:
-        file.write(np.asarray(ids, dtype=f"<u{token_bytes}").tobytes())
-        count += len(ids)
-    return count
+def _text_field(sources: Sequence[corpus.Source], text_field: str) -> str | None:
+    return text_field if any(documents.Form.of(source.name).is_json_lines for source in sources) else None
 
 
-def _parse_manifest(path: Path) -> Manifest:
-    value = files.read_json(path)
-    fields = dataclasses.fields(Manifest)
-    if value.keys() != {field.name for field in fields}:
-        raise ValueError(f"{path} is not a data manifest: it must hold exactly {[field.name for field in fields]}")
-    for field in fields:
-        if type(value[field.name]) is not field.type:
-            raise ValueError(f"{path} must hold {field.name} of type {field.type}: got {value[field.name]!r}")
-    return Manifest(**value)
-
-
-def require_same(directory: Path, source: Path, vocab_size: int) -> None:
-    """Raises ValueError, saying what differs, where a run was prepared from another text or vocabulary."""
-    _require_text(source)
-    old, digest = _parse_manifest(directory / MANIFEST_NAME), files.sha256(source)
+def require_same(
+    directory: Path,
+    sources: Path | Sequence[Path],
+    vocab_size: int,
+    *,
+    text_field: str = corpus.DEFAULT_TEXT_FIELD,
+    tokenizer_path: Path | None = None,
+) -> None:
+    """Raises ValueError, saying what differs, where a run was prepared from another corpus or with other settings."""
+    old, new = Manifest.read(directory / MANIFEST_NAME), corpus.digests(sources)
     differences = []
-    if old.source_sha256 != digest:
-        differences.append(
-            f"--data-path {source} (sha256 {digest[:12]}…) is not its text {old.source} ({old.source_sha256[:12]}…)"
-        )
-    if old.requested_vocab_size != vocab_size:
+    if len(new) != len(old.sources):
+        differences.append(f"--data-path gives {len(new)} files, not its {len(old.sources)}")
+    for one, other in zip(new, old.sources, strict=False):
+        if (documents.Form.of(one.name), one.sha256) != (documents.Form.of(other.name), other.sha256):
+            differences.append(
+                f"--data-path {one.name} (sha256 {one.sha256[:12]}…) is not its text "
+                f"{other.name} ({other.sha256[:12]}…)"
+            )
+            break
+    if _text_field(new, text_field) not in (None, old.text_field) and old.text_field is not None:
+        differences.append(f"--text-field {text_field} is not its {old.text_field}")
+    digest = None if tokenizer_path is None else _tokenizer_digest(tokenizer_path)
+    if digest != old.tokenizer_sha256:
+        here, there = (f"{sha[:12]}…" if sha else "learned" for sha in (digest, old.tokenizer_sha256))
+        differences.append(f"--tokenizer-path {tokenizer_path} ({here}) is not its tokenizer ({there})")
+    elif digest is None and old.requested_vocab_size != vocab_size:
         differences.append(f"--vocab-size {vocab_size} is not its {old.requested_vocab_size}")
     if differences:
         raise ValueError(
             f"the run has other data: {'; '.join(differences)}. Use --reset to start it anew, or another --run-name"
         )
+
+
+def _tokenizer_digest(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer not found: {path}")
+    return files.sha256(path)

@@ -20,12 +20,21 @@ class Prompt:
         id: Names it in records; None takes ``digest``.
         generation: Fields of ``config.GenerationConfig`` and their values.
         sampling: Fields of ``config.SamplingConfig`` and their values.
+        place: Where it stands, for messages.
+
+    Raises:
+        ValueError: The id is empty, or holds what UTF-8 cannot.
     """
 
     text: str
     id: str | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    place: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.id is not None:
+            config.require_text("id", self.id)
 
     @property
     def digest(self) -> str:
@@ -41,34 +50,36 @@ class Prompt:
 
 
 # The keys of a JSON line are the command line's flags.
-_GENERATION = {"seed": "seed", "num_samples": "num_samples", "num_tokens": "num_tokens", "eos_id": "eos_id"}
+_GENERATION = {name: name for name in ("seed", "num_samples", "num_tokens", "eos_id", "top_logprobs")}
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "rep_penalty": "repetition_penalty"}
 _KEYS = ("id", "prompt", *_GENERATION, "stop", *_SAMPLING)
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 def read(path: Path) -> list[Prompt]:
     """Reads the prompts of a file, in order.
 
-    A file whose name ends in ``.jsonl`` holds a JSON object a line: ``prompt``, and as it pleases
-    ``id`` and the settings that are flags of ``hipgpt-generate``. Any other file holds a prompt a
-    line; a prompt with a line break in it needs the JSON form. Empty lines are passed over.
+    A file whose name ends in ``.jsonl``, ``.ndjson`` or ``.json`` holds a JSON object a line: ``prompt``,
+    and as it pleases ``id`` and the settings that are flags of ``hipgpt-generate``. Any other file holds
+    a prompt a line; a prompt with a line break in it needs the JSON form. Empty lines are passed over.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is not UTF-8, has no prompt, or a line is broken; the message has its number.
     """
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"prompts file not found: {path}")
-    as_json = path.suffix.lower() == ".jsonl"
+    as_json = path.suffix.lower() in _JSON_SUFFIXES
     prompts: list[Prompt] = []
     numbers: dict[str, int] = {}
     for number, line in _lines(path):
+        place = f"{path} line {number}"
         try:
-            prompt = _parse(line) if as_json else Prompt(text=line)
-        except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from error
+            prompt = dataclasses.replace(_parse(line) if as_json else Prompt(text=line), place=place)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{place}: {error}") from error
         if prompt.id is not None and numbers.setdefault(prompt.id, number) != number:
-            raise ValueError(f"{path} line {number}: id {prompt.id!r} is that of line {numbers[prompt.id]} too")
+            raise ValueError(f"{place}: id {prompt.id!r} is that of line {numbers[prompt.id]} too")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path} has no prompt: it needs at least one line with text")
@@ -106,8 +117,8 @@ def _parse(line: str) -> Prompt:
         raise ValueError(f"unknown key {unknown[0]!r}: the keys are {', '.join(_KEYS)}")
     if not isinstance(value.get("prompt"), str) or not value["prompt"]:
         raise ValueError(f"prompt must be a text of at least one character: got {value.get('prompt')!r}")
-    if "id" in value and (not isinstance(value["id"], str) or not value["id"]):
-        raise ValueError(f"id must be a text of at least one character: got {value['id']!r}")
+    if "id" in value:
+        config.require_text("id", value["id"])
     generation = {field: value[key] for key, field in _GENERATION.items() if key in value}
     if "stop" in value:
         stop = value["stop"]

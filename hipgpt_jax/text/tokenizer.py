@@ -8,6 +8,8 @@ from pathlib import Path
 import tokenizers
 
 MIN_VOCAB_SIZE = 256
+# The token after a document, by the names that tokenizers give it; the first one is ours and GPT-2's.
+END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -22,6 +24,12 @@ def _byte_of_char() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = _byte_of_char()
+# What normalizers and pre-tokenizers other than the byte-level one are known to change.
+_PROBE = (
+    "The  King and\this fool's,\r\n\n e\u0301 \u00e9 \ufb01 \u00bd \u8981\u751f\u5b58 \U0001f642 \u2581 <unk>[UNK] \n"
+    + "".join(map(chr, range(0x250)))
+    + "\n \u3000 "
+)
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
@@ -36,11 +44,15 @@ def _token_bytes(token: str) -> bytes:
 class Tokenizer:
     """A byte-level BPE vocabulary; ``decode(encode(text)) == text`` for any text.
 
+    Text is text: where it spells a special token, such as the end token, it is encoded as any other.
     Text that is not valid Unicode (a command line can hold such) is read as if each bad sequence
     were U+FFFD, the rule by which files are read too.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.encode_special_tokens = True  # that is, as the text they are, not as themselves
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._bytes: list[bytes] = [b""] * backend.get_vocab_size()
@@ -48,28 +60,32 @@ class Tokenizer:
             self._bytes[token_id] = token.encode() if token_id in added else _token_bytes(token)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, *, has_end: bool = False) -> "Tokenizer":
         """Learns a vocabulary; the same texts and size give the same ids.
 
         Args:
             texts: The text, in pieces as ``corpus.read_text`` yields them.
-            vocab_size: Ids wanted, at least 256; 256 is plain bytes. A text with too few distinct
-                pairs gives fewer.
+            vocab_size: Ids wanted, at least 256, 257 with an end token; without it, 256 is plain bytes.
+                A text with too few distinct pairs gives fewer.
+            has_end: Whether the last one of the ids is an end token.
 
         References:
             Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016.
         """
-        if vocab_size < MIN_VOCAB_SIZE:
-            raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE} (one id for each byte): got {vocab_size}")
+        if vocab_size < MIN_VOCAB_SIZE + has_end:
+            meaning = "one id for each byte, and one for the end of a document" if has_end else "one id for each byte"
+            raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE + has_end} ({meaning}): got {vocab_size}")
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - has_end,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
+        if has_end:
+            backend.add_special_tokens([tokenizers.AddedToken(END_TOKENS[0], special=True, normalized=False)])
         return cls(backend)
 
     @classmethod
@@ -87,6 +103,28 @@ class Tokenizer:
         except Exception as error:  # the library raises Exception itself, whatever is wrong
             raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
 
+    @classmethod
+    def load_lossless(cls, path: Path) -> "Tokenizer":
+        """Reads a ready-made ``tokenizer.json``, one that another program has made.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a tokenizer, or one that does not give text back as it was.
+        """
+        vocabulary = cls.load(path)
+        for text in (_PROBE, _PROBE.strip(), *END_TOKENS):
+            back = vocabulary.decode(ids := vocabulary.encode(text))
+            if back != text:
+                place = next((at for at, (one, two) in enumerate(zip(text, back, strict=False)) if one != two), 0)
+                raise ValueError(
+                    f"{path} does not keep text as it is: {text[place : place + 9]!r} comes back as "
+                    f"{back[place : place + 9]!r}. Take a byte-level BPE tokenizer that normalizes nothing and adds no "
+                    f"blank in front, such as GPT-2's"
+                )
+            if vocabulary.end_id in ids:
+                raise ValueError(f"{path} takes the text {text!r} for its end token: that one must be a special token")
+        return vocabulary
+
     def to_json(self) -> str:
         """Returns the content of a ``tokenizer.json``, the tokenizers library's own format."""
         return self._backend.to_str(pretty=True)
@@ -95,6 +133,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids."""
         return len(self._bytes)
+
+    @property
+    def end_id(self) -> int | None:
+        """Id of the end token, the first of ``END_TOKENS`` that the vocabulary has; None where it has none."""
+        ids = (self._backend.token_to_id(token) for token in END_TOKENS)
+        return next((token_id for token_id in ids if token_id is not None), None)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``; no token is added."""
