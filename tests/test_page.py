@@ -1,10 +1,14 @@
 """The page of a record file: what stands in it, and that no text gets out of its place."""
 
+import base64
 import dataclasses
+import hashlib
 import html.parser
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import records
 from hypothesis import strategies as st
 
 from hipgpt_jax.report import page
-from hipgpt_jax.runs import record
+from hipgpt_jax.runs import provenance, record
 
 NASTY = [
     "</script><script>alert(1)</script>",
@@ -102,6 +106,12 @@ def test_a_token_is_a_span_and_its_facts_stand_beside() -> None:
     assert found.headings == ["To be", "No"]
 
 
+def test_of_twenty_alternatives_the_best_five_are_on_the_page() -> None:
+    best = tuple(tuple((i, -0.5 - i, f"w{i}") for i in range(20)) for _ in range(2))
+    (facts,) = read(records.make_record(top_logprobs=best)).facts
+    assert facts["top"] == [[[i, -0.5 - i, f"w{i}"] for i in range(5)]] * 2
+
+
 def test_sums_are_those_of_the_tokens() -> None:
     """Three bits a token: a perplexity of 8."""
     text = page.render([records.with_tokens(*"abcd")], "t")
@@ -141,6 +151,49 @@ def test_settings_and_digests_stand_on_top_and_differences_on_the_samples() -> N
     assert "<dt>temperature</dt><dd>1.5</dd>" in body
     assert "<dt>top k</dt>" in head
     assert "<dt>top k</dt>" not in body
+
+
+def test_every_setting_number_and_version_stands_on_top() -> None:
+    head = page.render([records.make_record()], "t").partition("</header>")[0]
+    parts = (record.Run, record.Settings, record.Numerics, provenance.Versions)
+    names = [field.name.replace("_", " ") for part in parts for field in dataclasses.fields(part)]
+    assert [name for name in names if f"<dt>{name}</dt>" not in head] == []
+    for name, value in (("eos id", "none"), ("plugin", "none"), ("git dirty", "no"), ("xla flags", "none")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in head
+
+
+def test_samples_of_a_prompt_stand_together_in_file_order() -> None:
+    """The same id over another text is another prompt."""
+    order = [("b", "B", 1), ("a", "A", 0), ("b", "B", 0), ("b", "other", 5)]
+    text = page.render([records.make_record(id=i, prompt=prompt, sample=n) for i, prompt, n in order], "t")
+    found = re.findall(r"<h3>Sample \d|Prompt\">\w+<", text)
+    assert " ".join(word[-1] if word[0] == "<" else word[8:-1] for word in found) == "B 1 0 A 0 other 5"
+    assert "4 samples of 3 prompts, 8 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("token", "mark"),
+    [("", "part"), ("\n", "line"), (" \n\n", "line"), ("\x1b", "unseen"), ("\0", ""), (" ", ""), ("a\n", "")],
+)
+def test_a_token_that_cannot_be_seen_has_a_mark(token: str, mark: str) -> None:
+    text = page.render([records.with_tokens(token, "x", logprobs=(-2.0, -2.0))], "t")
+    assert re.findall(r'<span class="(s2[ a-z]*)">', text)[-2:] == [f"s2 {mark}".strip(), "s2"]
+
+
+def test_the_end_token_has_a_mark_of_its_own() -> None:
+    text = page.render([records.with_tokens("", "x", "", finish_reason="eos")], "t")
+    assert (text.count(' part">'), text.count(' end">')) == (1, 1)
+
+
+@pytest.mark.parametrize("logprob", [-0.0, -1e-4])
+def test_a_certain_sample_has_no_negative_zero(logprob: float) -> None:
+    text = page.render([records.make_record(logprobs=(logprob, logprob))], "t")
+    assert "<dd>0.00</dd></div><div><dt>perplexity</dt><dd>1.00</dd></div><div><dt>log-probability</dt><dd>0.00" in text
+
+
+def test_a_prompt_that_was_not_read_whole_says_so() -> None:
+    assert "<dd>first 4</dd>" in page.render([records.make_record(prompt_dropped=4)], "t")
+    assert "<dd>first" not in page.render([records.make_record()], "t")
 
 
 def test_what_a_stop_string_cut_off_is_struck_through() -> None:
@@ -195,6 +248,16 @@ def test_nothing_reaches_the_network() -> None:
     assert policy is not None
     assert policy[1].startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy[1]
+    for tag in ("style", "script"):
+        (part,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy[1]
+
+
+def test_a_page_is_made_without_jax() -> None:
+    """It opens at once, and where no JAX runs."""
+    code = "import sys, hipgpt_jax.cli.inspect; sys.exit(len({'jax', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.fixture

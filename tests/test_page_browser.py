@@ -66,7 +66,7 @@ def test_a_hover_shows_the_facts_of_the_token(browser: Any, tmp_path: Path) -> N
         "id": "11",
         "rank": "4",
         "probability": "6.25 %",
-        "surprise, bits": "4.0000",
+        "surprise, bits": "4.000",
         "margin": "0.0625",
         "gap": "0.5000",
     }
@@ -96,6 +96,8 @@ def test_the_keyboard_reaches_every_token(browser: Any, tmp_path: Path) -> None:
     assert fact(browser, "id") == "10"
     text.send_keys(Keys.ARROW_RIGHT)
     assert fact(browser, "id") == "11"
+    text.send_keys(Keys.HOME)
+    assert fact(browser, "id") == "10"
     text.send_keys(Keys.ESCAPE)
     assert not browser.find_element(By.ID, "tip").is_displayed()
 
@@ -130,13 +132,77 @@ def test_dark_and_light_differ_and_can_be_chosen(browser: Any, tmp_path: Path) -
     assert colours() == seen["light"]
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_colour_leaves_its_text_readable(browser: Any, tmp_path: Path, scheme: str) -> None:
+    """A contrast of 4.5 to 1 is what WCAG 2.2 asks of text at level AA; the canvas turns oklch into sRGB."""
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    bits = (0.5, 1.5, 3, 5, 7, 9, 13)
+    made = records.with_tokens(*"abcdefg", logprobs=tuple(-bit * math.log(2) for bit in bits), error="no")
+    show(browser, tmp_path / "a.html", made)
+    contrasts = browser.execute_script(
+        """
+        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const luminance = (...layers) => {
+          for (const colour of layers) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+          const linear = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => {
+            const share = value / 255;
+            return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+          });
+          return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+        };
+        const places = ".text > span, nav li span, nav > span, .lede, .facts dt, summary, .error, small";
+        return [...document.querySelectorAll(places)].map((element) => {
+          const layers = [];
+          for (let at = element; at; at = at.parentElement) layers.unshift(getComputedStyle(at).backgroundColor);
+          const ground = luminance(...layers), ink = luminance(...layers, getComputedStyle(element).color);
+          const name = `${element.parentElement.className} ${element.tagName} ${element.className}`;
+          return [name, (Math.max(ground, ink) + 0.05) / (Math.min(ground, ink) + 0.05)];
+        });
+        """
+    )
+    assert len(contrasts) > 20
+    assert [(name, ratio) for name, ratio in contrasts if ratio < 4.5] == []
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(browser: Any, tmp_path: Path) -> None:
+    """Neither with a word that fills several lines, nor with the tooltip of a token at the right edge."""
+    wide = records.with_tokens("w" * 300, " x", prompt="p" * 300, id="i" * 300, argv=("a" * 300,), error="e" * 300)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        show(browser, tmp_path / "a.html", wide)
+        browser.execute_script("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+        hover(browser, 0, 1)
+        sizes = "const root = document.documentElement, box = document.getElementById('tip').getBoundingClientRect();"
+        scrolled, width, left, right = browser.execute_script(
+            sizes + "return [root.scrollWidth, root.clientWidth, box.left, box.right]"
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert scrolled == width
+    assert 0 <= left < right <= width
+
+
+def test_the_chosen_token_is_listed_even_beyond_the_best(browser: Any, tmp_path: Path) -> None:
+    best = (((1, -0.1, " a"), (2, -2.5, "")),)
+    made = records.with_tokens("\n", ids=(9,), top_logprobs=best, logprobs=(-20.0,))
+    show(browser, tmp_path / "a.html", made)
+    hover(browser, 0, 0)
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('#tip li')].map(r => [r.className, r.textContent])"
+    )
+    assert rows == [["", "␣a90.5 %"], ["", "id 28.21 %"], ["chosen", "⏎2.1e−7 %"]]
+
+
 def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
     attack = "<img src=x onerror=window.hit=1></script><script>window.hit=1</script>"
-    made = records.with_tokens(attack, "'\"><b>", prompt=attack, id=attack, error=attack, argv=(attack,))
+    made = records.with_tokens(attack, "'\"><b>\r\n\u2028", prompt=attack, id=attack, error=attack, argv=(attack,))
     show(browser, tmp_path / "a.html", made)
     hover(browser, 0, 0)
     assert browser.execute_script("return window.hit") is None
-    assert browser.execute_script("return document.querySelector('.text').textContent") == attack + "'\"><b>"
+    assert browser.execute_script("return document.querySelector('.text').textContent") == made.text
     assert browser.execute_script("return document.querySelector('.prompt').textContent") == attack
     assert browser.execute_script("return document.images.length + document.querySelectorAll('b.x').length") == 0
     assert browser.get_log("browser") == []

@@ -15,7 +15,7 @@ ALTERNATIVES = 5
 """Alternatives shown of each token, of those recorded."""
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_UNSEEN = re.compile(r"[ \x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]*")
+_UNSEEN = re.compile(r"[ \x01-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]*")
 _IN_SCRIPT = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&"})
 
 
@@ -39,9 +39,9 @@ def heading(sample: record.Record) -> str:
     if sample.ids:
         total = math.fsum(sample.logprobs)
         mean = -total / len(sample.ids)
-        facts["bits a token"] = f"{mean / math.log(2):.2f}"
+        facts["bits a token"] = f"{mean / math.log(2):z.2f}"
         facts["perplexity"] = f"{math.exp(mean):,.2f}" if mean < 700 else "∞"
-        facts["log-probability"] = f"{total:.2f}".replace("-", "−")
+        facts["log-probability"] = f"{total:z.2f}".replace("-", "−")
     pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<h3>Sample {sample.sample} <small>seed {sample.seed}</small></h3><dl class="sums">{pairs}</dl>'
 
@@ -57,11 +57,7 @@ def body(sample: record.Record) -> str:
         "rank": sample.ranks,
         "margin": _short(sample.margins),
         "gap": _short(sample.gaps),
-        "top": sample.top_logprobs
-        and [
-            [(token, _round(logprob), text) for token, logprob, text in best[:ALTERNATIVES]]
-            for best in sample.top_logprobs
-        ],
+        "top": None if sample.top_logprobs is None else [_best(best) for best in sample.top_logprobs],
     }
     data = json.dumps(facts, separators=(",", ":"), allow_nan=False).translate(_IN_SCRIPT)
     label = f"Tokens of sample {sample.sample}; step with the left and right arrow keys"
@@ -87,6 +83,10 @@ def _spans(sample: record.Record) -> str:
         cut = f"<s>{escape(token[kept:])}</s>" if kept < len(token) else ""
         spans.append(f'<span class="{names}">{escape(token[:kept])}{cut}</span>')
     return "".join(spans)
+
+
+def _best(tokens: tuple[tuple[int, float, str], ...]) -> list[tuple[int, float, str]]:
+    return [(token, _round(logprob), text) for token, logprob, text in tokens[:ALTERNATIVES]]
 
 
 def _short(values: Iterable[float]) -> list[float]:

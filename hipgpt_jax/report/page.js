@@ -21,11 +21,12 @@
   const percent = (logprob) => {
     const share = 100 * Math.exp(logprob);
     if (share === 0) return "0 %";
-    return (share < 1e-3 ? share.toExponential(1) : share > 99.995 ? "100" : share.toPrecision(3)) + " %";
+    if (share < 1e-3) return share.toExponential(1).replace("-", "−") + " %";
+    return (share > 99.995 ? "100" : share.toPrecision(3)) + " %";
   };
   const number = (value) => {
     const size = Math.abs(value);
-    const text = size > 0 && size < 1e-3 ? value.toExponential(2) : value.toFixed(size < 10 ? 4 : 2);
+    const text = size > 0 && size < 1e-3 ? value.toExponential(2) : value.toFixed(size < 1 ? 4 : size < 100 ? 3 : 1);
     return text.replaceAll("-", "−");
   };
 
@@ -36,9 +37,9 @@
     return element;
   };
 
-  const addAlternative = (list, text, logprob, chosen) => {
+  const addAlternative = (list, id, text, logprob, chosen) => {
     const row = add(list, "li", undefined, chosen ? "chosen" : "");
-    add(row, "code", visible(text));
+    add(row, "code", visible(text) || `id ${id}`);
     add(add(row, "i"), "u").style.width = 100 * Math.exp(logprob) + "%";
     add(row, "b", percent(logprob));
     if (chosen) row.setAttribute("aria-current", "true");
@@ -72,8 +73,10 @@
       return;
     }
     const rows = add(tip, "ol");
-    for (const [other, otherLogprob, otherText] of best) addAlternative(rows, otherText, otherLogprob, other === id);
-    if (!best.some((other) => other[0] === id)) addAlternative(rows, name, logprob, true);
+    for (const [other, otherLogprob, otherText] of best) {
+      addAlternative(rows, other, otherText, otherLogprob, other === id);
+    }
+    if (!best.some((other) => other[0] === id)) addAlternative(rows, id, name, logprob, true);
   };
 
   const place = () => {

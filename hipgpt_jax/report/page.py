@@ -79,7 +79,8 @@ class Page:
                 own = "".join(_pair(name.partition(".")[2], value) for name, value in facts if name in varying)
                 yield f"<article>{before}{f'<dl class=own>{own}</dl>' if own else ''}{after}</article>\n"
             yield "</div></section>\n"
-        yield f'</main><div id="tip" role="tooltip" aria-live="polite" hidden></div><script>{_SCRIPT}</script></html>\n'
+        yield '</main><div id="tip" role="tooltip" aria-live="polite" hidden></div>'
+        yield f"<script>{_SCRIPT}</script></body></html>\n"
 
 
 def render(records: Iterable[record.Record], title: str) -> str:

@@ -1,0 +1,120 @@
+"""Parameters, floating-point operations and utilisation, against a count of the matrix products themselves."""
+
+import math
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+
+from hipgpt_jax import config
+from hipgpt_jax.evaluation import loss
+from hipgpt_jax.model import transformer
+from hipgpt_jax.training import flops
+
+SMALL = config.ModelConfig(vocab_size=70, max_seq_len=8, embed_dim=12, num_heads=3, ff_hidden_dim=20, num_layers=2)
+GPT2 = config.ModelConfig(
+    vocab_size=50257, max_seq_len=1024, embed_dim=768, num_heads=12, ff_hidden_dim=3072, num_layers=12
+)
+
+
+def shapes(model: config.ModelConfig) -> Any:
+    """Returns the shapes of a model's parameters, without making them."""
+    tokens_BT = jnp.zeros((1, model.max_seq_len), jnp.int32)
+    made = transformer.Transformer(model)
+    return jax.eval_shape(lambda key: made.init(key, tokens_BT, dropout=0.0), jax.random.key(0))["params"]
+
+
+def products(jaxpr: Any) -> int:
+    """Returns the multiplications and additions of all matrix products of a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        for value in equation.params.values():
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                total += products(value.jaxpr)
+    return total
+
+
+def test_the_parameters_are_those_of_gpt2() -> None:
+    """124,439,808 is the published size of GPT-2's smallest model."""
+    assert flops.size(shapes(GPT2)) == flops.Size(124_439_808, 124_439_808 - 1024 * 768)
+
+
+def test_a_token_costs_what_the_matrix_products_of_a_step_do() -> None:
+    """The formula counts biases and LayerNorms as if they were matrices; all else is the program's own."""
+    made, params = transformer.Transformer(SMALL), shapes(SMALL)
+
+    def mean_loss(params: Any, tokens_BT: jax.Array) -> jax.Array:
+        return loss.sum_tokens(made.bind({"params": params})(tokens_BT, dropout=0.0), tokens_BT).nll
+
+    tokens_BT = jnp.zeros((3, SMALL.max_seq_len), jnp.int32)
+    counted = products(jax.make_jaxpr(jax.value_and_grad(mean_loss))(params, tokens_BT).jaxpr)
+    vectors = sum(leaf.size for leaf in jax.tree.leaves(params) if len(leaf.shape) == 1)
+    assert flops.per_token(SMALL, flops.size(params)) - 6 * vectors == counted / tokens_BT.size
+
+
+def test_a_token_costs_what_paper_and_pencil_say() -> None:
+    D, F, V, T, L = 12, 20, 70, 8, 2
+    forward = L * (2 * D * 3 * D + 2 * D * D + 2 * 2 * D * F + 2 * 2 * T * D) + 2 * D * V
+    vectors = L * (4 * D + 3 * D + D + F + D) + 2 * D
+    assert flops.per_token(SMALL, flops.size(shapes(SMALL))) == 3 * forward + 6 * vectors
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+        ("NVIDIA A100-SXM4-80GB", "float32", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
+        ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA H100 NVL", "tensorfloat32", 417.5),
+        ("NVIDIA H200", "tensorfloat32", 494.7),
+        ("NVIDIA GH200 480GB", "float32", 66.9),
+        ("NVIDIA L40S", "bfloat16", 362.05),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+        ("AMD Instinct MI210", "float32", 45.3),
+        ("AMD Instinct MI250X", "bfloat16", 191.5),
+        ("AMD Instinct MI300X", "bfloat16", 1307.4),
+        ("AMD Instinct MI325X", "float32", 163.4),
+        ("AMD Instinct MI355X", "bfloat16", 2516.6),
+        ("AMD Radeon RX 7900 XTX", "bfloat16", 122.8),
+    ],
+)
+def test_half_of_the_peak_is_a_half(kind: str, precision: str, tera: float) -> None:
+    tokens_per_second = 4 * tera * 1e12 / 2 / 1e9
+    assert flops.mfu(1e9, tokens_per_second, kind, 4, precision) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("cpu", "float32"),
+        ("NVIDIA L40", "bfloat16"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16"),
+        ("NVIDIA GeForce RTX 4090 D", "bfloat16"),
+        ("AMD Instinct MI210", "tensorfloat32"),
+    ],
+)
+def test_an_unknown_peak_gives_no_utilisation(kind: str, precision: str) -> None:
+    assert flops.mfu(1e9, 1e3, kind, 1, precision) is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "cost", "text"),
+    [
+        (2_445_888, 16_002_432, "2.4 M parameters, 16 MFLOP a token"),
+        (124_439_808, 855e6, "124 M parameters, 855 MFLOP a token"),
+        (1_557_611_200, 10.28e9, "1.6 B parameters, 10 GFLOP a token"),
+        (950, 5_700, "950 parameters, 5.7 kFLOP a token"),
+        (999_600, 999.6e6, "1 M parameters, 1 GFLOP a token"),
+        (12, 99, "12 parameters, 99 FLOP a token"),
+        (3_000_000_000_000, 2e15, "3000 B parameters, 2000 TFLOP a token"),
+    ],
+)
+def test_size_and_cost_read_well(parameters: int, cost: float, text: str) -> None:
+    assert flops.describe(flops.Size(parameters, 0), cost) == text
