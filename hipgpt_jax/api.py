@@ -120,35 +120,49 @@ class Run:
         """
         defaults = config.GenerationConfig(seed=seed, num_samples=sample + 1, **generation)
         (asked,) = self.source.ask_all([_prompt(prompt)], settings or config.SamplingConfig(), defaults)
-        return Stream(self, list(self.jobs([asked]))[sample])
+        return Stream(self, _job(asked, sample))
 
-    def score(self, texts: str | Sequence[str | Sequence[int]], stride: int | None = None) -> "list[score.TextScore]":
+    def score(
+        self, texts: str | Sequence[str | Sequence[int] | record.Record], stride: int | None = None
+    ) -> "list[score.TextScore]":
         """Returns the log-probability of every token of each text but the first, which nothing predicts.
 
         Args:
-            texts: Texts, or their token ids; each needs at least two tokens.
+            texts: Texts, or their token ids; each needs at least two tokens. Or records: then the ids that
+                were read of the prompt and those that were drawn, whose scores are what the record says.
             stride: Tokens by which the window moves on where a text is longer than it; that of
-                generation if absent, so that a sample's score is what its record says.
+                generation if absent.
 
         Raises:
             ValueError: A text has fewer than two tokens, an id is unknown, or the stride is out of range.
         """
         from hipgpt_jax.evaluation import score
 
-        several = [texts] if isinstance(texts, str) else texts
+        several = [self._ids_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
         vocabulary, model = self.source.vocabulary, self.source.checkpoint.model
         stride = self.source.decoding.window_stride if stride is None else stride
         return [
             score.score_text(
                 model,
                 self._engine.params,
-                vocabulary.encode(text) if isinstance(text, str) else text,
+                ids,
                 vocabulary=vocabulary,
                 window=self.source.window,
                 stride=stride,
             )
-            for text in several
+            for ids in several
         ]
+
+    def _ids_of(self, text: str | Sequence[int] | record.Record) -> Sequence[int]:
+        """The ids to score; ``score.check_ids`` raises ValueError where they cannot be."""
+        from hipgpt_jax.evaluation import score
+
+        if isinstance(text, record.Record):
+            ids: Sequence[int] = (*text.prompt_ids[-self.source.window :], *text.ids)
+        else:
+            ids = self.source.vocabulary.encode(text) if isinstance(text, str) else text
+        score.check_ids(ids, self.source.vocabulary.vocab_size)
+        return ids
 
     def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "loss.Score":
         """Scores every token of a long text but the first, each once; ``loss.Windows`` has the context rule.
@@ -174,14 +188,9 @@ class Run:
 
     def jobs(self, asked: Iterable[source.Ask]) -> "Iterator[samples.Job]":
         """Yields the samples that are asked for, prompt by prompt."""
-        from hipgpt_jax.generation import events, samples
-
         for ask in asked:
             for sample in range(ask.generation.num_samples):
-                request = events.Request(
-                    prompt_ids=ask.prompt_ids, sample=sample, generation=ask.generation, sampling=ask.sampling
-                )
-                yield samples.Job(id=ask.id, prompt=ask.prompt, request=request)
+                yield _job(ask, sample)
 
     def job_of(self, recorded: record.Record) -> "samples.Job":
         """Returns the sample that a record is of, to be made anew; raises ValueError where it cannot be."""
@@ -194,6 +203,8 @@ class Run:
             sampling=replay.sampling_of(recorded),
         )
         self._engine.check(request)
+        if recorded.ids and max(recorded.ids) >= self.source.vocabulary.vocab_size:
+            raise ValueError(f"it has ids beyond the vocabulary's size {self.source.vocabulary.vocab_size}")
         prompt = self.source.vocabulary.decode(recorded.prompt_ids)
         return samples.Job(id=recorded.id, prompt=prompt, request=request)
 
@@ -236,6 +247,13 @@ def load_run(
     found = source.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
     started = devices.start(device, _LOG.info)
     return Run(found, started, origin)
+
+
+def _job(ask: source.Ask, sample: int) -> "samples.Job":
+    from hipgpt_jax.generation import events, samples
+
+    request = events.Request(prompt_ids=ask.prompt_ids, sample=sample, generation=ask.generation, sampling=ask.sampling)
+    return samples.Job(id=ask.id, prompt=ask.prompt, request=request)
 
 
 def _prompt(prompt: str | Prompt) -> Prompt:

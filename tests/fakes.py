@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.model import cache
 from hipgpt_jax.runs import weights
 
-# The vocabulary exceeds ``sampling.CANDIDATES``, so that the fast and the slow way to draw are both compiled.
+# The vocabulary exceeds the largest of ``sampling.CANDIDATES``, so that every way to draw is compiled.
 MODEL = config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 
 
@@ -37,8 +39,13 @@ def random_params(model: config.ModelConfig, seed: int = 4, stddev: float = 0.5)
 
 @functools.cache
 def make_sampler(**settings: Any) -> sampler.Sampler:
-    """Returns a sampler of ``MODEL`` with a window of 11; one for each setting, because they are slow to compile."""
-    return sampler.Sampler(MODEL, random_params(MODEL), config.DecodingConfig(**{"window": 11, **settings}))
+    """Returns a sampler of ``MODEL`` with a window of 11; one for each setting, because they are slow to compile.
+
+    Its cache has the parts of a larger model's: of 4, 4 and 3 slots.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SMALLEST_PART", 4)
+        return sampler.Sampler(MODEL, random_params(MODEL), config.DecodingConfig(**{"window": 11, **settings}))
 
 
 def request(

@@ -1,6 +1,8 @@
 """The benchmark runs, and its table and its file say the same."""
 
-import importlib.util
+import argparse
+import dataclasses
+import importlib
 import json
 import statistics
 from pathlib import Path
@@ -10,25 +12,23 @@ import pytest
 
 from hipgpt_jax import config
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = config.ModelConfig(embed_dim=16, num_layers=2, num_heads=2, ff_hidden_dim=32, vocab_size=300, max_seq_len=16)
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(module.SHAPES, "tiny", TINY)
+    """The program, with one more shape, as it finds itself when it is run."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("benchmark")
+    monkeypatch.setitem(module.table.SHAPES, "tiny", TINY)
     return module
 
 
 def test_generate_prints_the_figures_it_writes(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "_peer", lambda *_: [])
+    monkeypatch.setattr(benchmark.generate, "_peer", lambda *_: [])
     path = tmp_path / "rates.json"
     benchmark.main(["generate", "--shapes", "tiny", "--rounds", "3", "--seconds", "0.01", "--json", str(path)])
 
@@ -36,8 +36,7 @@ def test_generate_prints_the_figures_it_writes(
     cells = {line.split(" | ")[1]: line.strip("| ").split(" | ")[2:] for line in lines}
     tiny = json.loads(path.read_text())["shapes"]["tiny"]
     assert list(cells) == list(tiny["rates"]) == ["streaming", "scan", "Hugging Face", "bound"]
-    assert tiny["num_tokens"] == TINY.max_seq_len - 8
-    assert cells["Hugging Face"] == [benchmark.ABSENT, "–", "–", "–"]
+    assert cells["Hugging Face"] == [benchmark.table.ABSENT, "–", "–", "–"]
     for row in ("streaming", "scan", "bound"):
         rates = tiny["rates"][row]
         assert len(rates) == 3
@@ -50,8 +49,20 @@ def test_generate_prints_the_figures_it_writes(
 def test_hugging_face_is_measured_with_our_weights(benchmark: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    rates = benchmark._measure(benchmark._rows(TINY, 8, tmp_path), rounds=1, seconds=0.0)
+    rows = benchmark.generate.rows_of(TINY, argparse.Namespace(num_tokens=8), tmp_path)
+    rates = benchmark.table.measure(rows, rounds=1, seconds=0.0)
     assert [len(values) for values in rates.values()] == [1, 1, 1, 1]
+
+
+def test_samples_are_made_at_both_widths_and_recorded(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(benchmark.table.SHAPES, "tiny", dataclasses.replace(TINY, max_seq_len=40))
+    path = tmp_path / "rates.json"
+    benchmark.main(["samples", "--shapes", "tiny", "--rounds", "1", "--seconds", "0", "--json", str(path)])
+    tiny = json.loads(path.read_text())["shapes"]["tiny"]
+    assert list(tiny["rates"]) == ["width 1", "width 16", "width 16, recorded"]
+    assert all(rate > 0 for rates in tiny["rates"].values() for rate in rates)
 
 
 def test_an_unknown_shape_names_those_there_are(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

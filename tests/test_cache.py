@@ -13,6 +13,7 @@ from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
 B, S = 3, MODEL.max_seq_len
+PARTS = (6, 6, 4)
 TOKENS_BS = np.random.RandomState(0).randint(0, MODEL.vocab_size, (B, S))
 LENGTHS = (1, 4, 9)
 
@@ -32,7 +33,7 @@ def prefill(params: dict[str, Any], tokens_BT: jax.Array, length_B: jax.Array) -
 
 
 @jax.jit
-def decode(params: dict[str, Any], token_B: jax.Array, past: kv.Cache, length_B: jax.Array) -> Any:
+def decode(params: dict[str, Any], token_B: jax.Array, past: tuple[kv.Cache, ...], length_B: jax.Array) -> Any:
     return bound(params).decode(token_B, past, length_B)
 
 
@@ -68,22 +69,48 @@ def test_append_writes_one_slot_of_each_row_and_no_other() -> None:
         np.testing.assert_array_equal(now_BNSH, expected_BNSH)
 
 
-def test_append_beyond_the_end_writes_the_last_slot() -> None:
+def test_append_leaves_a_row_whose_slot_is_in_another_part() -> None:
     old, new = random_cache(S, 0), random_cache(1, 1)
-    assert_same(append(old, new, jnp.asarray([S, S + 5, 2])), append(old, new, jnp.asarray([S - 1, S - 1, 2])))
+    for beyond in (-1, -S, S, S + 5):
+        assert_same(append(old, new, jnp.asarray([beyond] * B)), old)
 
 
-def test_pad_puts_zeros_behind() -> None:
-    new = random_cache(5, 0)
-    for now_BNSH, new_BNTH in zip(*map(jax.tree.leaves, (kv.pad(new, S), new)), strict=True):
-        np.testing.assert_array_equal(now_BNSH[:, :, :5], new_BNTH)
-        np.testing.assert_array_equal(now_BNSH[:, :, 5:], np.zeros((B, MODEL.num_heads, S - 5, MODEL.head_dim)))
-    assert_same(kv.pad(random_cache(S, 1), S), random_cache(S, 1))
+@pytest.mark.parametrize("sizes", [(S,), (4, 4, 4, 4), (6, 6, 4)])
+def test_split_cuts_and_puts_zeros_behind(sizes: tuple[int, ...]) -> None:
+    for slots in (1, 5, S):
+        new = random_cache(slots, 0)
+        parts = kv.split(new, sizes)
+        assert tuple(part.keys[0].shape[2] for part in parts) == sizes
+        joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), *parts)
+        for now_BNSH, new_BNTH in zip(*map(jax.tree.leaves, (joined, new)), strict=True):
+            np.testing.assert_array_equal(now_BNSH[:, :, :slots], new_BNTH)
+            np.testing.assert_array_equal(now_BNSH[:, :, slots:], 0)
+
+
+@pytest.mark.parametrize("window", [1, 11, 32, 63, 64, 65, 100, 128, 257, 1000, 1024])
+def test_parts_are_at_most_four_and_make_up_the_window(window: int) -> None:
+    sizes = kv.part_sizes(window)
+    assert sum(sizes) == window
+    assert len(sizes) <= 4
+    assert len(sizes) == 1 or max(sizes) >= 64
+    assert len(set(sizes[:-1])) <= 1
+
+
+def test_a_part_that_holds_nothing_of_a_row_changes_no_bit(params: dict[str, Any]) -> None:
+    """However many parts a step reads: for its own sake or for a longer row's."""
+    parts = kv.split(random_cache(S, 0), (4, 4, 4, 4))
+    token_B, length_B = np.array([1, 2, 3]), np.array([1, 3, 4])
+    short = decode(params, token_B, parts[:1], length_B)
+    for live in (2, 3, 4):
+        for got, expected in zip(
+            *map(jax.tree.leaves, (decode(params, token_B, parts[:live], length_B), short)), strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
 
 
 def test_where_takes_whole_rows() -> None:
     chosen, other = random_cache(S, 0), random_cache(S, 1)
-    got = kv.where(jnp.asarray([True, False, True]), chosen, other)
+    (got,) = kv.where(jnp.asarray([True, False, True]), (chosen,), (other,))
     for now_BNSH, a_BNSH, b_BNSH in zip(*map(jax.tree.leaves, (got, chosen, other)), strict=True):
         np.testing.assert_array_equal(now_BNSH, np.stack([a_BNSH[0], b_BNSH[1], a_BNSH[2]]))
 
@@ -99,15 +126,15 @@ def test_decoding_from_the_cache_is_the_full_forward_pass_at_every_position(star
         length_B = np.array(LENGTHS)
         logits_BV, new = prefill(params, TOKENS_BS[:, : max(LENGTHS)], length_B)
         np.testing.assert_allclose(logits_BV, full_BSV[np.arange(B), length_B - 1], rtol=1e-5, atol=1e-5)
-        cache = kv.pad(new, S)
+        cache = kv.split(new, PARTS)
     else:
         length_B = np.zeros(B, int)
         _, new = prefill(params, TOKENS_BS[:, :1], np.ones(B, int))
-        cache = jax.tree.map(jnp.zeros_like, kv.pad(new, S))
+        cache = jax.tree.map(jnp.zeros_like, kv.split(new, PARTS))
     while length_B.min() < S:
         slot_B = np.minimum(length_B, S - 1)
         logits_BV, new = decode(params, TOKENS_BS[np.arange(B), slot_B], cache, length_B)
-        cache = append(cache, new, length_B)
+        cache = tuple(append(part, new, length_B - 6 * place) for place, part in enumerate(cache))
         live_B = length_B < S
         expected_BV = full_BSV[np.arange(B), slot_B]
         np.testing.assert_allclose(np.asarray(logits_BV)[live_B], expected_BV[live_B], rtol=1e-5, atol=1e-5)
@@ -123,7 +150,7 @@ def test_slots_from_the_length_on_are_never_attended_to(params: dict[str, Any]) 
     def fill(value: float) -> kv.Cache:
         return jax.tree.map(lambda x: jnp.where(unused_BS[:, None, :, None], value, x), past)
 
-    results = [decode(params, token_B, fill(value), length_B) for value in (0.0, 1e4, -1e30)]
+    results = [decode(params, token_B, (fill(value),), length_B) for value in (0.0, 1e4, -1e30)]
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, results[0])
 
@@ -132,10 +159,10 @@ def test_rows_of_a_decode_step_change_no_bit_of_one_another(params: dict[str, An
     """Each row alone among strangers gives what it gives among its companions."""
     length_B, token_B = np.array([3, 7, 12]), np.array([1, 2, 3])
     past, strangers = random_cache(S, 0), random_cache(S, 1)
-    together = decode(params, token_B, past, length_B)
+    together = decode(params, token_B, (past,), length_B)
     for row in range(B):
         own_B = np.arange(B) == row
-        mixed = kv.where(jnp.asarray(own_B), past, strangers)
+        mixed = kv.where(jnp.asarray(own_B), (past,), (strangers,))
         alone = decode(params, np.where(own_B, token_B, 30), mixed, np.where(own_B, length_B, 5))
         for got, expected in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
             np.testing.assert_array_equal(got[row], expected[row])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from hipgpt_jax.generation import decoding, sampling
-from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
 MODULE = transformer.Transformer(MODEL)
 WINDOW = 11
+SIZES = (4, 4, 3)
 
 
 def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
@@ -43,9 +43,9 @@ def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
 @jax.jit
 def scanned(params: dict[str, Any], rows: decoding.Rows, state: decoding.State) -> decoding.State:
     """The states after each of 11 tokens, from prompts of at most 8."""
-    state, cache = decoding.read_window(MODULE, params, rows, state, length=8)
+    state, cache = decoding.read_window(MODULE, params, rows, state, length=8, sizes=SIZES)
 
-    def step(carry: tuple[decoding.State, kv.Cache], _: None) -> tuple[tuple[decoding.State, kv.Cache], decoding.State]:
+    def step(carry: Any, _: None) -> tuple[Any, decoding.State]:
         return decoding.decode_step(MODULE, params, rows, *carry), carry[0]
 
     return jax.lax.scan(step, (state, cache), length=WINDOW)[1]
@@ -107,13 +107,15 @@ def test_prompt_may_be_read_in_any_length_that_holds_it() -> None:
     requests = [fakes.request(fakes.prompt(n), seed=n, sample=n) for n in (1, 3, 5)]
     rows, state = start(requests)
     read = jax.jit(
-        lambda rows, state, length: decoding.read_window(MODULE, params, rows, state, length=length), static_argnums=2
+        lambda rows, state, length: decoding.read_window(MODULE, params, rows, state, length=length, sizes=SIZES),
+        static_argnums=2,
     )
     tight, tight_cache = read(rows, state, 5)
     loose, loose_cache = read(rows, state, WINDOW)
     np.testing.assert_allclose(tight.logits_BV, loose.logits_BV, rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, tight._replace(logits_BV=0), loose._replace(logits_BV=0))
-    real_BS = np.arange(WINDOW)[None] < np.asarray([1, 3, 5])[:, None]
-    for a_BNSH, b_BNSH in zip(jax.tree.leaves(tight_cache), jax.tree.leaves(loose_cache), strict=True):
-        a_BNSH, b_BNSH = (np.where(real_BS[:, None, :, None], x, 0) for x in (a_BNSH, b_BNSH))
-        np.testing.assert_allclose(a_BNSH, b_BNSH, rtol=1e-5, atol=1e-5)
+    for part, first in enumerate((0, 4, 8)):
+        real_BS = first + np.arange(SIZES[part])[None] < np.asarray([1, 3, 5])[:, None]
+        for a_BNSH, b_BNSH in zip(jax.tree.leaves(tight_cache[part]), jax.tree.leaves(loose_cache[part]), strict=True):
+            a_BNSH, b_BNSH = (np.where(real_BS[:, None, :, None], x, 0) for x in (a_BNSH, b_BNSH))
+            np.testing.assert_allclose(a_BNSH, b_BNSH, rtol=1e-5, atol=1e-5)

@@ -67,11 +67,11 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
 ) -> None:
     """The logits themselves, at every step, in each row: beside prompts of other lengths, other settings, itself."""
     seen: list[np.ndarray] = []
-    measure = jax.jit(facts.measure)
+    measure = jax.jit(facts.measure, static_argnames="alternatives")
 
-    def listen(rows: Any, before: Any, after: Any) -> Any:
+    def listen(rows: Any, before: Any, after: Any, *, alternatives: bool) -> Any:
         seen.append(np.asarray(after.logits_BV))
-        return measure(rows, before, after)
+        return measure(rows, before, after, alternatives=alternatives)
 
     monkeypatch.setattr(wide._engine, "_measure", listen)
     (ask,) = wide.source.ask_all(

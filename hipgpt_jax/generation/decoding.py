@@ -4,6 +4,7 @@ A state is a batch of rows that never affect one another. A row's slots and posi
 from its own first token, so its arithmetic is the same in any company.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -47,8 +48,8 @@ class State(NamedTuple):
 
 
 def read_window(
-    model: transformer.Transformer, params: Any, rows: Rows, state: State, *, length: int
-) -> tuple[State, kv.Cache]:
+    model: transformer.Transformer, params: Any, rows: Rows, state: State, *, length: int, sizes: tuple[int, ...]
+) -> tuple[State, tuple[kv.Cache, ...]]:
     """Reads the context from its start and draws the token after it.
 
     Args:
@@ -57,18 +58,26 @@ def read_window(
         rows: Keys and settings.
         state: Its context counts, its newest token does not.
         length: Slots read, at least every row's length. Changing it compiles again.
+        sizes: Slots of each part of the cache.
 
     Returns:
-        The state with the token drawn, and the cache of the context.
+        The state with the token drawn, and the parts of the cache of the context.
     """
     logits_BV, new = model.bind({"params": params}).prefill(state.context_BS[:, :length], state.length_B)
-    return _draw(rows, state, logits_BV), kv.pad(new, state.context_BS.shape[1])
+    return _draw(rows, state, logits_BV), kv.split(new, sizes)
 
 
 def advance(
-    model: transformer.Transformer, params: Any, rows: Rows, state: State, cache: kv.Cache
+    model: transformer.Transformer, params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
 ) -> tuple[State, kv.Cache]:
     """Takes the newest token into a context that is not full and draws the one after it.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        rows: Keys and settings.
+        state: Its newest token is taken in.
+        cache: The parts that hold a token of any row. Another number of them compiles again.
 
     Returns:
         The new state, and the token's own keys and values, to be appended at the old state's length.
@@ -82,11 +91,13 @@ def advance(
 
 
 def decode_step(
-    model: transformer.Transformer, params: Any, rows: Rows, state: State, cache: kv.Cache
-) -> tuple[State, kv.Cache]:
-    """One token, whole: ``advance``, and its keys and values appended to the cache."""
+    model: transformer.Transformer, params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
+) -> tuple[State, tuple[kv.Cache, ...]]:
+    """One token, whole: ``advance`` over all parts of the cache, and its keys and values appended."""
     next_state, new = advance(model, params, rows, state, cache)
-    return next_state, kv.append(cache, new, state.length_B)
+    starts = itertools.accumulate((part.keys[0].shape[2] for part in cache), initial=0)
+    slots = (state.length_B - start for start in starts)
+    return next_state, tuple(kv.append(part, new, slot_B) for part, slot_B in zip(cache, slots, strict=False))
 
 
 def slide(state: State, *, stride: int) -> State:

@@ -33,15 +33,24 @@ class Facts(NamedTuple):
     top_logprob_BK: jax.Array
 
 
-def measure(rows: decoding.Rows, before: decoding.State, after: decoding.State) -> Facts:
-    """Measures the token that took the state from ``before`` to ``after``."""
+def measure(rows: decoding.Rows, before: decoding.State, after: decoding.State, *, alternatives: bool) -> Facts:
+    """Measures the token that took the state from ``before`` to ``after``.
+
+    Args:
+        rows: Keys and settings.
+        before: The state that the token was drawn in.
+        after: The state with the token.
+        alternatives: Whether to find the likeliest tokens too; else none are given. Changing it compiles again.
+    """
     logits_BV = after.logits_BV.astype(jnp.float32)
     token_B1 = after.token_B[:, None]
     own_B1 = jnp.take_along_axis(logits_BV, token_B1, axis=-1)
     id_1V = jnp.arange(logits_BV.shape[1])[None]
     likelier_BV = (logits_BV > own_B1) | ((logits_BV == own_B1) & (id_1V < token_B1))
     total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-    top_BK, top_id_BK = jax.lax.top_k(logits_BV, min(config.MAX_ALTERNATIVES, logits_BV.shape[1]))
+    top_BK, top_id_BK = jax.lax.top_k(
+        logits_BV, min(config.MAX_ALTERNATIVES, logits_BV.shape[1]) if alternatives else 0
+    )
     uniform_B = decoding.uniform(rows, before)
     return Facts(
         logprob_B=jnp.minimum(own_B1 - total_B1, 0)[:, 0],

@@ -40,7 +40,7 @@ class Comparison:
         found: The sample made anew.
         difference: The first one; None where all tokens and the end are the same.
         logprob_error: Largest difference of a log-probability before it, in nats.
-        altered: Texts of the record that do not belong to its ids: someone has changed them.
+        altered: Fields of the record that do not belong to its ids: someone has changed them.
     """
 
     recorded: record.Record
@@ -54,19 +54,27 @@ def compare(recorded: record.Record, found: record.Record) -> Comparison:
     """Compares a record with the sample made anew, token by token."""
     pairs = list(zip(recorded.ids, found.ids, strict=False))
     place = next((i for i, (old, new) in enumerate(pairs) if old != new), len(pairs))
-    errors = (abs(a - b) for a, b in zip(recorded.logprobs[:place], found.logprobs[:place], strict=True))
+    pairs_of_logprobs = zip(recorded.logprobs[:place], found.logprobs[:place], strict=True)
+    error = max((abs(old - new) for old, new in pairs_of_logprobs), default=0.0)
     ends_differ = (recorded.finish_reason, len(recorded.ids)) != (found.finish_reason, len(found.ids))
+    differs = place < len(pairs) or ends_differ
     return Comparison(
         recorded=recorded,
         found=found,
-        difference=_difference(recorded, found, place) if place < len(pairs) or ends_differ else None,
-        logprob_error=max(errors, default=0.0),
-        altered=()
-        if place < len(pairs)
-        else tuple(
-            name for name in ("prompt", "tokens", "text", "stop") if getattr(recorded, name) != getattr(found, name)
-        ),
+        difference=_difference(recorded, found, place) if differs else None,
+        logprob_error=error,
+        altered=() if differs else _altered(recorded, found, error),
     )
+
+
+def _altered(recorded: record.Record, found: record.Record, error: float) -> tuple[str, ...]:
+    names = ["prompt", "prompt_dropped", "tokens", "text", "stop"]
+    if error == 0 and recorded.numerics == found.numerics:
+        names += ["ranks", "margins", "gaps"]
+    altered = [name for name in names if getattr(recorded, name) != getattr(found, name)]
+    if error > _TOLERANCE[recorded.numerics.dtype]:
+        altered.append("logprobs")
+    return tuple(altered)
 
 
 def sampling_of(recorded: record.Record) -> config.SamplingConfig:

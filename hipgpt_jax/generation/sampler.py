@@ -42,13 +42,20 @@ class Sampler:
         self._decode = decode
         self.params = jax.device_put(params)
         module = transformer.Transformer(model)
-        self._read = jax.jit(functools.partial(decoding.read_window, module), static_argnames="length")
+        self._sizes = kv.part_sizes(self.window)
+        self._starts = np.cumsum((0, *self._sizes))
+        read = functools.partial(decoding.read_window, module, sizes=self._sizes)
+        self._read = jax.jit(read, static_argnames="length")
         self._advance = jax.jit(functools.partial(decoding.advance, module))
-        self._append = jax.jit(kv.append, donate_argnums=0)
-        self._roll = jax.jit(functools.partial(_roll, module, stride=decode.window_stride))
-        self._measure = jax.jit(facts.measure)
+        self._append = jax.jit(_append, donate_argnums=0)
+        self._roll = jax.jit(functools.partial(_roll, module, stride=decode.window_stride, sizes=self._sizes))
+        self._measure = jax.jit(facts.measure, static_argnames="alternatives")
         self._where = jax.jit(decoding.where)
         self._where_cache = jax.jit(kv.where)
+
+    def load(self, params: Any) -> None:
+        """Takes other parameters of the same model; nothing compiles again."""
+        self.params = jax.device_put(params)
 
     def run(self, requests: Iterable[events.Request], *, measure: bool = False) -> Iterator[events.Event]:
         """Yields the tokens of each request as they are drawn, and how it ended.
@@ -90,12 +97,13 @@ class Sampler:
                 yield events.Event(index=first + row, finish_reason="length")
         if not active_B.any():
             return
+        alternatives = any(request.generation.top_logprobs for request in group)
         rows, before = self._start(group)
         length_B = np.array(before.length_B)
         state, cache = self._read_prompts(rows, before, length_B)
         for drawn in itertools.count(1):
             newest = state
-            measured = self._measure(rows, before, newest) if measure else None
+            measured = self._measure(rows, before, newest, alternatives=alternatives) if measure else None
             wanted_B = active_B.copy()
             wanted_B[: len(group)] &= np.array(limit_B) > drawn
             if wanted_B.any():
@@ -142,7 +150,7 @@ class Sampler:
 
     def _read_prompts(
         self, rows: decoding.Rows, start: decoding.State, length_B: np.ndarray
-    ) -> tuple[decoding.State, kv.Cache]:
+    ) -> tuple[decoding.State, tuple[kv.Cache, ...]]:
         """Reads each row in its own bucket, so that no other row's length touches its arithmetic."""
         bucket_B = np.array([bucket(int(length), self.window) for length in length_B])
         read = {size: self._read(self.params, rows, start, length=size) for size in sorted(set(bucket_B.tolist()))}
@@ -156,24 +164,28 @@ class Sampler:
         self,
         rows: decoding.Rows,
         state: decoding.State,
-        cache: kv.Cache,
+        cache: tuple[kv.Cache, ...],
         length_B: np.ndarray,
         wanted_B: np.ndarray,
-    ) -> tuple[decoding.State, kv.Cache]:
+    ) -> tuple[decoding.State, tuple[kv.Cache, ...]]:
         """Draws a token for every row that wants one: from the cache, or anew where its window is full.
 
         ``length_B`` is the host's copy of the state's lengths and is brought up to date in place.
         """
         full_B = (length_B >= self.window) & wanted_B
         rolled = self._roll(self.params, rows, state) if full_B.any() else None
-        if rolled is None or (wanted_B & ~full_B).any():
-            next_state, new = self._advance(self.params, rows, state, cache)
-            cache = self._append(cache, new, state.length_B)
+        if (cached_B := wanted_B & ~full_B).any():
+            live = np.searchsorted(self._starts, length_B[cached_B].max())
+            next_state, new = self._advance(self.params, rows, state, cache[:live])
+            parts = list(cache)
+            for place in set((np.searchsorted(self._starts, length_B[cached_B], side="right") - 1).tolist()):
+                parts[place] = self._append(parts[place], new, state.length_B, self._starts[place])
+            cache = tuple(parts)
             if rolled is not None:
                 next_state = self._where(full_B, rolled[0], next_state)
                 cache = self._where_cache(full_B, rolled[1], cache) if rolled[1] else cache
             state = next_state
-        else:
+        elif rolled is not None:
             state, cache = rolled[0], rolled[1] or cache
         length_B[:] = np.where(full_B, self.window - self._decode.window_stride + 1, length_B + 1)
         return state, cache
@@ -194,10 +206,21 @@ def bucket(length: int, window: int) -> int:
     return min(size, window)
 
 
+def _append(part: kv.Cache, new: kv.Cache, length_B: jax.Array, start: jax.Array) -> kv.Cache:
+    return kv.append(part, new, length_B - start)
+
+
 def _roll(
-    model: transformer.Transformer, params: Any, rows: decoding.Rows, state: decoding.State, *, stride: int
-) -> tuple[decoding.State, kv.Cache | None]:
+    model: transformer.Transformer,
+    params: Any,
+    rows: decoding.Rows,
+    state: decoding.State,
+    *,
+    stride: int,
+    sizes: tuple[int, ...],
+) -> tuple[decoding.State, tuple[kv.Cache, ...] | None]:
     """Slides the full window and reads it; with stride 1 the next token rolls again and needs no cache."""
     length = state.context_BS.shape[1] - stride + 1
-    state, cache = decoding.read_window(model, params, rows, decoding.slide(state, stride=stride), length=length)
+    state = decoding.slide(state, stride=stride)
+    state, cache = decoding.read_window(model, params, rows, state, length=length, sizes=sizes)
     return state, cache if stride > 1 else None

@@ -73,11 +73,11 @@ class Source:
     ) -> list[Ask]:
         """Resolves several prompts; an error names the one it is about."""
         asked = []
-        for place, prompt in enumerate(several, 1):
+        for number, prompt in enumerate(several, 1):
             try:
                 asked.append(self.ask(prompt, sampling, generation))
             except ValueError as error:
-                raise ValueError(f"prompt {place} ({prompt.name}): {error}") from error
+                raise ValueError(f"{prompt.place or f'prompt {number}'} ({prompt.name}): {error}") from error
         return asked
 
 

@@ -1,13 +1,16 @@
-"""The key/value cache of a decode step, as a value of fixed shape."""
+"""The key/value cache of a decode step, as a value of fixed shape, in parts of which a step reads the live ones."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+SMALLEST_PART = 64
+_PARTS = 4
+
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens a model has seen; slot ``s`` holds position ``s``.
+    """Keys and values of a run of slots; in the whole cache slot ``s`` holds position ``s``.
 
     A row's slots from its length on hold nothing that is ever attended to.
 
@@ -21,25 +24,50 @@ class Cache(NamedTuple):
     values: tuple[jax.Array, ...]
 
 
-def pad(new: Cache, slots: int) -> Cache:
-    """Returns ``new`` with zeros behind it, up to ``slots`` slots."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))), new)
+def part_sizes(window: int) -> tuple[int, ...]:
+    """Returns the slots of each part of a window's cache: quarters of it, but no part of fewer than 64.
 
+    A step reads the parts that hold a token of any row, so its cost grows with the text and not with the
+    window, and four programs at most are compiled. Parts are summed one after the other, so one that
+    holds nothing of a row changes no bit of it.
 
-def append(cache: Cache, new: Cache, length_B: jax.Array) -> Cache:
-    """Writes one token's keys and values, arrays ``[B, N, 1, H]``, at each row's slot ``length``.
-
-    A length of ``S`` or more writes to the last slot, as ``lax.dynamic_update_slice`` clamps.
+    >>> part_sizes(32), part_sizes(100), part_sizes(1024)
+    ((32,), (64, 36), (256, 256, 256, 256))
     """
+    size = max(SMALLEST_PART, -(-window // _PARTS))
+    return tuple(min(size, window - start) for start in range(0, window, size))
+
+
+def split(new: Cache, sizes: tuple[int, ...]) -> tuple[Cache, ...]:
+    """Returns ``new``, with zeros behind it, in parts of these sizes."""
+    parts, start = [], 0
+    for size in sizes:
+        stop = start + size
+
+        def cut(x_BNTH: jax.Array, start: int = start, stop: int = stop) -> jax.Array:
+            own_BNTH = x_BNTH[:, :, start:stop]
+            return jnp.pad(own_BNTH, ((0, 0), (0, 0), (0, stop - start - own_BNTH.shape[2]), (0, 0)))
+
+        parts.append(jax.tree.map(cut, new))
+        start = stop
+    return tuple(parts)
+
+
+def append(part: Cache, new: Cache, slot_B: jax.Array) -> Cache:
+    """Writes one token's keys and values, arrays ``[B, N, 1, H]``, at each row's slot, counted from the part's first.
+
+    A row whose slot is not in the part is left as it is.
+    """
+    S = part.keys[0].shape[2]
+    slot_B = jnp.where(slot_B < 0, S, slot_B)  # a negative index would count from the end
+    row_B = jnp.arange(slot_B.shape[0])
 
     def write(old_BNSH: jax.Array, new_BN1H: jax.Array) -> jax.Array:
-        return jax.vmap(lambda old, row, slot: jax.lax.dynamic_update_slice(old, row, (0, slot, 0)))(
-            old_BNSH, new_BN1H, length_B
-        )
+        return old_BNSH.at[row_B, :, slot_B].set(new_BN1H[:, :, 0], mode="drop", unique_indices=True)
 
-    return jax.tree.map(write, cache, new)
+    return jax.tree.map(write, part, new)
 
 
-def where(rows_B: jax.Array, chosen: Cache, other: Cache) -> Cache:
+def where(rows_B: jax.Array, chosen: tuple[Cache, ...], other: tuple[Cache, ...]) -> tuple[Cache, ...]:
     """Takes the rows where ``rows_B`` is true from ``chosen`` and the rest from ``other``."""
     return jax.tree.map(lambda a, b: jnp.where(rows_B[:, None, None, None], a, b), chosen, other)

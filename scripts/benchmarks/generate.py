@@ -1,0 +1,161 @@
+"""Decoding at batch 1, beside Hugging Face's and the bandwidth of plain products."""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import table
+from hipgpt_jax import config
+from hipgpt_jax.generation import decoding, events, sampler, sampling
+from hipgpt_jax.model import cache as kv
+from hipgpt_jax.model import transformer
+from hipgpt_jax.runs import weights
+
+STREAM, SCAN, PEER, BOUND = "streaming", "scan", "Hugging Face", "bound"
+RATIOS_TO = (PEER, BOUND, SCAN)
+
+_PROMPT_IDS = tuple(range(8))
+_SAMPLING = config.SamplingConfig()
+
+
+def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
+    """Returns the rows of a shape. Compiling, setting up a request and reading its prompt are not timed.
+
+    Both sides load the weights from one file in ``directory``, as they would load a run's.
+    """
+    num_tokens = min(options.num_tokens, model.max_seq_len - len(_PROMPT_IDS))
+    params = random_params(model, directory)
+    return {
+        STREAM: [_stream(model, params, num_tokens)],
+        SCAN: [_scan(model, params, num_tokens)],
+        PEER: _peer(model, params, num_tokens, directory),
+        BOUND: [_products(model, params, num_tokens, turned) for turned in (False, True)],
+    }
+
+
+def random_params(model: config.ModelConfig, directory: Path) -> Any:
+    """Returns random weights, written to ``model.safetensors`` in ``directory`` and read from there."""
+    module = transformer.Transformer(model)
+    init = jax.jit(lambda key: module.init(key, jnp.zeros((1, 1), jnp.int32), dropout=0.0)["params"])
+    file = directory / "model.safetensors"
+    weights.write(file, init(jax.random.key(0)), model)
+    return jax.device_put(weights.read(file, model))
+
+
+def _between(times: Sequence[float]) -> tuple[float, float]:
+    """Tokens after the first and their time, the last left out: it may have been made with the one before."""
+    return len(times) - 2, times[-2] - times[0]
+
+
+def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
+    engine = sampler.Sampler(model, params, config.DecodingConfig())
+    generation = config.GenerationConfig(num_tokens=num_tokens)
+    asked = events.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
+
+    def request() -> tuple[float, float]:
+        return _between([time.perf_counter() for event in engine.run([asked]) if event.token is not None])
+
+    return request
+
+
+def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
+    module, W = transformer.Transformer(model), model.max_seq_len
+    key = jax.random.key_data(sampling.sample_key(0, _PROMPT_IDS, 0))
+    rows = decoding.Rows(key[None], sampling.settings([_SAMPLING]))
+    zero_B, prompt_1T = jnp.zeros(1, jnp.int32), jnp.asarray([_PROMPT_IDS], jnp.int32)
+    context_BS = jnp.pad(prompt_1T, ((0, 0), (0, W - prompt_1T.size)))
+    seen_BV = jnp.zeros((1, model.vocab_size), bool).at[0, prompt_1T[0]].set(True)
+    logits_BV = jnp.zeros((1, model.vocab_size))
+    start = decoding.State(zero_B, zero_B, zero_B + prompt_1T.size, context_BS, seen_BV, logits_BV)
+    read = jax.jit(functools.partial(decoding.read_window, module, length=len(_PROMPT_IDS), sizes=kv.part_sizes(W)))
+
+    @jax.jit
+    def decode(params: Any, state: decoding.State, cache: Any) -> jax.Array:
+        def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+            carry = decoding.decode_step(module, params, rows, *carry)
+            return carry, carry[0].token_B
+
+        return jax.lax.scan(step, (state, cache), None, length=num_tokens - 1)[1]
+
+    def request() -> tuple[float, float]:
+        ready = jax.block_until_ready(read(params, rows, start))
+        began = time.perf_counter()
+        np.asarray(decode(params, *ready))
+        return num_tokens - 1, time.perf_counter() - began
+
+    return request
+
+
+def _peer(model: config.ModelConfig, params: Any, num_tokens: int, directory: Path) -> list[table.Request]:
+    try:
+        torch: Any = importlib.import_module("torch")
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        return []
+    torch.set_num_threads(table.CORES)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sizes = {"n_embd": model.embed_dim, "n_layer": model.num_layers, "n_head": model.num_heads}
+    sizes |= {"n_inner": model.ff_hidden_dim, "vocab_size": model.vocab_size, "n_positions": model.max_seq_len}
+    transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None).save_pretrained(directory)
+    peer = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype="float32")
+    prompt_1T = torch.tensor([_PROMPT_IDS])
+    asked = {"inputs": prompt_1T, "attention_mask": torch.ones_like(prompt_1T), "max_new_tokens": num_tokens}
+    asked |= {"do_sample": True, "use_cache": True, "pad_token_id": 0, **dataclasses.asdict(_SAMPLING)}
+    expected = transformer.Transformer(model).bind({"params": params})(jnp.asarray([_PROMPT_IDS]), dropout=0.0)
+    with torch.inference_mode():
+        np.testing.assert_allclose(peer(prompt_1T).logits.numpy(), np.asarray(expected), atol=1e-3)
+
+    def request() -> tuple[float, float]:
+        times: list[float] = []
+        clock = types.SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
+        with torch.inference_mode():
+            peer.generate(**asked, streamer=clock)
+        return _between(times[1:])  # the prompt comes first
+
+    return [request]
+
+
+def _products(model: config.ModelConfig, params: Any, num_tokens: int, turned: bool) -> table.Request:
+    """The bound: as many tokens as the weights and the live cache could be read for.
+
+    The bandwidth is that of plain batch-1 products with every matrix of the model in turn, in one
+    program that does nothing else. Which layout reads faster, the model's or ``turned``, differs by up
+    to 15 % either way with the shape.
+    """
+    dot = functools.partial(jnp.einsum, "MK,NK->MN" if turned else "MK,KN->MN")
+    head = params["wte"]["embedding"]
+    turn = jax.jit(jnp.transpose) if turned else lambda matrix: matrix
+    blocks = [jax.tree.leaves(params[f"h_{i}"]) for i in range(model.num_layers)]
+    layers = [[turn(leaf) for leaf in block if leaf.ndim == 2] for block in blocks]
+
+    @jax.jit
+    def read(layers: list[list[jax.Array]], head: jax.Array, x_1D: jax.Array) -> jax.Array:
+        def token(_: int, x_1D: jax.Array) -> jax.Array:
+            for c_attn, attn_proj, c_fc, mlp_proj in layers:
+                x_1D = x_1D + dot(sum(jnp.split(dot(x_1D, c_attn), 3, axis=-1)), attn_proj)
+                x_1D = x_1D + dot(dot(x_1D, c_fc), mlp_proj)
+            return jnp.tanh(x_1D + jnp.einsum("MD,VD->MV", x_1D, head).max())
+
+        return jax.lax.fori_loop(0, num_tokens, token, x_1D)
+
+    matrices = sum(matrix.nbytes for matrix in jax.tree.leaves((layers, head)))
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params["wpe"]["embedding"].nbytes
+    live = 2 * 4 * model.num_layers * model.embed_dim * (len(_PROMPT_IDS) + num_tokens / 2)
+
+    def request() -> tuple[float, float]:
+        began = time.perf_counter()
+        read(layers, head, jnp.ones((1, model.embed_dim))).block_until_ready()
+        return num_tokens * matrices / (parameters + live), time.perf_counter() - began
+
+    return request
