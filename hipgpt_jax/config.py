@@ -1,4 +1,4 @@
-"""What a model, a sampling run and a training run are made of: frozen, validated values.
+"""What a model and a generation are made of: frozen, validated values. ``training_config`` has those of training.
 
 Every default in the package stands here, once. Nothing here imports JAX, so the command line can
 refuse a bad flag before the slow imports begin.
@@ -8,12 +8,20 @@ import dataclasses
 import math
 
 
-def _require_int(name: str, value: object, low: int, meaning: str) -> None:
+def require_int(name: str, value: object, low: int, meaning: str) -> None:
+    """Raises ValueError where a value is no integer of at least ``low``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low} ({meaning}): got {value!r}")
 
 
-def _require_finite(name: str, value: float, meaning: str) -> None:
+def require_text(name: str, value: object) -> None:
+    """Raises ValueError where a value is no text of at least one character that UTF-8 can hold."""
+    if not isinstance(value, str) or not value or any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f"{name} must be a text of at least one character, in UTF-8: got {value!r}")
+
+
+def require_finite(name: str, value: float, meaning: str) -> None:
+    """Raises ValueError where a number is infinite or not a number."""
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number ({meaning}): got {value}")
 
@@ -46,7 +54,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _require_int(field.name, getattr(self, field.name), 1, "a size of the model")
+            require_int(field.name, getattr(self, field.name), 1, "a size of the model")
         if self.embed_dim % self.num_heads:
             divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             raise ValueError(
@@ -86,9 +94,9 @@ class SamplingConfig:
     repetition_penalty: float = 1.1
 
     def __post_init__(self) -> None:
-        _require_finite("temp", self.temperature, "0 takes the most likely token, 1 is neutral")
-        _require_finite("rep_penalty", self.repetition_penalty, "1 is neutral")
-        _require_int("top_k", self.top_k, 0, "0 keeps every token")
+        require_finite("temp", self.temperature, "0 takes the most likely token, 1 is neutral")
+        require_finite("rep_penalty", self.repetition_penalty, "1 is neutral")
+        require_int("top_k", self.top_k, 0, "0 keeps every token")
         if self.temperature < 0:
             raise ValueError(f"temp must be at least 0 (0 takes the most likely token): got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -127,9 +135,9 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            _require_int("max_seq_len", self.window, 1, "tokens the model may see")
-        _require_int("window_stride", self.window_stride, 1, "tokens dropped at a time, 1 is exact")
-        _require_int("batch_size", self.width, 1, "rows decoded side by side")
+            require_int("max_seq_len", self.window, 1, "tokens the model may see")
+        require_int("window_stride", self.window_stride, 1, "tokens dropped at a time, 1 is exact")
+        require_int("batch_size", self.width, 1, "rows decoded side by side")
         if self.overflow not in OVERFLOW_RULES:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOW_RULES)}: got {self.overflow!r}")
 
@@ -183,15 +191,17 @@ class GenerationConfig:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        _require_int("num_tokens", self.num_tokens, 0, "new tokens to generate")
-        _require_int("num_samples", self.num_samples, 1, "samples for each prompt")
-        _require_int("eos_id", self.eos_id, -1, "-1 disables it")
-        _require_int("seed", self.seed, 0, "the same seed gives the same tokens")
+        require_int("num_tokens", self.num_tokens, 0, "new tokens to generate")
+        require_int("num_samples", self.num_samples, 1, "samples for each prompt")
+        require_int("eos_id", self.eos_id, -1, "-1 disables it")
+        require_int("seed", self.seed, 0, "the same seed gives the same tokens")
         if self.seed > MAX_SEED:
             raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {self.seed}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be strings of at least one character: got {self.stop!r}")
-        _require_int("top_logprobs", self.top_logprobs, 0, "alternatives recorded with each token")
+        if not isinstance(self.stop, tuple):
+            raise ValueError(f"stop must be a tuple of texts: got {self.stop!r}")
+        for text in self.stop:
+            require_text("stop", text)
+        require_int("top_logprobs", self.top_logprobs, 0, "alternatives recorded with each token")
         if self.top_logprobs > MAX_ALTERNATIVES:
             raise ValueError(f"top_logprobs must be at most {MAX_ALTERNATIVES}: got {self.top_logprobs}")
 
@@ -199,79 +209,3 @@ class GenerationConfig:
         """Raises ValueError where ``eos_id`` is no token of a vocabulary of ``vocab_size``."""
         if self.eos_id >= vocab_size:
             raise ValueError(f"eos_id must be -1 or below the vocabulary's size {vocab_size}: got {self.eos_id}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a model is trained.
-
-    Attributes:
-        batch_size: Sequences in a step, ``B``.
-        steps: Optimizer steps in all; the cosine schedule ends there.
-        learning_rate: Peak of the schedule, above 0.
-        warmup_steps: Steps of linear warm-up from 0; at least 0.
-        min_lr: Learning rate at the last step, in [0, learning_rate]; None takes a tenth of the peak.
-        beta2: AdamW's decay of the second moment, in [0, 1).
-        weight_decay: AdamW's decoupled decay of weight matrices; at least 0.
-        clip: Largest global norm of the gradient, above 0.
-        dropout: Probability of dropping an activation while training, in [0, 1).
-        seed: Of the initial weights, the data order and dropout; in ``[0, 2**32)``.
-        log_every: Steps between log lines.
-        eval_every: Steps between evaluations; 0 evaluates with each checkpoint.
-        eval_batches: Batches of the validation split in an evaluation; 0 takes the whole split.
-        ckpt_every: Steps between checkpoints; 0 writes only the last.
-        keep_last: Checkpoints kept, the newest by step number.
-
-    Raises:
-        ValueError: A value is out of its range, infinite or not a number.
-    """
-
-    batch_size: int = 4
-    steps: int = 2000
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    min_lr: float | None = None
-    beta2: float = 0.99
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    dropout: float = 0.0
-    seed: int = 0
-    log_every: int = 50
-    eval_every: int = 0
-    eval_batches: int = 0
-    ckpt_every: int = 500
-    keep_last: int = 5
-
-    def __post_init__(self) -> None:
-        for name, low, meaning in (
-            ("batch_size", 1, "sequences in a step"),
-            ("steps", 1, "optimizer steps"),
-            ("warmup_steps", 0, "0 starts at the peak"),
-            ("seed", 0, "the same seed gives the same weights"),
-            ("log_every", 1, "steps between log lines"),
-            ("eval_every", 0, "0 evaluates with each checkpoint"),
-            ("eval_batches", 0, "0 takes the whole split"),
-            ("ckpt_every", 0, "0 writes only the last"),
-            ("keep_last", 1, "checkpoints kept"),
-        ):
-            _require_int(name, getattr(self, name), low, meaning)
-        if self.seed > MAX_SEED:
-            raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {self.seed}")
-        _require_finite("lr", self.learning_rate, "the peak learning rate")
-        _require_finite("weight_decay", self.weight_decay, "0 is none")
-        _require_finite("clip", self.clip, "the gradient's largest norm")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(f"lr and clip must be above 0: got {self.learning_rate} and {self.clip}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0: got {self.weight_decay}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1: got {self.dropout}")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2 must be at least 0 and below 1: got {self.beta2}")
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.learning_rate:
-            raise ValueError(f"min_lr must lie between 0 and lr {self.learning_rate}: got {self.min_lr}")
-
-    @property
-    def final_learning_rate(self) -> float:
-        """Learning rate at the last step."""
-        return self.learning_rate / 10 if self.min_lr is None else self.min_lr

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from hipgpt_jax.cli import doctor, evaluate, generate, inspect, replay, train
+from hipgpt_jax.cli import doctor, evaluate, generate, inspect, plot, replay, train
 
 MAINS: dict[str, Callable[[], None]] = {
     "doctor": doctor.main,
     "evaluate": evaluate.main,
     "generate": generate.main,
     "inspect": inspect.main,
+    "plot": plot.main,
     "replay": replay.main,
     "train": train.main,
 }

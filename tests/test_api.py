@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import programs
@@ -75,6 +76,15 @@ def test_a_stream_is_the_text_of_its_record(run: hipgpt_jax.Run) -> None:
         assert (stream.record.ids, stream.record.sample) == (expected.ids, sample)
 
 
+def test_a_stream_needs_no_more_samples_than_its_own(run: hipgpt_jax.Run) -> None:
+    """Whatever the prompt's own number of them, and however large its index is."""
+    prompt = hipgpt_jax.Prompt(text="the king", generation={"num_samples": 2})
+    stream = run.stream(prompt, sample=2**32 - 1, num_tokens=3)
+    assert "".join(stream)
+    assert stream.record is not None
+    assert stream.record.sample == 2**32 - 1
+
+
 def test_prompts_may_have_settings_of_their_own(run: hipgpt_jax.Run) -> None:
     prompts = ["the king", hipgpt_jax.Prompt(text="the king", id="greedy", sampling={"temperature": 0.0})]
     plain, greedy = run.generate(prompts, num_tokens=12)
@@ -87,13 +97,17 @@ def test_prompts_may_have_settings_of_their_own(run: hipgpt_jax.Run) -> None:
         run.generate([hipgpt_jax.Prompt(text="a", sampling={"temperature": -1.0})])
 
 
-@pytest.mark.parametrize(("stride", "num_tokens"), [(1, 20), (1, 70), (5, 70), (32, 70)])
-def test_recorded_log_probabilities_add_up_to_the_score(trained: Path, stride: int, num_tokens: int) -> None:
-    """Within the window and far beyond it, where the context rule of scoring must be that of generation."""
+@pytest.mark.parametrize(
+    ("stride", "num_tokens", "times"), [(1, 20, 1), (1, 60, 1), (5, 60, 1), (5, 40, 9), (32, 60, 3)]
+)
+def test_recorded_log_probabilities_add_up_to_the_score(
+    trained: Path, stride: int, num_tokens: int, times: int
+) -> None:
+    """Within the window and far beyond it, and where the prompt is longer than it already."""
     decoding = config.DecodingConfig(window_stride=stride)
     run = hipgpt_jax.load_run("tiny", decoding=decoding, where=trained / "checkpoints/tiny")
-    (made,) = run.generate("the king and his fool", num_tokens=num_tokens)
-    (scored,) = run.score([[*made.prompt_ids, *made.ids]])
+    (made,) = run.generate("the king and his fool " * times, num_tokens=num_tokens)
+    (scored,) = run.score([made])
     np.testing.assert_allclose(scored.logprobs[-num_tokens:], made.logprobs, atol=2e-4)
     assert abs(scored.logprobs[-num_tokens:].sum(dtype=np.float64) - sum(made.logprobs)) < 1e-3
     assert np.mean(scored.ranks[-num_tokens:] == made.ranks) > 0.9
@@ -116,7 +130,13 @@ def test_a_score_is_the_sum_over_a_full_forward_pass(run: hipgpt_jax.Run) -> Non
 
 
 def test_what_cannot_be_scored_is_told(run: hipgpt_jax.Run) -> None:
-    for texts, message in (([""], "at least 2 tokens"), ([[1]], "at least 2 tokens"), ([[1, 300]], "below the vocab")):
+    wrong: list[tuple[Any, str]] = [
+        ([3], "must be a text or a list of ids: got 3"),
+        ([""], "at least 2 tokens"),
+        ([[1]], "at least 2 tokens"),
+        ([[1, 300]], "below the vocab"),
+    ]
+    for texts, message in wrong:
         with pytest.raises(ValueError, match=message):
             run.score(texts)
     for stride in (0, 33):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipgpt_jax import config
+from hipgpt_jax import config, training_config
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
@@ -31,15 +31,15 @@ INTEGERS = [
     (config.GenerationConfig, "num_samples", 1, "num_samples"),
     (config.GenerationConfig, "seed", 0, "seed"),
     (config.GenerationConfig, "eos_id", -1, "eos_id"),
-    (config.TrainConfig, "batch_size", 1, "batch_size"),
-    (config.TrainConfig, "steps", 1, "steps"),
-    (config.TrainConfig, "warmup_steps", 0, "warmup_steps"),
-    (config.TrainConfig, "seed", 0, "seed"),
-    (config.TrainConfig, "log_every", 1, "log_every"),
-    (config.TrainConfig, "eval_every", 0, "eval_every"),
-    (config.TrainConfig, "eval_batches", 0, "eval_batches"),
-    (config.TrainConfig, "ckpt_every", 0, "ckpt_every"),
-    (config.TrainConfig, "keep_last", 1, "keep_last"),
+    (training_config.TrainConfig, "batch_size", 1, "batch_size"),
+    (training_config.TrainConfig, "steps", 1, "steps"),
+    (training_config.TrainConfig, "warmup_steps", 0, "warmup_steps"),
+    (training_config.TrainConfig, "seed", 0, "seed"),
+    (training_config.TrainConfig, "log_every", 1, "log_every"),
+    (training_config.TrainConfig, "eval_every", 0, "eval_every"),
+    (training_config.TrainConfig, "eval_batches", 0, "eval_batches"),
+    (training_config.TrainConfig, "ckpt_every", 0, "ckpt_every"),
+    (training_config.TrainConfig, "keep_last", 1, "keep_last"),
 ]
 
 
@@ -66,13 +66,13 @@ def test_an_integer_has_a_lowest_value(kind: Any, field: str, low: int, name: st
         (config.DecodingConfig, {"overflow": "stop"}),
         (config.DecodingConfig, {"overflow": "error"}),
         (config.GenerationConfig, {"seed": MAX_SEED}),
-        (config.TrainConfig, {"seed": MAX_SEED}),
-        (config.TrainConfig, {"min_lr": 0.0}),
-        (config.TrainConfig, {"learning_rate": 0.5, "min_lr": 0.5}),
-        (config.TrainConfig, {"beta2": 0.0}),
-        (config.TrainConfig, {"weight_decay": 0.0}),
-        (config.TrainConfig, {"dropout": 0.0}),
-        (config.TrainConfig, {"dropout": 0.999}),
+        (training_config.TrainConfig, {"seed": MAX_SEED}),
+        (training_config.TrainConfig, {"min_lr": 0.0}),
+        (training_config.TrainConfig, {"learning_rate": 0.5, "min_lr": 0.5}),
+        (training_config.TrainConfig, {"beta2": 0.0}),
+        (training_config.TrainConfig, {"weight_decay": 0.0}),
+        (training_config.TrainConfig, {"dropout": 0.0}),
+        (training_config.TrainConfig, {"dropout": 0.999}),
     ],
 )
 def test_the_edge_of_a_range_belongs_to_it(kind: Any, values: dict[str, Any]) -> None:
@@ -100,26 +100,30 @@ def test_the_edge_of_a_range_belongs_to_it(kind: Any, values: dict[str, Any]) ->
         (config.SamplingConfig, {"repetition_penalty": INF}, "rep_penalty must be a finite number"),
         (config.DecodingConfig, {"overflow": "wrap"}, "overflow must be one of roll, stop, error: got 'wrap'"),
         (config.GenerationConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (32 bits): got 4294967296"),
-        (config.TrainConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (32 bits): got 4294967296"),
-        (config.TrainConfig, {"learning_rate": 0.0}, "lr and clip must be above 0: got 0.0 and 1.0"),
-        (config.TrainConfig, {"learning_rate": -1e-3}, "lr and clip must be above 0"),
-        (config.TrainConfig, {"learning_rate": NAN}, "lr must be a finite number"),
-        (config.TrainConfig, {"learning_rate": INF}, "lr must be a finite number"),
-        (config.TrainConfig, {"clip": 0.0}, "lr and clip must be above 0: got 0.001 and 0.0"),
-        (config.TrainConfig, {"clip": NAN}, "clip must be a finite number"),
-        (config.TrainConfig, {"clip": INF}, "clip must be a finite number"),
-        (config.TrainConfig, {"min_lr": -1e-9}, "min_lr must lie between 0 and lr 0.001"),
-        (config.TrainConfig, {"min_lr": 0.01}, "min_lr must lie between 0 and lr 0.001: got 0.01"),
-        (config.TrainConfig, {"min_lr": NAN}, "min_lr must lie between 0 and lr 0.001: got nan"),
-        (config.TrainConfig, {"beta2": 1.0}, "beta2 must be at least 0 and below 1: got 1.0"),
-        (config.TrainConfig, {"beta2": -0.1}, "beta2 must be at least 0"),
-        (config.TrainConfig, {"beta2": NAN}, "got nan"),
-        (config.TrainConfig, {"weight_decay": -0.1}, "weight_decay must be at least 0: got -0.1"),
-        (config.TrainConfig, {"weight_decay": NAN}, "weight_decay must be a finite number"),
-        (config.TrainConfig, {"weight_decay": INF}, "weight_decay must be a finite number"),
-        (config.TrainConfig, {"dropout": 1.0}, "dropout must be at least 0 and below 1: got 1.0"),
-        (config.TrainConfig, {"dropout": -0.1}, "dropout must be at least 0"),
-        (config.TrainConfig, {"dropout": NAN}, "got nan"),
+        (
+            training_config.TrainConfig,
+            {"seed": MAX_SEED + 1},
+            "seed must be at most 4294967295 (32 bits): got 4294967296",
+        ),
+        (training_config.TrainConfig, {"learning_rate": 0.0}, "lr and clip must be above 0: got 0.0 and 1.0"),
+        (training_config.TrainConfig, {"learning_rate": -1e-3}, "lr and clip must be above 0"),
+        (training_config.TrainConfig, {"learning_rate": NAN}, "lr must be a finite number"),
+        (training_config.TrainConfig, {"learning_rate": INF}, "lr must be a finite number"),
+        (training_config.TrainConfig, {"clip": 0.0}, "lr and clip must be above 0: got 0.001 and 0.0"),
+        (training_config.TrainConfig, {"clip": NAN}, "clip must be a finite number"),
+        (training_config.TrainConfig, {"clip": INF}, "clip must be a finite number"),
+        (training_config.TrainConfig, {"min_lr": -1e-9}, "min_lr must lie between 0 and lr 0.001"),
+        (training_config.TrainConfig, {"min_lr": 0.01}, "min_lr must lie between 0 and lr 0.001: got 0.01"),
+        (training_config.TrainConfig, {"min_lr": NAN}, "min_lr must lie between 0 and lr 0.001: got nan"),
+        (training_config.TrainConfig, {"beta2": 1.0}, "beta2 must be at least 0 and below 1: got 1.0"),
+        (training_config.TrainConfig, {"beta2": -0.1}, "beta2 must be at least 0"),
+        (training_config.TrainConfig, {"beta2": NAN}, "got nan"),
+        (training_config.TrainConfig, {"weight_decay": -0.1}, "weight_decay must be at least 0: got -0.1"),
+        (training_config.TrainConfig, {"weight_decay": NAN}, "weight_decay must be a finite number"),
+        (training_config.TrainConfig, {"weight_decay": INF}, "weight_decay must be a finite number"),
+        (training_config.TrainConfig, {"dropout": 1.0}, "dropout must be at least 0 and below 1: got 1.0"),
+        (training_config.TrainConfig, {"dropout": -0.1}, "dropout must be at least 0"),
+        (training_config.TrainConfig, {"dropout": NAN}, "got nan"),
     ],
 )
 def test_what_lies_outside_a_range_is_refused(kind: Any, values: dict[str, Any], text: str) -> None:
@@ -175,9 +179,9 @@ def test_the_end_token_is_in_the_vocabulary() -> None:
 
 
 def test_the_last_learning_rate_is_a_tenth_of_the_peak_or_the_one_given() -> None:
-    assert config.TrainConfig(learning_rate=0.5).final_learning_rate == 0.05
-    assert config.TrainConfig(learning_rate=0.5, min_lr=0.0).final_learning_rate == 0.0
-    assert config.TrainConfig(learning_rate=0.5, min_lr=0.25).final_learning_rate == 0.25
+    assert training_config.TrainConfig(learning_rate=0.5).final_learning_rate == 0.05
+    assert training_config.TrainConfig(learning_rate=0.5, min_lr=0.0).final_learning_rate == 0.0
+    assert training_config.TrainConfig(learning_rate=0.5, min_lr=0.25).final_learning_rate == 0.25
 
 
 def test_the_documented_defaults() -> None:
@@ -185,7 +189,7 @@ def test_the_documented_defaults() -> None:
     assert dataclasses.astuple(config.SamplingConfig()) == (1.0, 5, 0.9, 1.1)
     assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1, (), 0)
     assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1)
-    assert config.TrainConfig().batch_size == 4
+    assert training_config.TrainConfig().batch_size == 4
 
 
 KINDS = [
@@ -193,7 +197,7 @@ KINDS = [
     config.SamplingConfig,
     config.DecodingConfig,
     config.GenerationConfig,
-    config.TrainConfig,
+    training_config.TrainConfig,
 ]
 
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import fakes
-import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, files, training_config
 from hipgpt_jax.runs import directory, weights
 from hipgpt_jax.text import dataset
-from hipgpt_jax.training import checkpoint, step
+from hipgpt_jax.training import checkpoint
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
@@ -42,9 +41,15 @@ def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10)) -> Path:
     source = root.parent / "text.txt"
     source.write_text(TEXT)
     data = dataset.prepare(path, source, MODEL.vocab_size)
+    writer = checkpoint.Writer(
+        directory=path,
+        model=MODEL,
+        train=training_config.TrainConfig(),
+        manifest=data.manifest,
+        weights_dtype="float32",
+    )
     for at in steps:
-        state = step.TrainState(jnp.asarray(at), fakes.random_params(MODEL, seed=at), ())
-        checkpoint.write(path, state, MODEL, config.TrainConfig(), data.manifest, weights_dtype="float32")
+        writer.write(at, fakes.random_params(MODEL, seed=at), latest=True, best=False)
     return path
 
 

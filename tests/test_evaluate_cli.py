@@ -1,16 +1,19 @@
 """``hipgpt-evaluate``: a run against a text, and texts token by token."""
 
+import gzip
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import programs
 import pytest
+import zstandard
 
-from hipgpt_jax.text import corpus
+from hipgpt_jax.text import corpus, tokenizer
 
 Run = Callable[..., programs.Result]
 
@@ -52,13 +55,13 @@ def test_all_of_a_text_is_both_splits(run: Run, trained: Path) -> None:
 
 def test_each_token_counts_once_at_every_stride(run: Run) -> None:
     """Against the same text scored token by token, whose rule the tests of the API hold to its definition."""
-    offset = corpus.split_offset(Path("text.txt"))
+    offset = corpus.Corpus(Path("text.txt")).split
     text = Path("text.txt").read_bytes()[offset:].decode()[:600]
     Path("short.txt").write_text(text)
     Path("p.jsonl").write_text(json.dumps({"prompt": text}))
     losses = []
     for stride in ("1", "7", "32"):
-        run("--prompts_file", "p.jsonl", "--output", "s.jsonl", "--stride", stride)
+        run("--prompts_file", "p.jsonl", "--output", "s.jsonl", "--overwrite", "--stride", stride)
         line = json.loads(Path("s.jsonl").read_text())
         found = figures(run("--data-path", "short.txt", "--stride", stride).out)
         assert found["loss"] == pytest.approx(line["loss"], abs=1e-4)
@@ -66,6 +69,67 @@ def test_each_token_counts_once_at_every_stride(run: Run) -> None:
         assert found["accuracy"] == pytest.approx(np.mean(np.asarray(line["ranks"][1:]) == 1), abs=1e-4)
         losses.append(found["loss"])
     assert losses[0] != losses[1] != losses[2]
+
+
+def test_bits_a_byte_are_the_same_by_both_ways(run: Run) -> None:
+    Path("t.txt").write_text("the king and his fool")
+    line = json.loads(run("--prompt", "the king and his fool", "--output", "-").out)
+    assert figures(run("--data-path", "t.txt").out)["bits per byte"] == pytest.approx(line["bits_per_byte"], abs=1e-4)
+
+
+def test_a_file_that_exists_is_not_replaced_unasked(run: Run) -> None:
+    Path("t.txt").write_text("the king\n")
+    for arguments in (("--prompt", "a queen"), ("--prompts_file", "t.txt")):
+        result = run(*arguments, "--output", "t.txt")
+        assert (result.code, result.out) == (1, "")
+        assert "--output t.txt exists: give another name, or --overwrite" in result.err
+    assert Path("t.txt").read_text() == "the king\n"
+    Path("link").symlink_to("u.jsonl")
+    assert run("--prompt", "a queen", "--output", "link").code == 0
+    assert Path("link").is_symlink()
+    assert json.loads(Path("u.jsonl").read_text())["text"] == "a queen"
+    assert run("--prompt", "a queen", "--output", "/dev/null").code == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_text_is_the_same_in_any_form(run: Run) -> None:
+    text = Path("text.txt").read_bytes()[:900]
+    Path("short.txt").write_bytes(text)
+    Path("short.txt.gz").write_bytes(gzip.compress(text))
+    Path("short.jsonl.zst").write_bytes(zstandard.compress(json.dumps({"body": text.decode()}).encode()))
+    Path("folder").mkdir()
+    Path("folder/a.txt").write_bytes(text[:450])
+    Path("folder/b.txt").write_bytes(text[450:])
+    plain = run("--data-path", "short.txt").out
+    assert "short.txt: " in plain
+    for arguments in (("short.txt.gz",), ("short.jsonl.zst", "--text-field", "body")):
+        other = run("--data-path", *arguments).out
+        assert other.splitlines()[1:] == plain.splitlines()[1:]
+        assert other.splitlines()[0].partition(": ")[2] == plain.splitlines()[0].partition(": ")[2]
+    both = run("--data-path", "folder")
+    again = run("--data-path", "folder/a.txt", "--data-path", "folder/b.txt")
+    assert both.out == again.out
+    assert "2 files: " in both.out
+    assert "900 bytes" in both.out
+    assert "the run knows no end token: 2 documents are scored as one text" in both.err
+    assert figures(both.out)["nats per byte"] == pytest.approx(figures(plain)["nats per byte"], rel=0.02)
+
+
+def test_an_end_is_scored_after_each_document_by_a_run_that_knows_it(run: Run, trained: Path) -> None:
+    """The run's config says which token that is; here the line break, which can be put in by hand."""
+    Path("checkpoints").unlink()
+    shutil.copytree(trained / "checkpoints/tiny", "checkpoints/tiny", symlinks=True)
+    settings = Path("checkpoints/tiny/tiny_step40_config.json")
+    vocabulary = tokenizer.Tokenizer.load(Path("checkpoints/tiny/tokenizer.json"))
+    value = json.loads(settings.read_text())
+    value["data"]["eos_id"] = vocabulary.encode("\n")[0]
+    settings.write_text(json.dumps(value))
+    Path("two.jsonl").write_text('{"text": "the king and"}\n{"text": "a queen"}\n')
+    Path("one.txt").write_text("the king and\na queen\n")
+    ended, by_hand = run("--data-path", "two.jsonl"), run("--data-path", "one.txt")
+    assert "no end token" not in ended.err
+    assert ended.out.split()[1] == by_hand.out.split()[1]
+    assert figures(ended.out)["loss"] == figures(by_hand.out)["loss"]
 
 
 def test_texts_are_scored_token_by_token(run: Run) -> None:
@@ -99,7 +163,7 @@ def test_texts_are_scored_token_by_token(run: Run) -> None:
         (("--prompt", "a", "--prompts_file", "text.txt"), "are both given"),
         (("--output", "-"), "--output is for --prompt and --prompts_file"),
         (("--prompt", "a"), r"text 1 \(\w{16}\): a text to score needs at least 2 tokens"),
-        (("--prompt", "the king", "--output", "none/o.jsonl"), "No such file or directory: 'none/"),
+        (("--prompt", "the king", "--output", "none/o.jsonl"), "none/o.jsonl cannot be written: there is no directory"),
         (
             ("--run-name", "shakespeare"),
             "run 'shakespeare' does not carry the text it was trained on: give --data-path",

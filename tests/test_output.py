@@ -50,6 +50,27 @@ def test_a_file_that_got_no_record_is_not_left_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_overwriting_spares_the_old_records_when_the_new_one_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path, records.make_record(sample=0))
+    out = output.Output(path, overwrite=True)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        out.append(records.make_record(logprobs=(float("nan"), -1.0)))
+    out.close()
+    assert samples_in(path) == [0]
+
+
+def test_a_link_leads_to_the_file_and_stays(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.jsonl", tmp_path / "target.jsonl"
+    link.symlink_to("target.jsonl")
+    fill(link)
+    assert link.is_symlink()
+    assert not target.exists()
+    fill(link, records.make_record())
+    assert samples_in(target) == [0]
+    assert link.is_symlink()
+
+
 def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0), records.make_record(sample=1))
@@ -71,7 +92,8 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
         (records.make_record().to_json() + "\nand a note", "line 2 is not a record: use another --output"),
         ((records.make_record().to_json() + "\n") * 2, "line 2 repeats sample 0 of p1"),
         (records.make_record().to_json().replace('"schema":1', '"schema":2') + "\n", "has schema 2"),
-        ('{"schema":1,"contract":1}\n', "line 1 is not a whole record: it lacks 'id'"),
+        ('{"schema":1,"contract":1}\n', r"line 1 is not a whole record: KeyError\('id'\)"),
+        (records.make_record().to_json().replace('"sample":0', '"sample":[]') + "\n", "line 1 is not a whole record"),
     ],
 )
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, message: str) -> None:
@@ -103,16 +125,18 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     fill(path, records.make_record())
     out = output.Output(path)
     same = output.basis(json.loads(records.make_record().to_json()))
-    out.require_same({"p1": same}.get, {**same, "temperature": 7})
-    out.require_same({}.get, {**same, "prompt": "another"})
+    common = {name: same[name] for name in ("window", "weights", "decode_width")}
+    out.require_same({"p1": same}.get, {})
+    out.require_same({}.get, common)
     changes = {"seed": 8, "temperature": 0.5, "stop": ["x"], "window": 9, "weights": "0" * 64, "decode_width": 2}
     for name, value in changes.items():
         with pytest.raises(ValueError, match=f"made by other settings: {name} .* in sample 0 of p1, .* now"):
-            out.require_same({"p1": {**same, name: value}}.get, same)
+            out.require_same({"p1": {**same, name: value}}.get, common)
+    for name in common:
         with pytest.raises(ValueError, match=f"made by other settings: {name} .* in sample 0 of p1, .* now"):
-            out.require_same({}.get, {**same, name: value})
+            out.require_same({}.get, {**common, name: changes[name]})
     with pytest.raises(ValueError, match=r"other settings: prompt 'To be' in .*, 'Not to be' now"):
-        out.require_same({"p1": {**same, "prompt": "Not to be"}}.get, same)
+        out.require_same({"p1": {**same, "prompt": "Not to be"}}.get, common)
     out.close()
 
 
@@ -144,6 +168,18 @@ def test_a_device_is_written_to_as_it_is() -> None:
         out.append(records.make_record())
     out.close()
     fill(Path("/dev/null"), records.make_record(), records.make_record())
+
+
+def test_a_reader_that_goes_away_is_noticed(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-c", "import sys; open(sys.argv[1]).read(10)", str(pipe)]
+    with subprocess.Popen(command) as reader:
+        out = output.Output(pipe)
+        with pytest.raises(BrokenPipeError):
+            [out.append(records.make_record()) for _ in range(1000)]
+        out.close()
+        reader.wait(timeout=60)
 
 
 def test_a_pipe_gets_every_line(tmp_path: Path) -> None:

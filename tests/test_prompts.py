@@ -55,6 +55,9 @@ def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> 
         (b'{"prompt": "a", "temperature": 1}', "line 1: unknown key 'temperature': the keys are id, prompt, seed"),
         (b'{"prompt": "a", "prompt": "b"}', "line 1: key 'prompt' is there twice"),
         (b'{"prompt": "a", "id": 3}', "line 1: id must be a text .*: got 3"),
+        (b'{"prompt": "a", "id": "\\ud800"}', "line 1: id must be a text .* in UTF-8"),
+        (b'{"prompt": "a", "stop": "\\ud800"}', "line 1: stop must be a text .* in UTF-8"),
+        (b'{"prompt": "a", "temp": 1' + b"0" * 400 + b"}", "line 1: int too large to convert to float"),
         (b'{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', "line 3: id 'x' is that of line 1 too"),
         (b'{"prompt": "a", "temp": -1}', "line 1: temp must be at least 0"),
         (b'{"prompt": "a", "temp": "hot"}', "line 1: temp must be a number: got 'hot'"),
@@ -64,8 +67,8 @@ def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> 
         (b'{"prompt": "a", "seed": -1}', "line 1: seed must be an integer of at least 0"),
         (b'{"prompt": "a", "seed": 4294967296}', "line 1: seed must be at most 4294967295"),
         (b'{"prompt": "a", "num_samples": 0}', "line 1: num_samples must be an integer of at least 1"),
-        (b'{"prompt": "a", "stop": [""]}', "line 1: stop must be strings of at least one character"),
-        (b'{"prompt": "a", "stop": 3}', "line 1: stop must be strings"),
+        (b'{"prompt": "a", "stop": [""]}', "line 1: stop must be a text of at least one character"),
+        (b'{"prompt": "a", "stop": 3}', "line 1: stop must be a text"),
         (b"[" * 100_000, "line 1: not JSON"),
         (b'{"prompt": "a"}\n{"prompt": "\xe9"}', r"line 2 is not UTF-8 text \(byte 13 is 0xe9\).*iconv -f LATIN1"),
         ("hi".encode("utf-16"), "is UTF-16 text: it must be UTF-8"),
@@ -76,6 +79,17 @@ def test_a_broken_file_is_told_with_the_line_and_the_reason(tmp_path: Path, cont
     with pytest.raises(ValueError, match=message) as caught:
         prompts.read(path)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".ndjson", ".json", ".JSONL"])
+def test_json_lines_are_known_by_more_names(tmp_path: Path, suffix: str) -> None:
+    (prompt,) = prompts.read(write(tmp_path / f"p{suffix}", '{"prompt": "a", "top_logprobs": 3}'))
+    assert (prompt.text, prompt.generation["top_logprobs"]) == ("a", 3)
+
+
+def test_a_prompt_tells_where_it_stands(tmp_path: Path) -> None:
+    found = prompts.read(write(tmp_path / "p.txt", "one\n\ntwo"))
+    assert [prompt.place for prompt in found] == [f"{tmp_path}/p.txt line 1", f"{tmp_path}/p.txt line 3"]
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:

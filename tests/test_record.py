@@ -81,6 +81,8 @@ def test_a_file_is_read_line_by_line_and_a_torn_end_is_passed_over(tmp_path: Pat
         (b"{}", "it line 1 is not a record: it has no schema number"),
         (b"\xff", "it line 1 is not JSON"),
         (b"[" * 100_000, "it line 1 is not JSON"),
+        (records.make_record().to_json().replace('"gaps":[1.5', '"gaps":[NaN'), "NaN is no number of JSON's"),
+        (json.dumps(line_of(sample=2**32)), "record.sample must be smaller than or equal to 4294967295"),
         (json.dumps(line_of(schema=2)), r"has schema 2: this version reads schema 1.*wrote it \(0.1.0\)"),
         (json.dumps(line_of(contract=3)), r"has contract 3: this version reads contract 1"),
         (json.dumps({"schema": 9}), r"has schema 9.*wrote it \(unknown\)"),
@@ -117,8 +119,16 @@ def test_a_damaged_line_is_a_record_or_a_value_error(seed: int, replacement: byt
 
 def test_arguments_tell_no_directory() -> None:
     argv = ["/home/ann/bin/x", "--run-name", "r", "--flagfile=/home/ann/a.flags", "--output", "../ann/o.jsonl"]
-    argv += ["--run-dir", "/home/ann/run/", "--prompt", "either/or /imagine", "--data-path=~ann/t.txt", "/home/ann/f"]
-    kept = ("hipgpt-x", "--run-name", "r", "--flagfile=a.flags", "--output", "o.jsonl", "--run-dir", "run")
+    argv += [
+        "--run-dir",
+        "/home/ann/run/",
+        "a\udcff",
+        "--prompt",
+        "either/or /imagine",
+        "--data-path=~ann/t.txt",
+        "/home/ann/f",
+    ]
+    kept = ("hipgpt-x", "--run-name", "r", "--flagfile=a.flags", "--output", "o.jsonl", "--run-dir", "run", "a\ufffd")
     kept += ("--prompt", "either/or imagine", "--data-path=t.txt", "f")
     assert provenance.arguments("hipgpt-x", argv) == kept
 
@@ -131,6 +141,15 @@ def test_arguments_tell_no_directory() -> None:
         ("--xla_dump_to=/home/ann/d --xla_c=/tmp/e,/tmp/f", "--xla_dump_to=d --xla_c=e,f"),
         ("--xla_dump_to=~/d", "--xla_dump_to=d"),
         ("--xla_dump_to='/home/ann/d'", "--xla_dump_to='d'"),
+        ("/home/ann/", ""),
+        ("/home//ann/d", "d"),
+        ("//home/ann/d", "d"),
+        ("file:///home/ann/d", "d"),
+        ("[/home/ann/d]", "[d]"),
+        ("--a=../ann/d", "--a=d"),
+        ("~ann/d", "d"),
+        (str(Path.home()), ""),
+        (f"--a={Path.home()}/d", "--a=d"),
     ],
 )
 def test_flags_tell_no_directory(given: str, kept: str) -> None:

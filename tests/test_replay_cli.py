@@ -92,12 +92,32 @@ def test_an_end_that_differs_is_shown(call: Run, made: list[dict[str, Any]]) -> 
     assert "token 7 is the end (length) in the record" in result.out
 
 
-@pytest.mark.parametrize("field", ["prompt", "text", "tokens", "stop"])
+@pytest.mark.parametrize(
+    "field", ["prompt", "text", "tokens", "stop", "prompt_dropped", "ranks", "margins", "logprobs"]
+)
 def test_a_text_that_was_changed_is_not_identical(call: Run, made: list[dict[str, Any]], field: str) -> None:
-    other = {"tokens": [*made[0]["tokens"][:-1], "!"]}.get(field, "something else")
+    others = {"tokens": "!", "ranks": 900, "margins": 0.123, "logprobs": -50.0}
+    other: Any = [*made[0][field][:-1], others[field]] if field in others else "something else"
+    if field == "prompt_dropped":
+        other = 7
     result = call("replay", write("b.jsonl", [{**made[0], field: other}]))
     assert result.code == 1
-    assert f"its ids are the same, but its {field} were changed" in result.out
+    assert f"its ids are the same, but not its {field}" in result.out
+
+
+def test_another_config_is_said(call: Run, made: list[dict[str, Any]]) -> None:
+    other = {**made[0], "run": {**made[0]["run"], "config_sha256": "0" * 64}}
+    result = call("replay", write("b.jsonl", [other]))
+    assert result.code == 0
+    assert f"changed    config_sha256: {'0' * 64} in the record" in result.out
+
+
+def test_a_torn_last_line_is_said(call: Run, made: list[dict[str, Any]]) -> None:
+    path = Path(write("b.jsonl", made[:2]))
+    path.write_bytes(path.read_bytes()[:-1])
+    result = call("replay", "b.jsonl")
+    assert "b.jsonl: the last line was cut short and is passed over" in result.err
+    assert result.out.splitlines()[-1].startswith("1 of 1 identical")
 
 
 def test_a_difference_within_rounding_is_told_apart() -> None:
@@ -153,6 +173,7 @@ def test_a_run_that_is_gone_or_damaged_is_told_and_one_elsewhere_is_found(
         ({"settings": {"window": 33}}, "max_seq_len must be at most the run's own 32"),
         ({"settings": {"eos_id": 300}}, "eos_id must be -1 or below"),
         ({"run": {"name": "../x"}}, "must be a plain name"),
+        ({"ids": [99999, *[1] * 39]}, "it has ids beyond the vocabulary's size 300"),
         ({"run": {"step": 9}}, "run 'tiny' has no step 9. Steps: 20, 40"),
     ],
 )
@@ -174,6 +195,7 @@ def test_a_record_that_cannot_be_served_is_told(
         (("a.jsonl", "b.jsonl"), "unexpected argument 'b.jsonl'"),
         (("a.jsonl", "--ids", "x"), "a.jsonl has no record of the id 'x'. Ids: first, second, third"),
         (("p.jsonl",), "p.jsonl line 1 is not a record"),
+        (("a.jsonl", "--ids", ""), "--ids names no id"),
         (("empty.jsonl",), "empty.jsonl holds no record"),
         (("a.jsonl", "--frob", "x"), "Unknown command line flag 'frob'"),
         (("a.jsonl", "--device", "tpu"), "device must be one of"),

@@ -15,7 +15,7 @@ import safetensors
 
 TINY = (
     *("--data-path", "text.txt", "--vocab-size", "300", "--warmup-steps", "2"),
-    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16"),
+    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16", "--mesh", "data=1"),
 )
 
 
@@ -51,9 +51,9 @@ def metrics(work: Path, run: str) -> list[dict[str, float]]:
 def test_the_directory_is_the_documented_one(trained: Path) -> None:
     directory = trained / "checkpoints" / "tiny"
     assert {path.name for path in directory.iterdir()} == {
-        *("tokenizer.json", "tokens.bin", "data.json", "metrics.jsonl", "train_state"),
+        *("tokenizer.json", "tokens.bin", "data.json", "settings.json", "metrics.jsonl", "train_state"),
         *("tiny_step20.bin", "tiny_step20_config.json", "tiny_step40.bin", "tiny_step40_config.json"),
-        *("latest_checkpoint.bin", "latest_config.json"),
+        *("latest_checkpoint.bin", "latest_config.json", "best_checkpoint.bin", "best_config.json"),
     }
     assert (directory / "latest_checkpoint.bin").readlink() == Path("tiny_step40.bin")
     assert (directory / "latest_config.json").readlink() == Path("tiny_step40_config.json")
@@ -170,12 +170,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(run, work: Path) -> None:
         (("--resume",), "nothing to resume"),
         (("--weights-dtype", "int3"), "weights-dtype"),
         (("--device", "tpu"), "device must be one of"),
+        (("--dtype", "float64"), "dtype must be one of float32, bfloat16: got 'float64'"),
+        (("--grad-accum", "3"), "grad_accum must divide the batch of 4: got 3"),
+        (("--grad-accum", "0"), "grad_accum must be an integer of at least 1"),
+        (("--sample-every", "-1"), "sample_every must be an integer of at least 0"),
+        (("--mesh", "data=3"), "mesh data=3 divides the rows of a step by 3: 4 rows"),
+        (("--mesh", "data=16"), "mesh data=16 needs 16 devices: JAX has 8"),
+        (("--mesh", "rows=2"), "mesh must be such as data=4,model=2"),
+        (("--mesh", "model=3"), r"mesh .* divides h_0.attn.c_proj.kernel of shape \(16, 16\) by 3: 16 does not"),
+        (("--extend",), "--extend goes with --resume"),
+        (("--num_processes", "2"), "--coordinator, --num_processes and --process_id go together"),
+        (("--tokenizer-path", "none.json"), "tokenizer not found: none.json"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(run, work: Path, arguments: tuple[str, ...], message: str) -> None:
     (work / "empty.txt").write_text("")
     (work / "short.txt").write_text("hi")
-    result = run(*TINY, "--run-name", "bad", *arguments)
+    result = run(*(TINY[2:] if "--data-path" in arguments else TINY), "--run-name", "bad", *arguments)
     assert result.code == 1
     assert re.fullmatch(f"train: error: .*{message}.*", result.err.splitlines()[-1])
     assert not (work / "checkpoints").exists() or not list((work / "checkpoints").iterdir())
@@ -186,14 +197,18 @@ def test_an_existing_run_is_neither_overwritten_nor_given_other_data(run, work: 
     assert run(*flags).code == 0
     before = (work / "checkpoints/mine/mine_step2.bin").read_bytes()
     assert "--resume goes on with it, --reset deletes it" in run(*flags).err
-    assert "steps 3 (the run has 2)" in run(*flags, "--resume", "--steps", "3").err
+    assert (
+        "was begun with --steps 2, where its schedule ends: 3 need --extend"
+        in run(*flags, "--resume", "--steps", "3").err
+    )
+    assert "was begun with --steps 2: 1 cannot cut it short" in run(*flags, "--resume", "--steps", "1").err
+    assert "learning_rate 0.1 (the run has 0.001)" in run(*flags, "--resume", "--lr", "0.1").err
     for resume in ((), ("--resume",)):
         assert "--vocab-size 310 is not its 300" in run(*flags, *resume, "--vocab-size", "310").err
     (work / "other.txt").write_text(programs.TEXT[::-1])
-    assert re.search(
-        "--data-path other.txt .* is not its text text.txt", run(*flags, "--resume", "--data-path", "other.txt").err
-    )
-    assert "data file not found" in run(*flags, "--reset", "--data-path", "none.txt").err
+    other = run(*flags[2:], "--resume", "--data-path", "other.txt").err
+    assert re.search("--data-path other.txt .* is not its text text.txt", other)
+    assert "none.txt" in run(*flags[2:], "--reset", "--data-path", "none.txt").err
     assert (work / "checkpoints/mine/mine_step2.bin").read_bytes() == before
     assert run(*flags, "--reset", "--seed", "5").code == 0
     assert (work / "checkpoints/mine/mine_step2.bin").read_bytes() != before

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from hipgpt_jax import config
+from hipgpt_jax import config, training_config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
-from hipgpt_jax.training import metrics, optimizer, step
+from hipgpt_jax.training import mesh, metrics, optimizer, step
 
 MODEL = config.ModelConfig(vocab_size=40, max_seq_len=8, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 
@@ -32,14 +32,15 @@ def model() -> transformer.Transformer:
     return transformer.Transformer(MODEL)
 
 
-def make(model: transformer.Transformer, train: config.TrainConfig) -> tuple[step.TrainState, step.TrainStep]:
+def make(model: transformer.Transformer, train: training_config.TrainConfig) -> tuple[step.TrainState, step.TrainStep]:
     key = jax.random.key(train.seed, impl="threefry2x32")
     tx = optimizer.make(train)
-    return step.init(model, tx, key), step.make(model, tx, train, key)
+    layout = mesh.Layout.over({"data": 1, "fsdp": 1, "model": 1})
+    return step.init_on(layout, model, tx, key), step.make(model, tx, train, key, layout)
 
 
 def test_the_schedule_warms_up_linearly_and_ends_at_the_final_rate() -> None:
-    train = config.TrainConfig(steps=110, learning_rate=1e-2, warmup_steps=10, min_lr=1e-3)
+    train = training_config.TrainConfig(steps=110, learning_rate=1e-2, warmup_steps=10, min_lr=1e-3)
     rates = [float(jnp.asarray(optimizer.learning_rate(train)(count))) for count in range(110)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 1e-3, rtol=1e-5)
     assert max(rates) == pytest.approx(1e-2)
@@ -49,7 +50,7 @@ def test_the_schedule_warms_up_linearly_and_ends_at_the_final_rate() -> None:
 
 
 def test_only_matrices_decay(model: transformer.Transformer) -> None:
-    train = config.TrainConfig(weight_decay=0.5, warmup_steps=0, learning_rate=0.1, steps=10)
+    train = training_config.TrainConfig(weight_decay=0.5, warmup_steps=0, learning_rate=0.1, steps=10)
     params = step.init(model, optimizer.make(train), jax.random.key(0)).params
     params = jax.tree.map(jnp.ones_like, params)
     tx = optimizer.make(train)
@@ -59,7 +60,7 @@ def test_only_matrices_decay(model: transformer.Transformer) -> None:
 
 
 def test_the_gradient_is_clipped_by_its_global_norm(model: transformer.Transformer) -> None:
-    train = config.TrainConfig(clip=1.0, weight_decay=0.0)
+    train = training_config.TrainConfig(clip=1.0, weight_decay=0.0)
     tx = optimizer.make(train)
     params = step.init(model, tx, jax.random.key(0)).params
     unit = jax.tree.map(
@@ -72,7 +73,7 @@ def test_the_gradient_is_clipped_by_its_global_norm(model: transformer.Transform
 
 
 def test_a_step_is_a_function_of_state_and_batch(model: transformer.Transformer) -> None:
-    train = config.TrainConfig(dropout=0.3, steps=10)
+    train = training_config.TrainConfig(dropout=0.3, steps=10)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 9)), jnp.int32)
     results = []
     for _ in range(2):
@@ -86,7 +87,7 @@ def test_a_step_is_a_function_of_state_and_batch(model: transformer.Transformer)
 
 
 def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Transformer) -> None:
-    train = config.TrainConfig(steps=200, learning_rate=1e-2, warmup_steps=5, weight_decay=0.0)
+    train = training_config.TrainConfig(steps=200, learning_rate=1e-2, warmup_steps=5, weight_decay=0.0)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 40, (3, 6)), jnp.int32)
     state, train_step = make(model, train)
     history = []
@@ -99,7 +100,7 @@ def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Trans
 
 
 def test_score_counts_every_token_but_the_first_once(model: transformer.Transformer) -> None:
-    params = step.init(model, optimizer.make(config.TrainConfig()), jax.random.key(3)).params
+    params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 31).astype(np.uint16)
     scored = loss.score(model, params, ids, text_bytes=60, batch_size=3, length=8)
     nll, correct = 0.0, 0
@@ -118,7 +119,7 @@ def test_score_counts_every_token_but_the_first_once(model: transformer.Transfor
 
 
 def test_score_of_some_batches_is_a_part_of_the_whole(model: transformer.Transformer) -> None:
-    params = step.init(model, optimizer.make(config.TrainConfig()), jax.random.key(3)).params
+    params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 200).astype(np.uint16)
     some = loss.score(model, params, ids, text_bytes=199, batch_size=2, length=8, max_batches=3)
     assert some.tokens == 3 * 2 * 8

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hipgpt_jax import config
+from hipgpt_jax import config, training_config
 from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
@@ -150,7 +150,7 @@ def test_drop_keeps_its_share_and_scales_it_to_keep_the_mean(rate: float) -> Non
 
 
 def test_drop_takes_every_rate_that_the_config_takes() -> None:
-    rate = config.TrainConfig(dropout=math.nextafter(1, 0)).dropout
+    rate = training_config.TrainConfig(dropout=math.nextafter(1, 0)).dropout
     assert np.all(np.isfinite(transformer.drop(jnp.ones(1000), rate, jax.random.key(0))))
 
 

@@ -14,8 +14,8 @@ from absl import flags
 from hipgpt_jax import api, config, devices, files
 from hipgpt_jax.cli import program
 from hipgpt_jax.generation import source
-from hipgpt_jax.runs import provenance
-from hipgpt_jax.text import corpus, dataset, prompts
+from hipgpt_jax.runs import directory, provenance
+from hipgpt_jax.text import corpus, dataset, encoding, prompts
 
 if TYPE_CHECKING:
     from hipgpt_jax.evaluation import loss, score
@@ -34,8 +34,15 @@ _RUN_NAME = flags.DEFINE_string(
     "run-name", None, "Run to evaluate: a directory in checkpoints/, or a run of the package.", flag_values=FLAGS
 )
 _STEP = flags.DEFINE_integer("step", None, "Training step to load; the latest if absent.", flag_values=FLAGS)
-_DATA_PATH = flags.DEFINE_string(
-    "data-path", None, "Text file to score; the run's own data if absent.", flag_values=FLAGS
+_DATA_PATH = flags.DEFINE_multi_string(
+    "data-path",
+    None,
+    "Text to score: a file, .txt or .jsonl, also .gz or .zst, or a directory of such; may be repeated. The run's own "
+    "data if absent.",
+    flag_values=FLAGS,
+)
+_TEXT_FIELD = flags.DEFINE_string(
+    "text-field", corpus.DEFAULT_TEXT_FIELD, "Field of the text in a line of a .jsonl file.", flag_values=FLAGS
 )
 _SPLIT = flags.DEFINE_string(
     "split",
@@ -54,6 +61,7 @@ _OUTPUT = flags.DEFINE_string(
     "the rank of each. - writes it to stdout.",
     flag_values=FLAGS,
 )
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the file of --output.", flag_values=FLAGS)
 _STRIDE = flags.DEFINE_integer(
     "stride",
     None,
@@ -81,6 +89,9 @@ def _evaluate() -> None:
     if not 1 <= stride <= found.window:
         raise ValueError(f"stride must be at least 1 and at most the window of {found.window} tokens: got {stride}")
     texts = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value) if _is_prompts() else None
+    for place, one in enumerate(texts or (), 1):
+        if len(found.vocabulary.encode(one.text)) < 2:
+            raise ValueError(f"{one.place or f'text {place}'} ({one.name}): a text to score needs at least 2 tokens")
     text = None if texts else _read_text(found)
     with _open(_OUTPUT.value) as out:
         device = devices.start(_DEVICE.value, program.note)
@@ -92,7 +103,8 @@ def _evaluate() -> None:
             _score_texts(run, texts, stride, out)
         elif text:
             print(f"{text.name}: {len(text.ids)} tokens, {text.bytes} bytes")
-            _print(run.evaluate(text.ids, text_bytes=text.bytes, stride=stride))
+            scored_bytes = text.bytes - len(found.vocabulary.decode_bytes(text.ids[:1].tolist()))
+            _print(run.evaluate(text.ids, text_bytes=scored_bytes, stride=stride))
 
 
 def _is_prompts() -> bool:
@@ -121,15 +133,27 @@ class _Text:
 def _read_text(found: source.Source) -> _Text:
     if _DATA_PATH.value is None:
         return _read_own(found)
-    path = Path(_DATA_PATH.value)
-    if not path.is_file():
-        raise FileNotFoundError(f"data file not found: {path}")
-    start = corpus.split_offset(path) if _SPLIT.value == "validation" else 0
-    ids = dataset.encode(found.vocabulary, path, start, None)
+    text = corpus.Corpus([Path(path) for path in _DATA_PATH.value], _TEXT_FIELD.value)
+    start = text.split if _SPLIT.value == "validation" else 0
+    ids = encoding.encode(found.vocabulary, text, start, _end_id(found, text))
+    name = text.sources[0].name if len(text.sources) == 1 else f"{len(text.sources)} files"
     if len(ids) < 2:
-        raise ValueError(f"{path} is too short: {len(ids)} tokens to score, and it needs 2")
-    name = f"validation split of {path.name}" if _SPLIT.value == "validation" else path.name
-    return _Text(name=name, ids=ids, bytes=path.stat().st_size - start)
+        raise ValueError(f"{name} is too short: {len(ids)} tokens to score, and it needs 2")
+    name = f"validation split of {name}" if _SPLIT.value == "validation" else name
+    return _Text(name=name, ids=ids, bytes=text.bytes - start)
+
+
+def _end_id(found: source.Source, text: corpus.Corpus) -> int | None:
+    """The token that the run was taught to see after a document; none where it knows none, or there is one document."""
+    if text.documents == 1:
+        return None
+    checkpoint = found.checkpoint
+    data = files.read_json(checkpoint.directory / directory.config_name(checkpoint.run, checkpoint.step)).get("data")
+    end_id = data.get("eos_id") if isinstance(data, dict) else None
+    if not isinstance(end_id, int):
+        program.note(f"the run knows no end token: {text.documents} documents are scored as one text")
+        return None
+    return end_id
 
 
 def _read_own(found: source.Source) -> _Text:
@@ -142,18 +166,15 @@ def _read_own(found: source.Source) -> _Text:
     data = dataset.Dataset(where)
     if _SPLIT.value == "all":
         ids = np.concatenate([data.train, data.validation])
-        return _Text(name=data.manifest.source, ids=ids, bytes=data.manifest.source_bytes)
-    name = f"validation split of {data.manifest.source}"
+        return _Text(name=data.manifest.name, ids=ids, bytes=data.manifest.text_bytes)
+    name = f"validation split of {data.manifest.name}"
     return _Text(name=name, ids=data.validation, bytes=data.manifest.validation_bytes)
 
 
 def _score_texts(run: api.Run, texts: list[prompts.Prompt], stride: int, out: TextIO | None) -> None:
     """Scores texts one by one: a JSON line each where there is an output, else a table row each."""
-    for place, text in enumerate(texts, 1):
-        try:
-            (scored,) = run.score([text.text], stride=stride)
-        except ValueError as error:
-            raise ValueError(f"text {place} ({text.name}): {error}") from error
+    for text in texts:
+        (scored,) = run.score([text.text], stride=stride)
         if out is not None:
             out.write(json.dumps(_line(run, text, scored, stride), ensure_ascii=False, separators=(",", ":")) + "\n")
             out.flush()
@@ -199,7 +220,9 @@ def _open(name: str | None) -> Iterator[TextIO | None]:
     if name is None or name == "-":
         yield None if name is None else sys.stdout
         return
-    with files.replacing(Path(name)) as temporary, temporary.open("w", encoding="utf-8") as out:
+    if Path(name).is_file() and not _OVERWRITE.value:
+        raise ValueError(f"--output {name} exists: give another name, or --overwrite")
+    with files.writing(Path(name)) as out:
         yield out
 
 

@@ -9,7 +9,6 @@ from hipgpt_jax import api, config, devices
 from hipgpt_jax.cli import program, writing
 from hipgpt_jax.generation import source
 from hipgpt_jax.runs import directory, output, provenance
-from hipgpt_jax.text import prompts
 
 SUMMARY = """Generate text from a trained run. The text goes to stdout as it is made, the facts to stderr.
 
@@ -131,8 +130,7 @@ def _generate() -> None:
         run = api.Run(found, device, origin)
         if isinstance(out, output.Output):
             known = {one.id: run.recorder.basis(one) for one in asked}
-            prompt = prompts.Prompt(text="-")
-            out.require_same(known.get, run.recorder.basis(found.ask(prompt, sampling, generation)))
+            out.require_same(known.get, run.recorder.common_basis())
         shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)
         writing.write(run, asked, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
 

@@ -1,6 +1,5 @@
 """``hipgpt-inspect``: a record file as a page to read in a browser."""
 
-import os
 from pathlib import Path
 
 from absl import flags
@@ -34,30 +33,20 @@ def _inspect() -> None:
     records, target = Path(program.required(_RECORDS)), Path(program.required(_HTML))
     if target.resolve() == records.resolve():
         raise ValueError(f"--html {target} is the record file itself: give the page another name")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"--html {target}: there is no directory {target.parent}")
-    if target.is_dir():
-        raise IsADirectoryError(f"--html {target} is a directory: give the page's file name")
     made = page.Page(_TITLE.value or records.name)
     for sample in record.read(records):
         made.add(sample)
     if not made.samples:
         raise ValueError(f"{records} holds no whole record")
-    if _is_torn(records):
+    if record.is_torn(records):
         program.note(f"{records}: the last line was cut short and is passed over")
-    with files.replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(made.html())
-    size = target.stat().st_size / 1e6
-    program.note(
-        f"{target}: {page.count(made.samples, 'sample')} of {page.count(made.prompts, 'prompt')}, {size:.1f} MB"
-    )
-
-
-def _is_torn(records: Path) -> bool:
-    """Whether the last line of a file of at least one byte lacks its end."""
-    with records.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
+    size = 0
+    with files.writing(target) as file:
+        for piece in made.html():
+            size += len(piece)
+            file.write(piece)
+    made_of = f"{page.count(made.samples, 'sample')} of {page.count(made.prompts, 'prompt')}"
+    program.note(f"{target}: {made_of}, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

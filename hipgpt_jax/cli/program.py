@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from absl import flags
 
@@ -33,7 +34,8 @@ def run(
         summary: What ``--help`` says first.
         values: The program's flags.
         main: The program; it reads its flags from ``values``.
-        operand: The flag whose value may be given without the flag's name.
+        operand: The flag whose value may be given without the flag's name; one that is defined by
+            ``DEFINE_multi_string`` takes any number of them.
         error_code: Exit code of a mistake.
     """
     try:
@@ -57,8 +59,9 @@ def run(
 def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | None = None) -> str | None:
     """Sets ``values`` from a command line; what it does not name takes its default.
 
-    A word that belongs to no flag is the value of the flag ``operand``, if there is one. Returns
-    ``help`` or ``version`` where that was asked for, in which case nothing is set.
+    A word that belongs to no flag is the value of the flag ``operand``, if there is one; all such words
+    are where that flag may be given several times. Returns ``help`` or ``version`` where that was asked
+    for, in which case nothing is set.
 
     ``--run-name`` and ``--run_name`` are the same flag, as are ``--flag value`` and ``--flag=value``;
     a value may begin with ``-``. ``--flagfile=FILE`` reads flags from a file.
@@ -73,8 +76,12 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | Non
     if asked := [word for word in words if word in _USAGE]:
         return _USAGE[asked[0]]
     rest = values(["program", *words])[1:]
-    if operand is not None and rest and values[operand].value is None:
-        values[operand].parse(rest.pop(0))
+    if operand is not None and rest:
+        if _takes_several(values, operand):
+            values[operand].parse(rest)
+            rest = []
+        elif values[operand].value is None:
+            values[operand].parse(rest.pop(0))
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: flags begin with '--', and text with blanks needs quotes")
     return None
@@ -82,7 +89,8 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | Non
 
 def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | None = None) -> str:
     """Returns what ``--help`` prints: the summary and every flag with its default."""
-    place = "" if operand is None else f" [{operand.upper()}]"
+    several = " …" if operand is not None and _takes_several(values, operand) else ""
+    place = "" if operand is None else f" [{operand.upper()}{several}]"
     lines = [summary.strip(), "", f"usage: hipgpt-{name}{place} [--flag value | --flag=value] …", ""]
     for flag in values:
         holder = values[flag]
@@ -95,7 +103,10 @@ def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | 
     return "\n".join(lines)
 
 
-def required(holder: flags.FlagHolder[str | None]) -> str:
+_T = TypeVar("_T")
+
+
+def required(holder: flags.FlagHolder[_T | None]) -> _T:
     """Returns the value of a flag that has no default; raises ValueError where it was not given."""
     if holder.value is None:
         raise ValueError(f"--{holder.name} is required; --help tells of every flag")
@@ -117,6 +128,10 @@ def note(line: str) -> None:
     """Writes a fact to stderr; stdout is for text alone."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
+
+
+def _takes_several(values: flags.FlagValues, flag: str) -> bool:
+    return isinstance(values[flag], flags.MultiFlag)
 
 
 def _respell(values: flags.FlagValues, words: Sequence[str]) -> list[str]:

@@ -81,7 +81,11 @@ class _Tally:
 def _replay() -> None:
     path = Path(program.required(_RECORDS))
     chosen = None if _IDS.value is None else set(_IDS.value)
+    if chosen is not None and not chosen:
+        raise ValueError("--ids names no id")
     _check(path, chosen)
+    if record.is_torn(path):
+        program.note(f"{path}: the last line was cut short and is passed over")
     records = (one for one in record.read(path) if chosen is None or one.id in chosen)
     device = devices.start(_DEVICE.value, program.note)
     devices.use_compilation_cache(program.note)
@@ -126,10 +130,13 @@ def _lines(tally: _Tally, load: Callable[[], api.Run], records: Iterator[record.
             waiting.append(one)
             yield job
 
-    for found in run.records_of(jobs()):
-        yield from refused
-        refused.clear()
-        yield _compared(tally, replay.compare(waiting.popleft(), found), run.source.vocabulary)
+    try:
+        for found in run.records_of(jobs()):
+            yield from refused
+            refused.clear()
+            yield _compared(tally, replay.compare(waiting.popleft(), found), run.source.vocabulary)
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        refused += [_not_tried(tally, one, error) for one in (*waiting, *records)]
     yield from refused
 
 
@@ -162,7 +169,7 @@ def _compared(tally: _Tally, result: replay.Comparison, vocabulary: tokenizer.To
         return f"identical  {name}: {len(old.ids)} tokens"
     tally.counts["differs"] += 1
     if difference is None:
-        return f"differs    {name}: its ids are the same, but its {' and '.join(result.altered)} were changed"
+        return f"differs    {name}: its ids are the same, but not its {' and '.join(result.altered)}: was it changed?"
     tally.counts["rounding"] += difference.is_rounding
 
     def show(token: int | None, reason: str) -> str:
@@ -183,6 +190,7 @@ def _changes(old: record.Record, new: record.Record) -> set[str]:
         for part, group in ((old.numerics, new.numerics), (old.versions, new.versions))
         for name, before in vars(part).items()
     ]
+    pairs.append(("config_sha256", old.run.config_sha256, new.run.config_sha256))
     return {f"{name}: {before} in the record, {now} now" for name, before, now in pairs if before != now}
 
 

@@ -1,205 +1,195 @@
 """``hipgpt-train``: a run from a text."""
 
-import contextlib
 import functools
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from absl import flags
-
-from hipgpt_jax import config, devices
-from hipgpt_jax.cli import program
+from hipgpt_jax import config, devices, training_config
+from hipgpt_jax.cli import program, train_flags, train_report
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset
 
-if TYPE_CHECKING:
-    from hipgpt_jax.training import loop
-
-SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. Log lines go to stdout. Examples:
+SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C or
+SIGTERM finishes the step, saves, and says how to go on. Examples:
 
   hipgpt-train --data-path data/data.txt --run-name my_run
   hipgpt-train --flagfile=configs/shakespeare.flags"""
 
-FLAGS = flags.FlagValues()
-_MODEL, _TRAIN = config.ModelConfig(), config.TrainConfig()
-
-
-def _integer(name: str, default: int, text: str) -> flags.FlagHolder[int]:
-    return flags.DEFINE_integer(name, default, text, flag_values=FLAGS)
-
-
-def _float(name: str, default: float | None, text: str) -> flags.FlagHolder[Any]:
-    return flags.DEFINE_float(name, default, text, flag_values=FLAGS)
-
-
-_DATA_PATH = flags.DEFINE_string(
-    "data-path", "data/data.txt", "Text file to train on; its last tenth is the validation split.", flag_values=FLAGS
-)
-_RUN_NAME = flags.DEFINE_string("run-name", None, "Name of the run; run_ and the time if absent.", flag_values=FLAGS)
-_SEQ = _integer("seq", _MODEL.max_seq_len, "Context: tokens in a training sequence.")
-_VOCAB_SIZE = _integer("vocab-size", _MODEL.vocab_size, "Ids of the tokenizer, 256 upwards; 256 is plain bytes.")
-_DIM = _integer("dim", _MODEL.embed_dim, "Width of the model.")
-_HEADS = _integer("heads", _MODEL.num_heads, "Attention heads; they must divide the width.")
-_FF = _integer("ff", _MODEL.ff_hidden_dim, "Width of the feed-forward layer.")
-_LAYERS = _integer("layers", _MODEL.num_layers, "Transformer blocks.")
-_BATCH = _integer("batch", _TRAIN.batch_size, "Sequences in a step.")
-_STEPS = _integer("steps", _TRAIN.steps, "Optimizer steps in all.")
-_LR = _float("lr", _TRAIN.learning_rate, "Peak learning rate.")
-_WARMUP_STEPS = _integer("warmup-steps", _TRAIN.warmup_steps, "Steps of linear warm-up to the peak.")
-_MIN_LR = _float("min-lr", _TRAIN.min_lr, "Learning rate at the last step; a tenth of --lr if absent.")
-_BETA2 = _float("beta2", _TRAIN.beta2, "AdamW's decay of the second moment.")
-_WEIGHT_DECAY = _float("weight-decay", _TRAIN.weight_decay, "AdamW's decay of matrices.")
-_CLIP = _float("clip", _TRAIN.clip, "Largest global norm of the gradient.")
-_DROPOUT = _float("dropout", _TRAIN.dropout, "Share of activations dropped while training.")
-_SEED = _integer("seed", _TRAIN.seed, "Seed of the weights, the data order and dropout.")
-_LOG_EVERY = _integer("log-every", _TRAIN.log_every, "Steps between log lines.")
-_EVAL_EVERY = _integer("eval-every", _TRAIN.eval_every, "Steps between evaluations; 0: with each checkpoint.")
-_EVAL_BATCHES = _integer("eval-batches", _TRAIN.eval_batches, "Batches in an evaluation; 0: the whole split.")
-_CKPT_EVERY = _integer("ckpt-every", _TRAIN.ckpt_every, "Steps between checkpoints; 0: only the last.")
-_KEEP_LAST = _integer("keep-last", _TRAIN.keep_last, "Checkpoints kept, the newest by step.")
-_WEIGHTS_DTYPE = flags.DEFINE_enum(
-    "weights-dtype", "float32", ["float32", "float16"], "Type of the weights on disk.", flag_values=FLAGS
-)
-_RESET = flags.DEFINE_boolean("reset", False, "Delete the run of this name and start it anew.", flag_values=FLAGS)
-_RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest saved state of the run.", flag_values=FLAGS)
-_DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=FLAGS)
-
 
 def main() -> None:
     """Runs ``hipgpt-train``."""
-    program.run("train", SUMMARY, FLAGS, _train)
+    program.run("train", SUMMARY, train_flags.FLAGS, _train)
 
 
 def _train() -> None:
-    train = train_config()
-    model_config(_VOCAB_SIZE.value)
-    run = directory.check_name(_RUN_NAME.value or time.strftime("run_%Y%m%d-%H%M%S"))
+    train = train_flags.train_config()
+    train_flags.model_config(train_flags.VOCAB_SIZE.value)
+    if train_flags.TENSORBOARD.value:
+        from hipgpt_jax.training import tensorboard
+
+        tensorboard.require()
+    run = directory.check_name(train_flags.RUN_NAME.value or time.strftime("run_%Y%m%d-%H%M%S"))
     run_directory = directory.CHECKPOINTS / run
-    _check_start(run_directory)
-    device = devices.start(_DEVICE.value, program.note)
+    many = _join()
+    if not many:
+        _check_start(run_directory)
+    device = devices.start(train_flags.DEVICE.value, program.note)
     devices.use_compilation_cache(program.note)
-    data = _prepare(run_directory, Path(_DATA_PATH.value))
-    model = model_config(data.manifest.vocab_size)
-    if data.manifest.vocab_size < _VOCAB_SIZE.value:
-        program.note(f"the text gave {data.manifest.vocab_size} ids, fewer than --vocab-size {_VOCAB_SIZE.value}")
-    program.note(
-        f"run {run} on {device}: {data.manifest.train_tokens} training and "
-        f"{data.manifest.validation_tokens} validation tokens"
+    if many:
+        devices.require_agreement(_words())
+
+    import jax
+
+    from hipgpt_jax.training import flops, loop, mesh, step
+
+    tells = jax.process_index() == 0
+    rows = train.batch_size // train.grad_accum
+    sizes = mesh.parse(train_flags.MESH.value, batch_size=rows, available=jax.device_count())
+    layout = mesh.Layout.over(sizes)
+    layout.of(step.shape_of(train_flags.model_config(train_flags.VOCAB_SIZE.value)))  # before anything is written
+    if tells:
+        if many:
+            _check_start(run_directory)
+        _prepare(run_directory)
+    devices.wait_for_all("data")
+    data = dataset.Dataset(run_directory)
+    model = train_flags.model_config(data.manifest.vocab_size)
+    size = flops.size(step.shape_of(model))
+    cost = flops.per_token(model, size)
+    if tells:
+        _begin(run_directory, model, train)
+        if data.manifest.vocab_size < train_flags.VOCAB_SIZE.value and train_flags.TOKENIZER_PATH.value is None:
+            program.note(f"the text gave {data.manifest.vocab_size} ids, fewer than --vocab-size")
+        used = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+        program.note(
+            f"run {run} on {device}, {used} of {jax.device_count()}: {data.manifest.train_tokens} training and "
+            f"{data.manifest.validation_tokens} validation tokens; {flops.describe(size, cost)}"
+        )
+    devices.wait_for_all("settings")
+    job = loop.Job(
+        directory=run_directory,
+        data=data,
+        model=model,
+        train=train,
+        layout=layout,
+        weights_dtype=train_flags.WEIGHTS_DTYPE.value,
+        utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
     )
+    with train_report.stopping() as stops, train_report.reporting(job, stops) as report:
+        at = loop.train(job, report, resume=train_flags.RESUME.value)
+    if tells:
+        if at < train.steps:
+            program.note(f"stopped and saved at step {at}; to go on: {_resume_command(run)}")
+        else:
+            program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
 
-    from hipgpt_jax.training import checkpoint, loop
 
-    if _RESUME.value:
-        checkpoint.require_same(run_directory, model, train)
-    with _reporting(train.steps) as report:
-        loop.train(run_directory, data, model, train, report, resume=_RESUME.value, weights_dtype=_WEIGHTS_DTYPE.value)
-    program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
+def _utilisation(cost: float, device: devices.Device, number: int, dtype: str, rate: float) -> float | None:
+    """Model FLOPs utilisation at ``rate`` tokens a second; None where the device's peak is not known."""
+    from hipgpt_jax.training import flops
+
+    # JAX multiplies float32 in TF32 on NVIDIA's GPUs unless it is told otherwise.
+    on_nvidia = device.platform in ("cuda", "gpu") and "NVIDIA" in device.kind
+    precision = "tensorfloat32" if dtype == "float32" and on_nvidia else dtype
+    return flops.mfu(cost, rate, device.kind, number, precision)
+
+
+def _join() -> bool:
+    """Joins the other processes where the flags ask for it."""
+    given = (train_flags.COORDINATOR.value, train_flags.NUM_PROCESSES.value, train_flags.PROCESS_ID.value)
+    if any(value is not None for value in given) and None in given:
+        raise ValueError("--coordinator, --num_processes and --process_id go together: give all three")
+    if not (train_flags.DISTRIBUTED.value or given[0]):
+        return False
+    devices.join(*given, device=train_flags.DEVICE.value, tell=program.note)
+    return True
+
+
+def _words() -> dict[str, str]:
+    """What all processes must have been given alike."""
+    own = {"process_id", "flagfile"}
+    return {name: str(train_flags.FLAGS[name].value) for name in train_flags.FLAGS if name not in own}
+
+
+def _begin(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
+    """Notes the settings of a new run, or holds those of a resumed one against them."""
+    from hipgpt_jax.training import settings
+
+    if not train_flags.RESUME.value:
+        settings.begin(run_directory, model, train)
+    elif changes := settings.require_same(run_directory, model, train, extend=train_flags.EXTEND.value):
+        settings.extend(run_directory, train)
+        program.note(changes)
+
+
+def _sources() -> dict[str, Any]:
+    """What the data is prepared from, as ``dataset.prepare`` and ``dataset.require_same`` take it."""
+    given = train_flags.TOKENIZER_PATH.value
+    return {
+        "sources": [Path(path) for path in train_flags.DATA_PATH.value],
+        "vocab_size": train_flags.VOCAB_SIZE.value,
+        "text_field": train_flags.TEXT_FIELD.value,
+        "tokenizer_path": None if given is None else Path(given),
+    }
 
 
 def _check_start(run_directory: Path) -> None:
     """Decides between a new run, a resumed one and one started anew, before anything is written."""
-    if _RESET.value and _RESUME.value:
+    if train_flags.RESET.value and train_flags.RESUME.value:
         raise ValueError("--reset deletes the run and --resume goes on with it: give one of them")
-    if not _RESET.value and (run_directory / dataset.MANIFEST_NAME).is_file():
-        dataset.require_same(run_directory, Path(_DATA_PATH.value), _VOCAB_SIZE.value)
+    if train_flags.EXTEND.value and not train_flags.RESUME.value:
+        raise ValueError("--extend goes with --resume: it makes a run longer than it was begun")
     begun = directory.is_begun(run_directory)
-    if _RESUME.value and not begun:
+    if train_flags.RESUME.value and not (begun or (run_directory / directory.SETTINGS_NAME).is_file()):
         raise FileNotFoundError(f"run {run_directory.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
-    if begun and not (_RESET.value or _RESUME.value):
+    if not train_flags.RESET.value and begun and (run_directory / dataset.MANIFEST_NAME).is_file():
+        dataset.require_same(run_directory, **_sources())
+    if begun and not (train_flags.RESET.value or train_flags.RESUME.value):
         raise ValueError(
             f"run {run_directory.name!r} exists already: --resume goes on with it, --reset deletes it and starts anew"
         )
-    if not (begun or _RESET.value) and _holds_something_else(run_directory):
+    if not (begun or train_flags.RESET.value) and _holds_something_else(run_directory):
         raise ValueError(f"{run_directory} exists and is no run: give another --run-name, or --reset to delete it")
 
 
 def _holds_something_else(run_directory: Path) -> bool:
     """Whether a directory holds more than what a run that was cut short before its first checkpoint leaves."""
-    known = {dataset.MANIFEST_NAME, dataset.TOKENIZER_NAME, dataset.TOKENS_NAME}
-    known |= {directory.METRICS_NAME, directory.TRAIN_STATE_NAME}
+    known = {dataset.MANIFEST_NAME, dataset.TOKENIZER_NAME, dataset.TOKENS_NAME, dataset.JOURNAL_NAME}
+    known |= {directory.METRICS_NAME, directory.TRAIN_STATE_NAME, directory.SETTINGS_NAME}
     if not run_directory.is_dir():
         return run_directory.exists()
     return any(path.name not in known and not path.name.endswith(".tmp") for path in run_directory.iterdir())
 
 
-def _prepare(run_directory: Path, source: Path) -> dataset.Dataset:
-    """Prepares the data beside the run, and moves it into place, over the old run at a reset, when it is whole."""
-    if _RESUME.value:
-        return dataset.Dataset(run_directory)  # _check_start has held it against the flags
+def _prepare(run_directory: Path) -> None:
+    """Prepares the data beside the run, and moves it into place, over the old run at a reset, when it is whole.
+
+    What a kill leaves beside the run is gone on with.
+    """
+    if train_flags.RESUME.value:
+        return  # _check_start has held it against the flags
     fresh = run_directory.with_name(f".{run_directory.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    fresh.mkdir(parents=True, exist_ok=True)
     try:
-        dataset.prepare(fresh, source, _VOCAB_SIZE.value).check_length(_SEQ.value)
-        shutil.rmtree(run_directory, ignore_errors=True)
-        fresh.rename(run_directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return dataset.Dataset(run_directory)
+        with train_report.preparing() as progress:
+            data = dataset.prepare(fresh, **_sources(), progress=progress)
+        data.check_length(train_flags.SEQ.value)
+    except (ValueError, FileNotFoundError):
+        shutil.rmtree(fresh)
+        raise
+    shutil.rmtree(run_directory, ignore_errors=True)
+    fresh.rename(run_directory)
 
 
-def model_config(vocab_size: int) -> config.ModelConfig:
-    """Returns the flags of the model as validated values, with the vocabulary that was learned."""
-    return config.ModelConfig(
-        vocab_size=vocab_size,
-        max_seq_len=_SEQ.value,
-        embed_dim=_DIM.value,
-        num_heads=_HEADS.value,
-        ff_hidden_dim=_FF.value,
-        num_layers=_LAYERS.value,
-    )
-
-
-def train_config() -> config.TrainConfig:
-    """Returns the flags of training as validated values."""
-    return config.TrainConfig(
-        batch_size=_BATCH.value,
-        steps=_STEPS.value,
-        learning_rate=_LR.value,
-        warmup_steps=_WARMUP_STEPS.value,
-        min_lr=_MIN_LR.value,
-        beta2=_BETA2.value,
-        weight_decay=_WEIGHT_DECAY.value,
-        clip=_CLIP.value,
-        dropout=_DROPOUT.value,
-        seed=_SEED.value,
-        log_every=_LOG_EVERY.value,
-        eval_every=_EVAL_EVERY.value,
-        eval_batches=_EVAL_BATCHES.value,
-        ckpt_every=_CKPT_EVERY.value,
-        keep_last=_KEEP_LAST.value,
-    )
-
-
-@contextlib.contextmanager
-def _reporting(steps: int) -> Iterator["loop.Report"]:
-    """Log lines on stdout, and a progress bar on stderr where that is a terminal."""
-    from rich import console, progress
-
-    from hipgpt_jax.training import loop
-
-    columns = (
-        progress.TextColumn("step {task.completed}/{task.total}"),
-        progress.BarColumn(),
-        progress.TextColumn("loss {task.fields[loss]:.3f}"),
-        progress.TimeRemainingColumn(),
-    )
-    terminal = console.Console(stderr=True)
-    bar = progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal)
-    if terminal.is_terminal and sys.stdout.isatty():  # on one screen the bar must make way for a line
-        line = functools.partial(terminal.print, soft_wrap=True, markup=False, highlight=False)
-    else:
-        line = functools.partial(print, flush=True)
-    with bar:
-        task = bar.add_task("train", total=steps, loss=float("nan"))
-        yield loop.Report(
-            line=line,
-            progress=lambda step, loss: bar.update(task, completed=step, loss=loss),
-        )
+def _resume_command(run: str) -> str:
+    words = [word for word in sys.argv[1:] if word.lstrip("-") not in ("resume", "reset", "noresume", "noreset")]
+    if train_flags.RUN_NAME.value is None:
+        words += ["--run-name", run]
+    return shlex.join(["hipgpt-train", *words, "--resume"])
 
 
 if __name__ == "__main__":

@@ -53,15 +53,14 @@ def write(
     from hipgpt_jax.generation import events
 
     asked = list(asked)
-    jobs = run.jobs(asked) if not isinstance(out, output.Output) else _undone(run.jobs(asked), set(out.done))
-    wanted = sum(one.generation.num_samples for one in asked)
+    jobs, wanted = run.jobs(asked), sum(one.generation.num_samples for one in asked)
     if isinstance(out, output.Output):
-        ids = {one.id: one.generation.num_samples for one in asked}
-        done = sum(key[0] in ids and key[1] < ids[key[0]] for key in out.done)
-        wanted = sum(ids.values()) - done
-        if done:
-            program.note(f"{out.path} has {done} of the samples: {wanted} are left")
-        if repeated := len(asked) - len(ids):
+        jobs = _undone(jobs, set(out.done))
+        keys = {(one.id, sample) for one in asked for sample in range(one.generation.num_samples)}
+        wanted = len(keys - out.done.keys())
+        if wanted < len(keys):
+            program.note(f"{out.path} has {len(keys) - wanted} of the samples: {wanted} are left")
+        if repeated := len(asked) - len({one.id for one in asked}):
             program.note(f"{repeated} prompts repeat an earlier one: their samples would be the same and are made once")
     clock = _Clock(load=run.load_seconds)
     with _progress(wanted, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
@@ -134,8 +133,9 @@ def _recorded(
             if isinstance(out, output.Output):
                 out.append(made)
             else:
-                out.write(made.to_json() + "\n")
                 out.flush()
+                out.buffer.write(made.to_json().encode() + b"\n")  # UTF-8, whatever the terminal's encoding
+                out.buffer.flush()
         advance(clock)
         yield update
 

@@ -127,6 +127,8 @@ def _repair(stage: int) -> str:
         return f"pip install --force-reinstall 'flax{packages.demands('hipgpt-jax').get('flax', '')}'"
     if asked not in (None, "", "cpu"):
         return f"Try without JAX_PLATFORMS={asked}, or install JAX for it (README, Installing)"
+    if os.environ.get("XLA_FLAGS"):
+        return f"Try without XLA_FLAGS={os.environ['XLA_FLAGS']}"
     if packages.families() and drivers.wants_gpu():
         return "Run JAX_PLATFORMS=cpu hipgpt-doctor: if JAX starts then, its plugin or the driver is to blame, not JAX"
     exact = f"'jax=={jax}' 'jaxlib=={packages.version('jaxlib') or jax}'" if jax else "jax jaxlib"

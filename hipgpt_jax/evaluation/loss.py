@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +79,7 @@ class Windows(NamedTuple):
 
     The context rule: the first window predicts all its ``length`` tokens, each from those before it.
     Every further one begins ``stride`` tokens after the one before and predicts the last ``stride`` of
-    its own, so each from at least ``length - stride`` and at most ``length`` tokens. A stride of 1 is the
+    its own, so each from at least ``length - stride + 1`` and at most ``length`` tokens. A stride of 1 is the
     exact sliding window of generation, ``N`` that of ``--window_stride N``, ``length`` cuts the
     text into windows that do not overlap.
 
@@ -122,6 +123,7 @@ def score(
     length: int,
     stride: int | None = None,
     max_batches: int = 0,
+    place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
 ) -> Score:
     """Scores every token of ``ids`` but the first, each once; ``Windows`` has the context rule.
 
@@ -134,6 +136,7 @@ def score(
         length: Inputs in a window, at most the model's ``max_seq_len``.
         stride: Tokens from one window to the next; ``length`` if absent, so that they do not overlap.
         max_batches: Batches scored, evenly spread over the text; 0 scores all.
+        place: Puts a batch of rows where the parameters are.
     """
     targets = len(ids) - 1
     windows = Windows.over(targets, length=length, stride=length if stride is None else stride)
@@ -148,9 +151,9 @@ def score(
         sums = _sum_window(
             model,
             params,
-            jnp.asarray(ids[at_BT], jnp.int32),
-            jnp.asarray(ids[at_BT + 1], jnp.int32),
-            jnp.asarray(kept_BT),
+            place(ids[at_BT].astype(np.int32)),
+            place(ids[at_BT + 1].astype(np.int32)),
+            place(kept_BT),
         )
         nll, correct, scored = nll + float(sums.nll), correct + int(sums.correct), scored + int(kept_BT.sum())
     loss = nll / scored

@@ -34,6 +34,16 @@ class TextScore:
     score: loss.Score
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError where ids are fewer than two, or not those of a vocabulary."""
+    if not isinstance(ids, Sequence):
+        raise ValueError(f"a text to score must be a text or a list of ids: got {ids!r}")
+    if len(ids) < 2:
+        raise ValueError(f"a text to score needs at least 2 tokens, the first of which has no score: got {len(ids)}")
+    if not all(0 <= token_id < vocab_size for token_id in ids):
+        raise ValueError(f"ids must be at least 0 and below the vocabulary's size {vocab_size}")
+
+
 def score_text(
     model: config.ModelConfig,
     params: Any,
@@ -51,16 +61,12 @@ def score_text(
         ids: Token ids, at least two.
         vocabulary: The model's tokenizer.
         window: Tokens the model sees at most.
-        stride: Tokens from one window to the next, in ``[1, window]``. Where the text was generated with
-            ``--window_stride`` of this value, the scores are those of its record.
+        stride: Tokens from one window to the next, in ``[1, window]``.
 
     Raises:
         ValueError: There are fewer than two tokens, an id is not in the vocabulary, or the stride is out of range.
     """
-    if len(ids) < 2:
-        raise ValueError(f"a text to score needs at least 2 tokens, the first of which has no score: got {len(ids)}")
-    if not all(0 <= token_id < model.vocab_size for token_id in ids):
-        raise ValueError(f"ids must be at least 0 and below the vocabulary's size {model.vocab_size}")
+    check_ids(ids, model.vocab_size)
     loss.check_stride(stride, window)
     array = np.asarray(ids, np.int32)
     length = min(window, 1 << (len(ids) - 2).bit_length())  # few lengths, few compilations; padding is to the right

@@ -11,6 +11,7 @@ References:
 
 import functools
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -29,39 +30,58 @@ def attend(
     """Causal attention of new tokens among themselves; softmax in float32.
 
     Returns:
-        ``[B, T, N, H]``.
+        ``[B, T, N, H]``, of the arguments' type.
     """
     T = q_BTNH.shape[1]
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / math.sqrt(q_BTNH.shape[-1])
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH, preferred_element_type=jnp.float32)
+    scores_BNTS = scores_BNTS / math.sqrt(q_BTNH.shape[-1])
     causal_TS = jnp.tril(jnp.ones((T, T), bool))
     scores_BNTS = jnp.where(causal_TS[None, None], scores_BNTS, jnp.finfo(scores_BNTS.dtype).min)
     probs_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
     if dropout_key is not None:
         probs_BNTS = drop(probs_BNTS, dropout, dropout_key)
-    return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS, v_BTNH)
+    return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS.astype(v_BTNH.dtype), v_BTNH)
 
 
 def attend_cached(
-    q_BNH: jax.Array, k_BNH: jax.Array, v_BNH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, length_B: jax.Array
+    q_BNH: jax.Array,
+    k_BNH: jax.Array,
+    v_BNH: jax.Array,
+    past: Sequence[tuple[jax.Array, jax.Array]],
+    length_B: jax.Array,
 ) -> jax.Array:
     """Attention of one new token to the ``length`` cached ones and itself; softmax in float32.
 
     The cache is read as it was before the token, and the token's own key and value stand beside it:
     a cache that is written and read in one program is copied, 144 MB a token at GPT-2's size.
 
+    Args:
+        q_BNH: Query of the new token.
+        k_BNH: Its key.
+        v_BNH: Its value.
+        past: Keys and values ``[B, N, S, H]`` of the parts of the cache, from the first slot on; all that
+            hold a token of any row. A part that holds none of a row changes no bit of that row.
+        length_B: Cached tokens of each row.
+
     Returns:
         ``[B, N, H]``.
     """
     scale = 1 / math.sqrt(q_BNH.shape[-1])
-    past_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH) * scale
-    seen_BS = jnp.arange(k_BNSH.shape[2])[None] < length_B[:, None]
-    past_BNS = jnp.where(seen_BS[:, None], past_BNS, jnp.finfo(past_BNS.dtype).min)
     self_BN1 = jnp.sum(q_BNH * k_BNH, axis=-1, keepdims=True) * scale
-    top_BN1 = jnp.maximum(past_BNS.max(axis=-1, keepdims=True), self_BN1)
-    past_BNS = jnp.where(seen_BS[:, None], jnp.exp(past_BNS - top_BN1), 0)
+    top_BN1, first, read = self_BN1, 0, []
+    for k_BNSH, v_BNSH in past:
+        scores_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH) * scale
+        seen_B1S = (first + jnp.arange(k_BNSH.shape[2])[None] < length_B[:, None])[:, None]
+        scores_BNS = jnp.where(seen_B1S, scores_BNS, jnp.finfo(scores_BNS.dtype).min)
+        top_BN1 = jnp.maximum(top_BN1, scores_BNS.max(axis=-1, keepdims=True))
+        read.append((scores_BNS, seen_B1S, v_BNSH))
+        first += k_BNSH.shape[2]
     self_BN1 = jnp.exp(self_BN1 - top_BN1)
-    total_BN1 = past_BNS.sum(axis=-1, keepdims=True) + self_BN1
-    mixed_BNH = jnp.einsum("BNS,BNSH->BNH", past_BNS, v_BNSH) + self_BN1 * v_BNH
+    total_BN1, mixed_BNH = self_BN1, self_BN1 * v_BNH
+    for scores_BNS, seen_B1S, v_BNSH in read:
+        weights_BNS = jnp.where(seen_B1S, jnp.exp(scores_BNS - top_BN1), 0)
+        total_BN1 = total_BN1 + weights_BNS.sum(axis=-1, keepdims=True)
+        mixed_BNH = mixed_BNH + jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH)
     return mixed_BNH / total_BN1
 
 
@@ -80,11 +100,12 @@ class Attention(nn.Module):
     """Multi-head causal self-attention."""
 
     config: config.ModelConfig
+    dtype: str
 
     def setup(self) -> None:
         model = self.config
-        self.c_attn = _dense(3 * model.embed_dim)
-        self.c_proj = _dense(model.embed_dim, residual_of=model)
+        self.c_attn = _dense(3 * model.embed_dim, self.dtype)
+        self.c_proj = _dense(model.embed_dim, self.dtype, residual_of=model)
 
     def _heads(self, x_MD: jax.Array) -> list[jax.Array]:
         """Returns queries, keys and values, each ``[M, N, H]``."""
@@ -98,10 +119,10 @@ class Attention(nn.Module):
         return self.c_proj(mixed_BTNH.reshape(x_MD.shape)), k_BTNH.swapaxes(1, 2), v_BTNH.swapaxes(1, 2)
 
     def decode(
-        self, x_BD: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, length_B: jax.Array
+        self, x_BD: jax.Array, past: Sequence[tuple[jax.Array, jax.Array]], length_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BNH, k_BNH, v_BNH = self._heads(x_BD)
-        mixed_BNH = attend_cached(q_BNH, k_BNH, v_BNH, k_BNSH, v_BNSH, length_B)
+        mixed_BNH = attend_cached(q_BNH, k_BNH, v_BNH, past, length_B)
         return self.c_proj(mixed_BNH.reshape(x_BD.shape)), k_BNH[:, :, None], v_BNH[:, :, None]
 
 
@@ -113,10 +134,11 @@ class Mlp(nn.Module):
     """
 
     config: config.ModelConfig
+    dtype: str
 
     def setup(self) -> None:
-        self.c_fc = _dense(self.config.ff_hidden_dim)
-        self.c_proj = _dense(self.config.embed_dim, residual_of=self.config)
+        self.c_fc = _dense(self.config.ff_hidden_dim, self.dtype)
+        self.c_proj = _dense(self.config.embed_dim, self.dtype, residual_of=self.config)
 
     def __call__(self, x_MD: jax.Array) -> jax.Array:
         return self.c_proj(nn.gelu(self.c_fc(x_MD), approximate=True))
@@ -126,12 +148,13 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
 
     config: config.ModelConfig
+    dtype: str
 
     def setup(self) -> None:
-        self.ln_1 = _LayerNorm()
-        self.attn = Attention(self.config)
-        self.ln_2 = _LayerNorm()
-        self.mlp = Mlp(self.config)
+        self.ln_1 = _LayerNorm(dtype=self.dtype)
+        self.attn = Attention(self.config, self.dtype)
+        self.ln_2 = _LayerNorm(dtype=self.dtype)
+        self.mlp = Mlp(self.config, self.dtype)
 
     def _drop(self, x_MD: jax.Array, dropout: float) -> jax.Array:
         return drop(x_MD, dropout, self.make_rng("dropout")) if dropout else x_MD
@@ -143,9 +166,9 @@ class Block(nn.Module):
         return x_MD, k_BNTH, v_BNTH
 
     def decode(
-        self, x_BD: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, length_B: jax.Array
+        self, x_BD: jax.Array, past: Sequence[tuple[jax.Array, jax.Array]], length_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mixed_BD, k_BN1H, v_BN1H = self.attn.decode(self.ln_1(x_BD), k_BNSH, v_BNSH, length_B)
+        mixed_BD, k_BN1H, v_BN1H = self.attn.decode(self.ln_1(x_BD), past, length_B)
         x_BD = x_BD + mixed_BD
         return x_BD + self.mlp(self.ln_2(x_BD)), k_BN1H, v_BN1H
 
@@ -158,17 +181,27 @@ class Transformer(nn.Module):
         model = Transformer(model_config)
         params = model.init(key, tokens_BT, dropout=0.0)["params"]
         logits_BTV = model.bind({"params": params})(tokens_BT, dropout=0.0)
+
+    Attributes:
+        config: Its shape.
+        dtype: Type of the arithmetic. Parameters, softmax, LayerNorm's statistics and the logits are
+            float32 whatever it is.
+        remat: Whether a backward pass computes the activations of a block again instead of keeping them.
     """
 
     config: config.ModelConfig
+    dtype: str = "float32"
+    remat: bool = False
 
     def setup(self) -> None:
         model = self.config
-        embed = functools.partial(nn.Embed, features=model.embed_dim, embedding_init=_normal(_INIT_STDDEV))
+        init = _normal(_INIT_STDDEV)
+        embed = functools.partial(nn.Embed, features=model.embed_dim, embedding_init=init, dtype=self.dtype)
+        block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         self.wte = embed(model.vocab_size)
         self.wpe = embed(model.max_seq_len)
-        self.h = [Block(model) for _ in range(model.num_layers)]
-        self.ln_f = _LayerNorm()
+        self.h = [block(model, self.dtype) for _ in range(model.num_layers)]
+        self.ln_f = _LayerNorm(dtype=self.dtype)
 
     def __call__(self, tokens_BT: jax.Array, *, dropout: float) -> jax.Array:
         """Logits of every next token.
@@ -200,21 +233,22 @@ class Transformer(nn.Module):
         x_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(x_BD), new
 
-    def decode(self, token_B: jax.Array, past: kv.Cache, length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
+    def decode(self, token_B: jax.Array, past: tuple[kv.Cache, ...], length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
         """Logits of the token after ``token``, which stands at position ``length`` behind the cache.
 
         Args:
             token_B: The newest id of each row.
-            past: Cache of the tokens before it.
-            length_B: Number of those, below the cache's slots.
+            past: Parts of the cache of the tokens before it, from the first slot on; as many as hold one.
+            length_B: Number of those, below the model's positions.
 
         Returns:
             Logits ``[B, V]``, and the token's own keys and values ``[B, N, 1, H]`` of each layer.
         """
         x_BD = self.wte(token_B) + self.wpe(length_B)
         new = []
-        for block, k_BNSH, v_BNSH in zip(self.h, past.keys, past.values, strict=True):
-            x_BD, k_BN1H, v_BN1H = block.decode(x_BD, k_BNSH, v_BNSH, length_B)
+        for layer, block in enumerate(self.h):
+            own = [(part.keys[layer], part.values[layer]) for part in past]
+            x_BD, k_BN1H, v_BN1H = block.decode(x_BD, own, length_B)
             new.append((k_BN1H, v_BN1H))
         return self._logits(x_BD), kv.Cache(*map(tuple, zip(*new, strict=True)))
 
@@ -237,14 +271,15 @@ class Transformer(nn.Module):
 
     def _logits(self, x_MD: jax.Array) -> jax.Array:
         """Head tied to the embedding, contracted as it is stored: ``x @ wte.T`` copied it every token."""
-        return jnp.einsum("MD,VD->MV", self.ln_f(x_MD), self.wte.embedding)
+        head_VD = self.wte.embedding.astype(self.dtype)
+        return jnp.einsum("MD,VD->MV", self.ln_f(x_MD), head_VD, preferred_element_type=jnp.float32)
 
 
 def _normal(stddev: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(stddev)
 
 
-def _dense(features: int, residual_of: config.ModelConfig | None = None) -> nn.Dense:
+def _dense(features: int, dtype: str, residual_of: config.ModelConfig | None = None) -> nn.Dense:
     """A biased linear layer; one that writes to the residual stream starts smaller, by its depth."""
     depth = 2 * residual_of.num_layers if residual_of else 1
-    return nn.Dense(features, kernel_init=_normal(_INIT_STDDEV / math.sqrt(depth)))
+    return nn.Dense(features, dtype=dtype, kernel_init=_normal(_INIT_STDDEV / math.sqrt(depth)))

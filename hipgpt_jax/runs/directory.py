@@ -11,6 +11,9 @@ CHECKPOINTS = Path("checkpoints")
 SHIPPED = Path(__file__).parent / "shipped"
 LATEST_CONFIG = "latest_config.json"
 LATEST_CHECKPOINT = "latest_checkpoint.bin"
+BEST_CONFIG = "best_config.json"
+BEST_CHECKPOINT = "best_checkpoint.bin"
+SETTINGS_NAME = "settings.json"
 METRICS_NAME = "metrics.jsonl"
 TRAIN_STATE_NAME = "train_state"
 
@@ -116,12 +119,12 @@ def config_name(run: str, step: int) -> str:
     return f"{run}_step{step}_config.json"
 
 
-def read_checkpoint(run: str, step: int | None = None, directory: Path | None = None) -> Checkpoint:
+def read_checkpoint(run: str, step: int | str | None = None, directory: Path | None = None) -> Checkpoint:
     """Reads the config of a step of a run; the latest by default.
 
     Args:
         run: Name of the run.
-        step: The step; None takes the latest.
+        step: The step; None takes the latest, ``best`` the one of the lowest validation loss.
         directory: The run's directory, wherever it was moved to; None finds it by the run's name.
 
     Raises:
@@ -131,12 +134,15 @@ def read_checkpoint(run: str, step: int | None = None, directory: Path | None = 
     directory = find(run) if directory is None else directory
     if not directory.is_dir():
         raise FileNotFoundError(f"directory of run {run!r} not found: {directory}")
-    path = directory / (LATEST_CONFIG if step is None else config_name(run, step))
+    if step is None or step == "best":
+        path = directory / (LATEST_CONFIG if step is None else BEST_CONFIG)
+    else:
+        path = directory / config_name(run, int(step))
     if not path.is_file():
         have = ", ".join(map(str, steps(directory, run))) or "none"
         raise FileNotFoundError(f"run {run!r} has no step {step}. Steps: {have}")
     found = _parse(run, directory, path)
-    if step not in (None, found.step):
+    if step not in (None, "best", found.step):
         raise ValueError(f"{path} must be the config of step {step}: it says step {found.step}")
     return found
 

@@ -39,13 +39,14 @@ class Output:
         self.path = path
         self.done: dict[tuple[str, int], str] = {}
         self.dropped = 0
-        self._is_new = not path.exists()
+        self._target = path.resolve()  # a link may lead where nothing is yet
+        self._is_new = not self._target.exists()
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            self._file = os.open(self._target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             raise OSError(f"--output {path} cannot be written: {error.strerror}") from error
         self._replace = overwrite
-        self._is_regular = path.is_file()
+        self._is_regular = self._target.is_file()
         try:
             if self._is_regular:
                 self._lock()
@@ -61,10 +62,10 @@ class Output:
         Raises:
             OSError: The disk has no room; the file is whole up to the line before.
         """
+        line = found.to_json().encode() + b"\n"
         if self._replace and self._is_regular:
             os.ftruncate(self._file, 0)
         self._replace, self._is_new = False, False
-        line = found.to_json().encode() + b"\n"
         start = os.fstat(self._file).st_size
         written, reason = 0, "the disk is full"
         try:
@@ -88,7 +89,7 @@ class Output:
         if self._is_regular:
             os.fsync(self._file)
             if self._is_new:
-                self.path.unlink(missing_ok=True)
+                self._target.unlink(missing_ok=True)
         os.close(self._file)
 
     def _lock(self) -> None:
@@ -116,9 +117,9 @@ class Output:
                     return
                 value = record.parse_object(line, place)
                 try:
-                    key, found = (value["id"], value["sample"]), json.dumps(basis(value), sort_keys=True)
-                except (KeyError, TypeError) as error:
-                    raise ValueError(f"{place} is not a whole record: it lacks {error}") from error
+                    key, found = (str(value["id"]), int(value["sample"])), json.dumps(basis(value), sort_keys=True)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"{place} is not a whole record: {error!r}") from error
                 if key in self.done:
                     raise ValueError(
                         f"{place} repeats sample {key[1]} of {key[0]}: use another --output, or --overwrite"
@@ -126,29 +127,28 @@ class Output:
                 self.done[key] = same.setdefault(found, found)
                 end += len(line)
 
-    def require_same(self, expected: Callable[[str], dict[str, Any] | None], otherwise: dict[str, Any]) -> None:
+    def require_same(self, expected: Callable[[str], dict[str, Any] | None], common: dict[str, Any]) -> None:
         """Raises ValueError where a record in the file was made by other settings than it would be now.
 
         Args:
             expected: Gives for a prompt's id the basis that its record would have, or None for an id it
-                does not know.
-            otherwise: The basis for those, whatever their prompt.
+                does not know: another command's prompt, which may ask for other settings.
+            common: What is the same for any prompt, which must be the same for those too.
         """
         for (prompt_id, sample), found in self.done.items():
             old = json.loads(found)
-            wanted = expected(prompt_id) or {**otherwise, "prompt": old["prompt"]}
-            if wanted != old:
-                name = next(name for name in old if old[name] != wanted.get(name))
+            wanted = expected(prompt_id) or {**old, **common}
+            for name in (name for name in {**old, **wanted} if old.get(name) != wanted.get(name)):
                 raise ValueError(
-                    f"{self.path} was made by other settings: {name} {old[name]!r} in sample {sample} of {prompt_id}, "
-                    f"{wanted.get(name)!r} now. Repeat its settings, use another --output, or --overwrite"
+                    f"{self.path} was made by other settings: {name} {old.get(name)!r} in sample {sample} of "
+                    f"{prompt_id}, {wanted.get(name)!r} now. Repeat its settings, use another --output, or --overwrite"
                 )
 
 
 def basis(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns what makes records of one file belong together, of a record's JSON: all that its tokens follow from.
+    """Returns what a record's tokens follow from, of its JSON, apart from the sample's index.
 
-    Not in it are the sample's index, and what only tells of the making.
+    Versions and the processor are not in it: a file may be gone on with after an upgrade, and its records say so.
     """
     run, numerics = value["run"], value["numerics"]
     return {
@@ -157,5 +157,5 @@ def basis(value: dict[str, Any]) -> dict[str, Any]:
         **value["settings"],
         "weights": run["weights_sha256"],
         "tokenizer": run["tokenizer_sha256"],
-        **{name: numerics[name] for name in ("platform", "device_kind", "dtype", "decode_width")},
+        **{name: numerics[name] for name in ("platform", "device_kind", "dtype", "decode_width", "xla_flags")},
     }

@@ -15,7 +15,8 @@ from hipgpt_jax import version
 
 _PACKAGE = Path(__file__).parents[1]
 _PATH_FLAGS = ("output", "prompts_file", "flagfile", "html", "data_path", "run_dir")
-_LEADING_DIRECTORIES = re.compile(r"(?<![^\s=,:'\"])(~[^/\s=,]*)?/([^\s=,/]+/)*(?=[^\s=,/])")
+# The directories of a path that is absolute, or begins at a home directory, or climbs.
+_DIRECTORIES = re.compile(r"(?<![\w.])(?:\w+:/)?(?:~[\w.-]*|\.\.)?/(?:[^\s=,'\"\])/]*/)*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def without_directories(text: str) -> str:
     >>> without_directories("--xla_dump_to=/home/ann/dump --xla_gpu_autotune_level=0")
     '--xla_dump_to=dump --xla_gpu_autotune_level=0'
     """
-    return _LEADING_DIRECTORIES.sub("", text)
+    return _DIRECTORIES.sub("", _without_home(text)).removesuffix("~")
 
 
 def arguments(program: str, argv: Sequence[str]) -> tuple[str, ...]:
@@ -102,12 +103,18 @@ def arguments(program: str, argv: Sequence[str]) -> tuple[str, ...]:
         flag, equals, value = word.partition("=")
         names_path = word.startswith("-") and flag.lstrip("-").replace("-", "_") in _PATH_FLAGS
         if is_path:
-            word = Path(word).name or word
+            word = Path(_without_home(word)).name
         elif names_path and equals:
-            word = f"{flag}={Path(value).name}"
-        words.append(without_directories(word))
+            word = f"{flag}={Path(_without_home(value)).name}"
+        # What a command line holds that is no UTF-8 is read as it is in text.
+        words.append(without_directories(word).encode(errors="surrogateescape").decode(errors="replace"))
         is_path = names_path and not equals
     return tuple(words)
+
+
+def _without_home(text: str) -> str:
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _git_state() -> tuple[str | None, bool | None]:
@@ -121,8 +128,10 @@ def _git_state() -> tuple[str | None, bool | None]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", root, *arguments]
     try:
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

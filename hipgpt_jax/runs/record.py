@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ def parse(line: bytes, place: str) -> Record:
 def parse_object(line: bytes, place: str) -> dict[str, Any]:
     """Reads the JSON object of a record's line; raises ValueError where it has another schema or contract."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
     if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
@@ -243,6 +244,17 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
                 f"Use the version of hipgpt_jax that wrote it ({made_by or 'unknown'})"
             )
     return value
+
+
+def is_torn(path: Path) -> bool:
+    """Returns whether the last line of a file of at least one byte lacks its end."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 @functools.cache

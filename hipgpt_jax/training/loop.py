@@ -1,7 +1,6 @@
 """The training loop: data, step, log, evaluation, checkpoint."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -10,100 +9,211 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
-from hipgpt_jax import config
+from hipgpt_jax import config, training_config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset
-from hipgpt_jax.training import checkpoint, metrics, optimizer, step
+from hipgpt_jax.training import checkpoint, mesh, metrics, optimizer, step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, how, where.
+
+    Attributes:
+        directory: The run's directory; it exists and holds the prepared data.
+        data: The run's data.
+        model: Shape of the model.
+        train: How to train it.
+        layout: The devices.
+        weights_dtype: Of the ``.bin`` files, ``float32`` or ``float16``.
+        utilisation: Gives the model FLOPs utilisation at a rate of tokens a second, where it is known.
+    """
+
+    directory: Path
+    data: dataset.Dataset
+    model: config.ModelConfig
+    train: training_config.TrainConfig
+    layout: mesh.Layout
+    weights_dtype: str = "float32"
+    utilisation: Callable[[float], float | None] = lambda rate: None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Where the loop tells what it does: a line of text, and the step with its loss for a progress bar."""
+    """Where the loop tells what it does; of many processes the first alone tells.
+
+    Attributes:
+        line: Takes a line of text.
+        progress: Takes the step, its loss and the tokens a second since the last log line.
+        metrics: Takes a line of metrics, as it is written.
+        sample: Takes a step and the model's parameters, on the host, to write a sample of text.
+        stops: Says whether to stop after the step under way.
+    """
 
     line: Callable[[str], None]
-    progress: Callable[[int, float], None]
+    progress: Callable[[int, float, float], None]
+    metrics: Callable[[dict[str, Any]], None] = lambda line: None
+    sample: Callable[[int, Any], None] = lambda at, params: None
+    stops: Callable[[], bool] = lambda: False
 
 
-def train(
-    run_directory: Path,
-    data: dataset.Dataset,
-    model_config: config.ModelConfig,
-    train_config: config.TrainConfig,
-    report: Report,
-    *,
-    resume: bool,
-    weights_dtype: str = "float32",
-) -> None:
-    """Trains a run to its last step.
+def train(job: Job, report: Report, *, resume: bool) -> int:
+    """Trains a run to its last step, or until it is told to stop.
 
     Each batch and each dropout key is a function of the step's number, so a run that was cut short and
     resumed draws what the uninterrupted one would have drawn.
 
     Args:
-        run_directory: Exists, and holds the prepared data.
-        data: The run's data.
-        model_config: Shape of the model.
-        train_config: How to train it.
+        job: What is trained.
         report: Told of every step.
-        resume: Whether to go on from the newest saved state.
-        weights_dtype: Of the ``.bin`` files, ``float32`` or ``float16``.
+        resume: Whether to go on from the newest saved state; from the first step where there is none.
+
+    Returns:
+        The last step taken; its state and weights are on disk.
 
     Raises:
         FloatingPointError: A loss is not finite; nothing is saved from that step on.
-        FileNotFoundError: There is no state to resume from.
+        OSError: A checkpoint could not be written.
     """
-    key = jax.random.key(train_config.seed, impl="threefry2x32")
-    model = transformer.Transformer(model_config)
-    tx = optimizer.make(train_config)
-    train_step = step.make(model, tx, train_config, key)
-    schedule = optimizer.learning_rate(train_config)
-    state = step.init(model, tx, key)
-    store = checkpoint.StateStore(run_directory)
-    write = functools.partial(
-        checkpoint.write,
-        run_directory,
-        model=model_config,
-        train=train_config,
-        manifest=data.manifest,
-        weights_dtype=weights_dtype,
-    )
-    metrics_path = run_directory / directory.METRICS_NAME
-    if resume:
-        state = _restore(store, state, run_directory, write)
-    metrics.truncate(metrics_path, int(state.step))
+    trainer = _Trainer(job, report)
+    try:
+        return _train(trainer, job, report, resume)
+    finally:  # what is being written is finished, whatever stopped the loop
+        trainer.store.close()
 
-    for number in range(int(state.step) + 1, train_config.steps + 1):
-        began = time.perf_counter()
-        batch = data.batch_at(
-            number - 1, seed=train_config.seed, batch_size=train_config.batch_size, length=model_config.max_seq_len
+
+def _train(trainer: "_Trainer", job: Job, report: Report, resume: bool) -> int:
+    state = trainer.begin(resume)
+    first, last, at = int(state.step) + 1, job.train.steps, int(state.step)
+    for at in range(first, last + 1):
+        state = trainer.take_step(state, at)
+        told_to_stop = _any_process(report.stops())
+        at_checkpoint = at == last or _every(at, job.train.ckpt_every)
+        save = at_checkpoint or told_to_stop
+        is_best = (at_checkpoint or _every(at, job.train.eval_every)) and trainer.evaluate(state, at)
+        if save or is_best:
+            trainer.save(state, at, latest=save, best=is_best)
+        if _every(at, job.train.sample_every):
+            params = job.layout.fetch(state.params)
+            if trainer.tells:
+                report.sample(at, params)
+        if told_to_stop:
+            break
+    with checkpoint.saving(at):
+        trainer.store.wait()
+    return at
+
+
+class _Trainer:
+    """The parts of one run: its compiled step, its files, and the time and the best loss so far."""
+
+    def __init__(self, job: Job, report: Report) -> None:
+        self._job, self._report = job, report
+        self._key = jax.random.key(job.train.seed, impl="threefry2x32")
+        self._model = transformer.Transformer(job.model, job.train.dtype, job.train.remat)
+        self._optimizer = optimizer.make(job.train)
+        self._step = step.make(self._model, self._optimizer, job.train, self._key, job.layout)
+        self._schedule = optimizer.learning_rate(job.train)
+        self._metrics_path = job.directory / directory.METRICS_NAME
+        self._writer = checkpoint.Writer(
+            directory=job.directory,
+            model=job.model,
+            train=job.train,
+            manifest=job.data.manifest,
+            weights_dtype=job.weights_dtype,
         )
-        state, measured = train_step(state, jnp.asarray(batch))
-        value = _require_finite("loss", float(measured.loss), number)
-        seconds = time.perf_counter() - began
-        report.progress(number, value)
-        last = number == train_config.steps
-        if number % train_config.log_every == 0 or last:
-            rate = float(jnp.asarray(schedule(number - 1)))
-            timing = {"milliseconds": 1e3 * seconds, "tokens_per_second": batch[:, 1:].size / seconds}
-            line = {"step": number, **metrics.describe_step(measured), "learning_rate": rate, **timing}
-            metrics.append(metrics_path, line)
-            report.line(metrics.format_step(line))
-        save = last or _every(number, train_config.ckpt_every)
-        if save or _every(number, train_config.eval_every):
-            line = _evaluate(model, state.params, data, train_config, number)
-            metrics.append(metrics_path, line)
-            report.line(metrics.format_evaluation(line))
-        if save:
-            store.save(state)
-            write(state)
-    store.close()
+        self.store = checkpoint.StateStore(job.directory)
+        self.tells = jax.process_index() == 0
+        self._best = math.inf
+        self._seconds, self._timed = 0.0, 0
+
+    def begin(self, resume: bool) -> step.TrainState:
+        """Returns the state to go on from, with the metrics and the weights brought to it."""
+        state = step.init_on(self._job.layout, self._model, self._optimizer, self._key)
+        if resume and (saved := self.store.latest()) is not None:
+            state = self.store.restore(saved, state, self._job.layout)
+        elif resume and self.tells:
+            self._report.line("no state was saved yet: beginning at the first step")
+        at = int(state.step)
+        if self.tells:
+            metrics.truncate(self._metrics_path, at)
+        self._best = metrics.best_loss(self._metrics_path, at)
+        if at and not self._writer.has(at):  # the run was killed between the state and its weights
+            params = self._job.layout.fetch(state.params)
+            if self.tells:
+                self._writer.write(at, params, latest=True, best=metrics.is_best(self._metrics_path, at))
+        return state
+
+    def take_step(self, state: step.TrainState, at: int) -> step.TrainState:
+        """Takes a step and logs it where it is due."""
+        train = self._job.train
+        began = time.perf_counter()
+        length = self._job.model.max_seq_len
+        batch = self._job.data.batch_at(at - 1, seed=train.seed, batch_size=train.batch_size, length=length)
+        state, measured = self._step(state, self._job.layout.rows(batch))
+        value = _require_finite("loss", float(measured.loss), at)
+        self._seconds, self._timed = self._seconds + time.perf_counter() - began, self._timed + 1
+        rate = self._timed * train.batch_size * length / self._seconds
+        self._report.progress(at, value, rate)
+        if _every(at, train.log_every) or at == train.steps:
+            learning_rate = float(jnp.asarray(self._schedule(at - 1)))
+            timing = {"milliseconds": 1e3 * self._seconds / self._timed, "tokens_per_second": rate}
+            line = {"step": at, **metrics.describe_step(measured), "learning_rate": learning_rate, **timing}
+            if (share := self._job.utilisation(rate)) is not None:
+                line["utilisation"] = share
+            self._tell(line, metrics.format_step(line))
+            self._seconds, self._timed = 0.0, 0
+        return state
+
+    def evaluate(self, state: step.TrainState, at: int) -> bool:
+        """Scores the validation split, and returns whether no step before had a lower loss."""
+        job = self._job
+        scored = loss.score(
+            self._model,
+            state.params,
+            job.data.validation,
+            text_bytes=job.data.manifest.validation_bytes,
+            batch_size=job.train.batch_size,
+            length=job.model.max_seq_len,
+            max_batches=job.train.eval_batches,
+            place=job.layout.rows,
+        )
+        _require_finite("validation loss", scored.loss, at)
+        line = {"step": at, **metrics.describe_score(scored)}
+        self._tell(line, metrics.format_evaluation(line))
+        is_best, self._best = scored.loss < self._best, min(scored.loss, self._best)
+        return is_best
+
+    def save(self, state: step.TrainState, at: int, *, latest: bool, best: bool) -> None:
+        """Saves the state where training can go on from here, and the weights; in that order they are asked for."""
+        with checkpoint.saving(at):
+            if latest:
+                self.store.save(state)
+            params = self._job.layout.fetch(state.params)
+            if self.tells:
+                self._writer.write(at, params, latest=latest, best=best)
+
+    def _tell(self, line: dict[str, Any], text: str) -> None:
+        if self.tells:
+            metrics.append(self._metrics_path, line)
+            self._report.metrics(line)
+            self._report.line(text)
 
 
 def _every(number: int, interval: int) -> bool:
     return interval > 0 and number % interval == 0
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process, so that all stop after the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _require_finite(name: str, value: float, number: int) -> float:
@@ -113,30 +223,3 @@ def _require_finite(name: str, value: float, number: int) -> float:
             f"Lower --lr, or lengthen --warmup-steps"
         )
     return value
-
-
-def _restore(
-    store: checkpoint.StateStore, like: step.TrainState, run_directory: Path, write: Callable[[step.TrainState], None]
-) -> step.TrainState:
-    if (at := store.latest()) is None:
-        raise FileNotFoundError(f"{run_directory} has no training state to resume from. Use --reset to start anew")
-    state = store.restore(at, like)
-    if not (run_directory / directory.config_name(run_directory.name, at)).is_file():
-        write(state)  # the run was killed between the state and its weights
-    return state
-
-
-def _evaluate(
-    model: transformer.Transformer, params: Any, data: dataset.Dataset, train_config: config.TrainConfig, number: int
-) -> dict[str, Any]:
-    scored = loss.score(
-        model,
-        params,
-        data.validation,
-        text_bytes=data.manifest.validation_bytes,
-        batch_size=train_config.batch_size,
-        length=model.config.max_seq_len,
-        max_batches=train_config.eval_batches,
-    )
-    _require_finite("validation loss", scored.loss, number)
-    return {"step": number, **metrics.describe_score(scored)}

@@ -39,6 +39,24 @@ def truncate(path: Path, last_step: int) -> None:
     files.write_text(path, "".join(kept))
 
 
+def best_loss(path: Path, last_step: int) -> float:
+    """Returns the lowest validation loss of the steps up to ``last_step``; infinity where none was evaluated."""
+    losses = [
+        line["validation_loss"] for line in _read(path) if "validation_loss" in line and line["step"] <= last_step
+    ]
+    return min(losses, default=math.inf)
+
+
+def is_best(path: Path, at: int) -> bool:
+    """Returns whether step ``at`` was evaluated and no step before it had a lower validation loss."""
+    own = [line["validation_loss"] for line in _read(path) if "validation_loss" in line and line["step"] == at]
+    return bool(own) and own[0] < best_loss(path, at - 1)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def describe_step(measured: step.Metrics) -> dict[str, float]:
     """Returns what a line says of a step, beside its number, rate and time."""
     value = float(measured.loss)
@@ -67,6 +85,7 @@ def format_step(line: dict[str, Any]) -> str:
         f"[Step {line['step']}] Loss: {line['loss']:.4f} | Perplexity: {line['perplexity']:.2f} | "
         f"Accuracy: {100 * line['accuracy']:.2f}% | LR: {line['learning_rate']:.3g} | "
         f"Time: {line['milliseconds']:.1f} ms | {line['tokens_per_second']:.0f} tok/s"
+        + (f" | MFU: {100 * line['utilisation']:.1f}%" if "utilisation" in line else "")
     )
 
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hipgpt_jax import config
+from hipgpt_jax import training_config
 
 _BETA1 = 0.9
 
 
-def learning_rate(train: config.TrainConfig) -> optax.Schedule:
+def learning_rate(train: training_config.TrainConfig) -> optax.Schedule:
     """Linear warm-up to the peak, then a half cosine to the final rate.
 
     The first step takes ``1 / warmup_steps`` of the peak, step ``warmup_steps`` all of it, and step
@@ -26,7 +26,7 @@ def learning_rate(train: config.TrainConfig) -> optax.Schedule:
     return lambda count: joined(count + 1)
 
 
-def make(train: config.TrainConfig) -> optax.GradientTransformation:
+def make(train: training_config.TrainConfig) -> optax.GradientTransformation:
     """AdamW behind a clip of the gradient's global norm; only matrices decay.
 
     References:

@@ -1,0 +1,131 @@
+"""Many devices: one mesh, and one table from parameter to the axes it is divided over.
+
+The axes are ``data`` (each device has its own rows of the batch), ``fsdp`` (likewise, and parameters and
+optimizer state are divided too) and ``model`` (the products themselves are divided). JAX's compiler puts
+in what the devices must tell one another.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "model")
+
+_ROWS = PartitionSpec(("data", "fsdp"))
+_WHOLE = PartitionSpec()
+
+# By a parameter's last two names. Column-parallel layers are divided by what comes out of them, row-parallel ones
+# by what goes in, so that the pair exchanges once (Shoeybi et al., Megatron-LM, 2019). Embeddings are divided
+# along the width, because a vocabulary such as GPT-2's 50257 divides by nothing.
+_TABLE = {
+    ("wte", "embedding"): PartitionSpec(None, ("fsdp", "model")),
+    ("wpe", "embedding"): PartitionSpec(None, ("fsdp", "model")),
+    ("c_attn", "kernel"): PartitionSpec("fsdp", "model"),
+    ("c_attn", "bias"): PartitionSpec("model"),
+    ("c_fc", "kernel"): PartitionSpec("fsdp", "model"),
+    ("c_fc", "bias"): PartitionSpec("model"),
+    ("c_proj", "kernel"): PartitionSpec("model", "fsdp"),
+    ("c_proj", "bias"): _WHOLE,
+    ("ln_1", "scale"): _WHOLE,
+    ("ln_1", "bias"): _WHOLE,
+    ("ln_2", "scale"): _WHOLE,
+    ("ln_2", "bias"): _WHOLE,
+    ("ln_f", "scale"): _WHOLE,
+    ("ln_f", "bias"): _WHOLE,
+}
+
+
+def parse(text: str | None, *, batch_size: int, available: int) -> dict[str, int]:
+    """Returns the size of each axis.
+
+    Args:
+        text: As in ``data=4,model=2``; an axis that is not named has size 1. None puts as many devices
+            on ``data`` as divide the batch.
+        batch_size: Sequences that are computed side by side; ``data`` and ``fsdp`` must divide them.
+        available: Devices that there are.
+
+    Raises:
+        ValueError: An axis is unknown or twice there, its size is no positive integer, there are too few
+            devices, or the batch does not divide.
+    """
+    if text is None:
+        return {"data": math.gcd(batch_size, available), "fsdp": 1, "model": 1}
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if name not in AXES or not equals or not size.isdecimal() or int(size) < 1 or name in sizes:
+            raise ValueError(f"mesh must be such as data=4,model=2, with the axes {', '.join(AXES)} once: got {text!r}")
+        sizes[name] = int(size)
+    found = {name: sizes.get(name, 1) for name in AXES}
+    if math.prod(found.values()) > available:
+        raise ValueError(f"mesh {text} needs {math.prod(found.values())} devices: JAX has {available}")
+    if batch_size % (found["data"] * found["fsdp"]):
+        raise ValueError(
+            f"mesh {text} divides the rows of a step by {found['data'] * found['fsdp']}: {batch_size} rows (--batch by "
+            f"--grad-accum) do not divide"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where arrays lie on a mesh.
+
+    Attributes:
+        mesh: The devices, with the axes ``AXES``.
+    """
+
+    mesh: Mesh
+
+    @classmethod
+    def over(cls, sizes: dict[str, int]) -> "Layout":
+        """Returns the layout over the first devices that the sizes need; over all, where there are many processes."""
+        devices = jax.devices()[: math.prod(sizes.values())]
+        if jax.process_count() > 1 and len(devices) < jax.device_count():
+            raise ValueError(f"with many processes the mesh must use all {jax.device_count()} devices: got {sizes}")
+        shape = tuple(sizes[name] for name in AXES)
+        return cls(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """Every device has all of it."""
+        return NamedSharding(self.mesh, _WHOLE)
+
+    def of(self, tree: Any) -> Any:
+        """Returns the sharding of each array in a tree of parameters, or of state that has their shapes.
+
+        Raises:
+            ValueError: An axis does not divide a parameter.
+        """
+        return jax.tree_util.tree_map_with_path(self._of_leaf, tree)
+
+    def rows(self, batch: np.ndarray) -> jax.Array:
+        """Returns a batch with its rows divided over the devices; each process reads its own alone."""
+        spec = _ROWS if len(batch) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else _WHOLE
+        return jax.make_array_from_callback(batch.shape, NamedSharding(self.mesh, spec), lambda index: batch[index])
+
+    def fetch(self, tree: Any) -> Any:
+        """Returns a tree of NumPy arrays, put together from all devices and processes."""
+        if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+            return jax.device_get(tree)
+        return jax.device_get(jax.jit(lambda x: x, out_shardings=self.whole)(tree))
+
+    def _of_leaf(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        spec = _TABLE[names[-2:]] if leaf.ndim else _WHOLE
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            divisor = math.prod(self.mesh.shape[axis] for axis in _as_tuple(axes))
+            if size % divisor:
+                raise ValueError(
+                    f"mesh {dict(self.mesh.shape)} divides {'.'.join(names)} of shape {leaf.shape} by {divisor}: "
+                    f"{size} does not divide. Choose other sizes for fsdp and model"
+                )
+        return NamedSharding(self.mesh, spec)
+
+
+def _as_tuple(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -1,0 +1,253 @@
+"""Many devices: the same losses on every mesh, states that open on another one, and processes that work together."""
+
+import dataclasses
+import json
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import programs
+import pytest
+from jax.sharding import PartitionSpec
+
+from hipgpt_jax import config, training_config
+from hipgpt_jax.model import transformer
+from hipgpt_jax.runs import weights
+from hipgpt_jax.training import checkpoint, mesh, optimizer, step
+
+MODEL = config.ModelConfig(vocab_size=301, max_seq_len=16, embed_dim=32, num_heads=4, ff_hidden_dim=64, num_layers=2)
+TRAIN = training_config.TrainConfig(batch_size=8, steps=20, warmup_steps=2, learning_rate=3e-3)
+MESHES = ("data=8", "fsdp=8", "model=4", "data=2,fsdp=2,model=2", "data=4,model=2", "fsdp=2")
+KEY = jax.random.key(3, impl="threefry2x32")
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion() -> Iterator[None]:
+    """Optax 0.2.8 itself promotes a Python float with an integer count; our own code is tested strictly elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def layout_of(text: str, train: training_config.TrainConfig = TRAIN) -> mesh.Layout:
+    rows = train.batch_size // train.grad_accum
+    return mesh.Layout.over(mesh.parse(text, batch_size=rows, available=jax.device_count()))
+
+
+def batch_at(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 301, (8, 17)).astype(np.int32)
+
+
+def parts_of(train: training_config.TrainConfig) -> tuple[transformer.Transformer, Any]:
+    return transformer.Transformer(MODEL, train.dtype, train.remat), optimizer.make(train)
+
+
+def run(text: str, **changes: Any) -> tuple[np.ndarray, step.TrainState]:
+    """Losses of 20 steps, and the state after them."""
+    train = dataclasses.replace(TRAIN, **changes)
+    layout, (model, tx) = layout_of(text, train), parts_of(train)
+    state = step.init_on(layout, model, tx, KEY)
+    train_step = step.make(model, tx, train, KEY, layout)
+    losses = []
+    for number in range(20):
+        state, measured = train_step(state, layout.rows(batch_at(number % 2)))
+        losses.append(float(measured.loss))
+    return np.asarray(losses), state
+
+
+@pytest.fixture(scope="module")
+def alone() -> np.ndarray:
+    with jax.numpy_dtype_promotion("standard"):
+        return run("data=1")[0]
+
+
+@pytest.mark.parametrize("text", MESHES)
+def test_losses_are_those_of_one_device(text: str, alone: np.ndarray) -> None:
+    losses, state = run(text)
+    np.testing.assert_allclose(losses, alone, atol=1e-5)
+    assert losses[-1] < losses[0] - 0.05, "it learns"
+    sizes = layout_of(text).mesh.shape
+    kernel = state.params["h_0"]["mlp"]["c_fc"]["kernel"]
+    moment = state.opt_state[1][0].mu["h_0"]["mlp"]["c_fc"]["kernel"]
+    for array in (kernel, moment):
+        assert array.addressable_shards[0].data.shape == (32 // sizes["fsdp"], 64 // sizes["model"])
+
+
+def test_dropout_does_not_depend_on_the_mesh() -> None:
+    np.testing.assert_allclose(run("data=2,model=2", dropout=0.2)[0], run("data=1", dropout=0.2)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["data=1", "data=2"])
+def test_accumulated_parts_are_the_large_batch(text: str, alone: np.ndarray) -> None:
+    np.testing.assert_allclose(run(text, grad_accum=4)[0], alone, atol=1e-5)
+    model, tx = parts_of(TRAIN)
+    layout = layout_of(text)
+    found = []
+    for parts in (1, 2, 4):
+        train = dataclasses.replace(TRAIN, grad_accum=parts, clip=1e9)
+        state = step.init_on(layout, model, tx, KEY)
+        _, measured = step.make(model, tx, train, KEY, layout)(state, layout.rows(batch_at(0)))
+        found.append((float(measured.loss), float(measured.accuracy), float(measured.gradient_norm)))
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-6)
+
+
+def test_remat_changes_memory_and_no_loss(alone: np.ndarray) -> None:
+    np.testing.assert_allclose(run("data=1", remat=True)[0], alone, atol=1e-6)
+    model, tx = parts_of(dataclasses.replace(TRAIN, remat=True))
+    layout = layout_of("data=1")
+    jaxpr = jax.make_jaxpr(step.make(model, tx, TRAIN, KEY, layout))(step.init_on(layout, model, tx, KEY), batch_at(0))
+    assert "remat" in str(jaxpr) or "checkpoint" in str(jaxpr)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a program, those inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+            elif hasattr(inner, "jaxpr"):
+                yield from equations(inner.jaxpr)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32(alone: np.ndarray) -> None:
+    losses, state = run("data=1", dtype="bfloat16")
+    assert 0 < np.abs(losses - alone).max() < 0.05
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim} == {
+        np.dtype("float32")
+    }
+    model, _ = parts_of(dataclasses.replace(TRAIN, dtype="bfloat16"))
+    jaxpr = jax.make_jaxpr(lambda params, ids: model.apply({"params": params}, ids, dropout=0.0))(
+        state.params, batch_at(0)[:, :-1]
+    )
+    taken: dict[str, set[str]] = {}
+    for equation in equations(jaxpr.jaxpr):
+        taken.setdefault(equation.primitive.name, set()).update(str(var.aval.dtype) for var in equation.invars)
+    assert taken["dot_general"] == {"bfloat16"}
+    assert taken["exp"] == taken["rsqrt"] == {"float32"}
+    assert jaxpr.out_avals[0].dtype == np.float32
+
+
+def test_every_parameter_has_a_row_in_the_table() -> None:
+    shapes = step.shape_of(MODEL)
+    assert len(jax.tree.leaves(shapes)) == len(weights.layout(MODEL))
+    shardings = layout_of("data=2,fsdp=2,model=2").of(shapes)
+    divided = [sharding.spec != PartitionSpec() for sharding in jax.tree.leaves(shardings)]
+    assert sum(divided) == 2 + 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("saved", "opened"), [("data=8", "data=1"), ("data=1", "fsdp=4,model=2"), ("fsdp=8", "model=4")]
+)
+def test_a_state_opens_on_another_mesh(tmp_path: Path, saved: str, opened: str) -> None:
+    model, tx = parts_of(TRAIN)
+    state = step.init_on(layout_of(saved), model, tx, KEY)
+    store = checkpoint.StateStore(tmp_path)
+    store.save(state)
+    store.close()
+    store = checkpoint.StateStore(tmp_path)
+    target = layout_of(opened)
+    like = step.init_on(target, model, tx, jax.random.key(9, impl="threefry2x32"))
+    restored = store.restore(0, like, target)
+    store.close()
+    for one, other, sharding in zip(*map(jax.tree.leaves, (restored, state, target.of(state))), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding.is_equivalent_to(sharding, one.ndim)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=0", "mesh must be such as data=4,model=2"),
+        ("data", "mesh must be such as"),
+        ("data=2,data=2", "mesh must be such as"),
+        ("pipe=2", "mesh must be such as"),
+        ("data=-1", "mesh must be such as"),
+        ("data=9", "mesh data=9 needs 9 devices: JAX has 8"),
+        ("data=3", "mesh data=3 divides the rows of a step by 3: 8 rows"),
+        ("fsdp=5", "by 5: 8 rows"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_told(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mesh.parse(text, batch_size=8, available=8)
+
+
+def test_without_a_mesh_as_many_devices_as_divide_the_batch_share_it() -> None:
+    for batch, available, used in ((8, 8, 8), (6, 8, 2), (5, 8, 1), (12, 8, 4), (4, 1, 1)):
+        assert mesh.parse(None, batch_size=batch, available=available)["data"] == used
+
+
+def processes(work: Path, cache: Path, *each: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """Runs ``hipgpt-train`` in as many processes at once, joined over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            programs.command(
+                "train",
+                *flags,
+                "--coordinator",
+                address,
+                "--num_processes",
+                str(len(each)),
+                "--process_id",
+                str(number),
+            ),
+            cwd=work,
+            env={**programs.environment(cache), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, flags in enumerate(each)
+    ]
+    outputs = [process.communicate(timeout=240) for process in started]
+    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
+
+
+TINY = (
+    *("--data-path", "text.txt", "--vocab-size", "300", "--warmup-steps", "2", "--steps", "20", "--ckpt-every", "10"),
+    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16", "--log-every", "1", "--batch", "4"),
+    *("--device", "cpu"),
+)
+
+
+def losses_of(work: Path, name: str) -> dict[int, float]:
+    lines = map(json.loads, (work / "checkpoints" / name / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_open_each_others_checkpoints(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "text.txt").write_text(programs.TEXT)
+    one = programs.spawn("train", *TINY, "--run-name", "one", cwd=tmp_path, cache=cache)
+    assert one.code == 0, one.err
+    for name, shape in (("two", "data=4"), ("parts", "data=2,fsdp=2")):
+        ended = processes(tmp_path, cache, *[(*TINY, "--run-name", name, "--mesh", shape)] * 2)
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        told = [line for line in ended[1][1].splitlines() if not line.startswith("[Gloo]")]
+        assert not any("Step" in line for line in told), "of many processes the first alone tells"
+        expected = losses_of(tmp_path, "one")
+        assert losses_of(tmp_path, name).keys() == expected.keys()
+        np.testing.assert_allclose([*losses_of(tmp_path, name).values()], [*expected.values()], atol=1e-5)
+    more = ("--resume", "--extend", "--steps", "24")
+    alone = programs.spawn("train", *TINY, "--run-name", "parts", *more, cwd=tmp_path, cache=cache)
+    assert alone.code == 0, alone.err
+    ended = processes(tmp_path, cache, *[(*TINY, "--run-name", "one", *more)] * 2)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert max(losses_of(tmp_path, "one")) == max(losses_of(tmp_path, "parts")) == 24
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_are_told_what_about(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "text.txt").write_text(programs.TEXT)
+    flags = (*TINY, "--run-name", "two")
+    ended = processes(tmp_path, cache, flags, (*flags, "--lr", "0.5"))
+    assert all(code == 1 for code, _, _ in ended)
+    assert all("processes 0 and 1 were given different flags: lr 0.001 and 0.5" in err for _, _, err in ended)
+    assert not (tmp_path / "checkpoints").exists()
