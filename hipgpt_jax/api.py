@@ -97,7 +97,7 @@ class Run:
         **generation: Any,
     ) -> Iterator[record.Record]:
         """Yields what ``generate`` returns, each record when its sample ends: for more samples than memory holds."""
-        defaults = config.GenerationConfig(seed=seed, num_samples=num_samples, **generation)
+        defaults = self._defaults(seed=seed, num_samples=num_samples, **generation)
         asked = self.source.ask_all(map(_prompt, prompts), settings or config.SamplingConfig(), defaults)
         yield from self.records_of(self.jobs(asked))
 
@@ -118,7 +118,7 @@ class Run:
             sample: Index of the sample among those of its prompt.
             **generation: As for ``generate``.
         """
-        defaults = config.GenerationConfig(seed=seed, num_samples=sample + 1, **generation)
+        defaults = self._defaults(seed=seed, num_samples=sample + 1, **generation)
         (asked,) = self.source.ask_all([_prompt(prompt)], settings or config.SamplingConfig(), defaults)
         return Stream(self, _job(asked, sample))
 
@@ -152,6 +152,10 @@ class Run:
             )
             for ids in several
         ]
+
+    def _defaults(self, **generation: Any) -> config.GenerationConfig:
+        """What a call asks for; the end token is the run's own unless one is given."""
+        return config.GenerationConfig(**{"eos_id": self.source.checkpoint.eos_id, **generation})
 
     def _ids_of(self, text: str | Sequence[int] | record.Record) -> Sequence[int]:
         """The ids to score; ``score.check_ids`` raises ValueError where they cannot be."""
@@ -225,7 +229,7 @@ class Run:
 
 def load_run(
     name: str,
-    step: int | None = None,
+    step: int | str | None = None,
     device: str = "auto",
     decoding: config.DecodingConfig | None = None,
     where: str | Path | None = None,
@@ -234,7 +238,7 @@ def load_run(
 
     Args:
         name: Name of the run.
-        step: Training step; the latest if absent.
+        step: Training step, or ``best``; the latest if absent.
         device: One of ``devices.DEVICES``. JAX must not have started on another one already.
         decoding: Window, stride, overflow rule and width; the defaults of ``hipgpt-generate`` if absent.
         where: The run's directory, where it is not in ``checkpoints/``.

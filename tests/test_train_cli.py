@@ -139,10 +139,107 @@ def test_a_directory_that_is_no_run_is_left_alone(run, work: Path) -> None:
     assert (work / "checkpoints/mine/thesis.txt").exists()
 
 
+def test_the_best_step_stands_beside_the_latest(
+    run, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation split unlike the rest makes its loss rise; the best step is kept however few are, and generates."""
+    (work / "odd.txt").write_text("the king and the queen\n" * 400 + "".join(map(chr, range(33, 127))) * 11)
+    flags = ("--data-path", "odd.txt", *TINY[2:], "--steps", "40", "--eval-every", "2", "--ckpt-every", "8")
+    assert run(*flags, "--keep-last", "1", "--lr", "1e-2", "--run-name", "wild").code == 0
+    losses = {line["step"]: line["validation_loss"] for line in metrics(work, "wild") if "validation_loss" in line}
+    best = min(losses, key=lambda at: losses[at])
+    assert best < 40
+    directory = work / "checkpoints/wild"
+    assert (directory / "best_checkpoint.bin").readlink() == Path(f"wild_step{best}.bin")
+    assert (directory / "latest_checkpoint.bin").readlink() == Path("wild_step40.bin")
+    assert {path.name for path in directory.glob("*_step*.bin")} == {f"wild_step{best}.bin", "wild_step40.bin"}
+    for step, shown in (("best", best), ("latest", 40), (str(best), best)):
+        flags = ("--run-name", "wild", "--prompt", "the", "--num_tokens", "2", "--step", step)
+        result = programs.call("generate", *flags, monkeypatch=monkeypatch, capsys=capsys)
+        assert f"wild step {shown} of" in result.err, result.err
+
+
+def test_documents_end_with_a_token_that_ends_generation(
+    run, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"body": "the king is dead"})] * 400
+    (work / "docs.jsonl").write_text("\n".join(lines))
+    flags = ("--data-path", "docs.jsonl", "--text-field", "body", *TINY[2:], "--lr", "1e-2", "--steps", "150")
+    assert run(*flags, "--run-name", "docs").code == 0
+    config = json.loads((work / "checkpoints/docs/latest_config.json").read_text())
+    eos_id = config["data"]["eos_id"]
+    assert eos_id == config["model"]["vocab_size"] - 1
+    ask = ("--run-name", "docs", "--prompt", "the king", "--num_tokens", "40", "--temp", "0", "--output", "-")
+    made = json.loads(programs.call("generate", *ask, monkeypatch=monkeypatch, capsys=capsys).out)
+    assert (made["settings"]["eos_id"], made["finish_reason"], made["text"]) == (eos_id, "eos", " is dead")
+    made = json.loads(programs.call("generate", *ask, "--eos_id", "-1", monkeypatch=monkeypatch, capsys=capsys).out)
+    assert made["finish_reason"] == "length"
+
+
+def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path, cache: Path) -> None:
+    """By SIGTERM at no checkpoint's step; resumed, it has the bits of the uninterrupted run."""
+    flags = (
+        *TINY,
+        "--steps",
+        "3000",
+        "--ckpt-every",
+        "1000",
+        "--log-every",
+        "1",
+        "--eval-every",
+        "3000",
+        "--eval-batches",
+        "1",
+    )
+    with subprocess.Popen(
+        programs.command("train", *flags, "--run-name", "part"),
+        cwd=work,
+        env=programs.environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    found = re.search(r"stopped and saved at step (\d+); to go on: hipgpt-train (.*) --resume", err)
+    assert found is not None
+    assert 0 < int(found[1]) < 1000
+    resumed = programs.spawn("train", *found[2].split(), "--resume", cwd=work, cache=cache)
+    assert resumed.code == 0, resumed.err
+    whole = programs.spawn("train", *flags, "--run-name", "whole", cwd=work, cache=cache)
+    assert whole.code == 0, whole.err
+    weights = [(work / "checkpoints" / name / f"{name}_step3000.bin").read_bytes() for name in ("part", "whole")]
+    assert weights[0] == weights[1]
+    assert metrics(work, "part") == metrics(work, "whole")
+
+
+def test_an_extended_run_says_what_changes(run, work: Path) -> None:
+    flags = (*TINY, "--run-name", "more", "--ckpt-every", "2")
+    assert run(*flags, "--steps", "4").code == 0
+    result = run(*flags, "--steps", "8", "--resume", "--extend")
+    assert result.code == 0, result.err
+    assert re.search(
+        r"extended from 4 to 8 steps: .* after step 4 the learning rate is [\d.e-]+ instead of", result.err
+    )
+    settings = json.loads((work / "checkpoints/more/settings.json").read_text())
+    assert settings["extended"] == [{"at": 4, "from": 4, "to": 8}]
+    assert run(*flags, "--steps", "8", "--resume").code == 0
+
+
+def test_samples_of_text_are_shown(run) -> None:
+    result = run(*TINY, "--run-name", "tells", "--steps", "4", "--sample-every", "2", "--sample-prompt", "the king")
+    assert len(re.findall(r"\[Step [24]\] Sample: 'the king.+'", result.out)) == 2
+
+
 def test_keep_last_goes_by_step_number_and_spares_the_latest(run, work: Path) -> None:
     assert run(*TINY, "--run-name", "few", "--steps", "12", "--ckpt-every", "2", "--keep-last", "2").code == 0
-    names = {path.name for path in (work / "checkpoints/few").glob("few_step*")}
-    assert names == {"few_step10.bin", "few_step10_config.json", "few_step12.bin", "few_step12_config.json"}
+    directory = work / "checkpoints/few"
+    kept = {"few_step10.bin", "few_step12.bin", (directory / "best_checkpoint.bin").readlink().name}
+    assert {path.name for path in directory.glob("few_step*.bin")} == kept
+    assert {path.name for path in directory.glob("few_step*.json")} == {f"{name[:-4]}_config.json" for name in kept}
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(run, work: Path) -> None:

@@ -33,7 +33,12 @@ SPLITS = ("validation", "all")
 _RUN_NAME = flags.DEFINE_string(
     "run-name", None, "Run to evaluate: a directory in checkpoints/, or a run of the package.", flag_values=FLAGS
 )
-_STEP = flags.DEFINE_integer("step", None, "Training step to load; the latest if absent.", flag_values=FLAGS)
+_STEP = flags.DEFINE_string(
+    "step",
+    None,
+    "Training step to load, or best: that of the lowest validation loss; the latest if absent.",
+    flag_values=FLAGS,
+)
 _DATA_PATH = flags.DEFINE_multi_string(
     "data-path",
     None,
@@ -84,7 +89,9 @@ def _evaluate() -> None:
     origin = provenance.Origin(argv=provenance.arguments("hipgpt-evaluate", sys.argv))
     run_name = program.required(_RUN_NAME)
     _check_flags()
-    found = source.open_run(run_name, _STEP.value, config.DecodingConfig(window=_MAX_SEQ_LEN.value))
+    found = source.open_run(
+        run_name, directory.parse_step(_STEP.value), config.DecodingConfig(window=_MAX_SEQ_LEN.value)
+    )
     stride = found.window if _STRIDE.value is None else _STRIDE.value
     if not 1 <= stride <= found.window:
         raise ValueError(f"stride must be at least 1 and at most the window of {found.window} tokens: got {stride}")
@@ -147,13 +154,10 @@ def _end_id(found: source.Source, text: corpus.Corpus) -> int | None:
     """The token that the run was taught to see after a document; none where it knows none, or there is one document."""
     if text.documents == 1:
         return None
-    checkpoint = found.checkpoint
-    data = files.read_json(checkpoint.directory / directory.config_name(checkpoint.run, checkpoint.step)).get("data")
-    end_id = data.get("eos_id") if isinstance(data, dict) else None
-    if not isinstance(end_id, int):
+    if found.checkpoint.eos_id < 0:
         program.note(f"the run knows no end token: {text.documents} documents are scored as one text")
         return None
-    return end_id
+    return found.checkpoint.eos_id
 
 
 def _read_own(found: source.Source) -> _Text:

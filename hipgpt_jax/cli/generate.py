@@ -1,5 +1,6 @@
 """``hipgpt-generate``: text from a trained run."""
 
+import dataclasses
 import secrets
 import sys
 
@@ -34,7 +35,12 @@ _PROMPTS_FILE = flags.DEFINE_string(
 _RUN_NAME = flags.DEFINE_string(
     "run-name", None, "Run to generate from: a directory in checkpoints/, or a run of the package.", flag_values=FLAGS
 )
-_STEP = flags.DEFINE_integer("step", None, "Training step to load; the latest if absent.", flag_values=FLAGS)
+_STEP = flags.DEFINE_string(
+    "step",
+    None,
+    "Training step to load, or best: that of the lowest validation loss; the latest if absent.",
+    flag_values=FLAGS,
+)
 _NUM_TOKENS = flags.DEFINE_integer(
     "num_tokens", _GENERATION.num_tokens, "New tokens after the prompt.", flag_values=FLAGS
 )
@@ -54,7 +60,11 @@ _OVERFLOW = flags.DEFINE_string(
     flag_values=FLAGS,
 )
 _EOS_ID = flags.DEFINE_integer(
-    "eos_id", _GENERATION.eos_id, "Token that ends the text and is not printed; -1 for none.", flag_values=FLAGS
+    "eos_id",
+    None,
+    "Token that ends the text and is not printed; -1 for none. If absent that of the run, where it was trained on "
+    "several documents, else none.",
+    flag_values=FLAGS,
 )
 _TOP_K = flags.DEFINE_integer(
     "top_k", _SAMPLING.top_k, "Keep the k most likely tokens; 0 keeps all.", flag_values=FLAGS
@@ -113,7 +123,9 @@ def _generate() -> None:
     run_name = program.required(_RUN_NAME)
     decode, generation, sampling = _configs()
     several = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
-    found = source.open_run(run_name, _STEP.value, decode)
+    found = source.open_run(run_name, directory.parse_step(_STEP.value), decode)
+    if _EOS_ID.value is None:
+        generation = dataclasses.replace(generation, eos_id=found.checkpoint.eos_id)
     ask = found.ask_all if _PROMPTS_FILE.value else lambda prompts, *defaults: [found.ask(prompts[0], *defaults)]
     asked = ask(several, sampling, generation)
     with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value) as out:
@@ -147,7 +159,7 @@ def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.S
         num_tokens=_NUM_TOKENS.value,
         num_samples=_NUM_SAMPLES.value,
         seed=secrets.randbelow(config.MAX_SEED + 1) if _SEED.value == -1 else _SEED.value,
-        eos_id=_EOS_ID.value,
+        eos_id=_GENERATION.eos_id if _EOS_ID.value is None else _EOS_ID.value,
         stop=tuple(_STOP.value),
         top_logprobs=_TOP_LOGPROBS.value,
     )

@@ -81,12 +81,12 @@ class Source:
         return asked
 
 
-def open_run(name: str, step: int | None, decoding: config.DecodingConfig, where: Path | None = None) -> Source:
+def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig, where: Path | None = None) -> Source:
     """Finds a run, verifies the digests of its files and reads its tokenizer.
 
     Args:
         name: Name of the run.
-        step: Training step; None takes the latest.
+        step: Training step, or ``best``; None takes the latest.
         decoding: Window, stride, overflow rule and width.
         where: The run's directory; None finds it by the name.
 

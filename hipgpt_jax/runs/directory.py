@@ -32,6 +32,7 @@ class Checkpoint:
         tokenizer: The ``tokenizer.json`` file.
         tokenizer_sha256: Digest that the config gives for it.
         config_sha256: Digest of the config file itself.
+        eos_id: The token that the run was taught to see after a document; -1 where it knows none.
     """
 
     run: str
@@ -43,6 +44,7 @@ class Checkpoint:
     tokenizer: Path
     tokenizer_sha256: str
     config_sha256: str
+    eos_id: int = -1
 
     def verify(self) -> None:
         """Raises ValueError or FileNotFoundError where a file is not the one that the config names."""
@@ -119,6 +121,21 @@ def config_name(run: str, step: int) -> str:
     return f"{run}_step{step}_config.json"
 
 
+def parse_step(text: str | None) -> int | str | None:
+    """Returns the step that a flag means: a number, ``best``, or None for the latest.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if text is None or text == "best":
+        return text
+    if text == "latest":
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"step must be a number, best or latest: got {text!r}")
+    return int(text)
+
+
 def read_checkpoint(run: str, step: int | str | None = None, directory: Path | None = None) -> Checkpoint:
     """Reads the config of a step of a run; the latest by default.
 
@@ -159,6 +176,7 @@ def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
         tokenizer=directory / _plain(path, _get(path, value, "tokenizer", "path", str)),
         tokenizer_sha256=_get(path, value, "tokenizer", "sha256", str),
         config_sha256=files.sha256(path),
+        eos_id=_parse_eos_id(value),
     )
 
 
@@ -169,6 +187,13 @@ def _parse_model(path: Path, value: dict[str, Any]) -> config.ModelConfig:
         return config.ModelConfig(**sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _parse_eos_id(value: dict[str, Any]) -> int:
+    """The end token of a run's documents; configs of older versions know of none."""
+    data = value.get("data")
+    eos_id = data.get("eos_id") if isinstance(data, dict) else None
+    return eos_id if isinstance(eos_id, int) and not isinstance(eos_id, bool) else -1
 
 
 _T = TypeVar("_T")
