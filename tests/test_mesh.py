@@ -21,7 +21,8 @@ from hipgpt_jax.training import checkpoint, mesh, optimizer, step
 
 MODEL = config.ModelConfig(vocab_size=301, max_seq_len=16, embed_dim=32, num_heads=4, ff_hidden_dim=64, num_layers=2)
 TRAIN = training_config.TrainConfig(batch_size=8, steps=20, warmup_steps=2, learning_rate=3e-3)
-MESHES = ("data=8", "fsdp=8", "model=4", "data=2,fsdp=2,model=2", "data=4,model=2", "fsdp=2")
+QUICK = "data=2,fsdp=2,model=2"
+MESHES = ("data=8", "fsdp=8", "model=4", "data=4,model=2", "fsdp=2")
 KEY = jax.random.key(3, impl="threefry2x32")
 
 
@@ -64,7 +65,7 @@ def alone() -> np.ndarray:
         return run("data=1")[0]
 
 
-@pytest.mark.parametrize("text", MESHES)
+@pytest.mark.parametrize("text", [QUICK, *(pytest.param(text, marks=pytest.mark.slow) for text in MESHES)])
 def test_losses_are_those_of_one_device(text: str, alone: np.ndarray) -> None:
     losses, state = run(text)
     np.testing.assert_allclose(losses, alone, atol=1e-5)
@@ -76,10 +77,12 @@ def test_losses_are_those_of_one_device(text: str, alone: np.ndarray) -> None:
         assert array.addressable_shards[0].data.shape == (32 // sizes["fsdp"], 64 // sizes["model"])
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_the_mesh() -> None:
     np.testing.assert_allclose(run("data=2,model=2", dropout=0.2)[0], run("data=1", dropout=0.2)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["data=1", "data=2"])
 def test_accumulated_parts_are_the_large_batch(text: str, alone: np.ndarray) -> None:
     np.testing.assert_allclose(run(text, grad_accum=4)[0], alone, atol=1e-5)
@@ -94,6 +97,7 @@ def test_accumulated_parts_are_the_large_batch(text: str, alone: np.ndarray) -> 
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_no_loss(alone: np.ndarray) -> None:
     np.testing.assert_allclose(run("data=1", remat=True)[0], alone, atol=1e-6)
     model, tx = parts_of(dataclasses.replace(TRAIN, remat=True))

@@ -38,7 +38,7 @@ def first(made: record.Record, number: int) -> tuple[Any, ...]:
     return tuple(part and part[:number] for part in drawn(made))
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_first_50_of_100_tokens_are_the_run_of_50(width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run) -> None:
     run = {1: narrow, 4: wide}[width]
     long = run.generate(PROMPTS, num_tokens=100, top_logprobs=3)
@@ -46,7 +46,7 @@ def test_first_50_of_100_tokens_are_the_run_of_50(width: int, narrow: hipgpt_jax
     assert [first(one, 50) for one in long] == [drawn(one) for one in short]
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_sample_is_the_same_alone_and_in_any_company(
     width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run
 ) -> None:
@@ -93,6 +93,7 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
         np.testing.assert_array_equal(told[0], other)
 
 
+@pytest.mark.slow
 def test_a_run_loaded_again_gives_the_same_records(wide: hipgpt_jax.Run) -> None:
     again = load(4)
     for one, other in zip(wide.generate(PROMPTS), again.generate(PROMPTS), strict=True):

@@ -235,6 +235,7 @@ def spawn_many(trained: Path, cache: Path, out: Path, samples: int, *more: str) 
     )
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, cache: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     with spawn_many(trained, cache, whole, 300) as process:
@@ -299,6 +300,7 @@ def test_stdout_of_records_may_be_closed(trained: Path, cache: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_bar_shows_how_far_it_is(trained: Path, cache: Path, tmp_path: Path) -> None:
     """On a terminal of its own, which the text does not go to."""
     import pty

@@ -62,6 +62,7 @@ def test_order_and_company_do_not_matter(call: Run, made: list[dict[str, Any]]) 
     assert call("replay", write("b.jsonl", [made[i] for i in (4, 0, 4, 5, 2, 3, 1)])).code == 0
 
 
+@pytest.mark.slow
 def test_another_width_is_counted_and_said(call: Run, made: list[dict[str, Any]]) -> None:
     result = call("replay", "a.jsonl", "--batch_size", "5")
     assert "changed    decode_width: 2 in the record, 5 now" in result.out

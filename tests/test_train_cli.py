@@ -159,6 +159,7 @@ def test_the_best_step_stands_beside_the_latest(
         assert f"wild step {shown} of" in result.err, result.err
 
 
+@pytest.mark.slow
 def test_documents_end_with_a_token_that_ends_generation(
     run, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_documents_end_with_a_token_that_ends_generation(
     assert made["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path, cache: Path) -> None:
     """By SIGTERM at no checkpoint's step; resumed, it has the bits of the uninterrupted run."""
     flags = (

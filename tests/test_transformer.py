@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config, training_config
-from hipgpt_jax.model import transformer
+from hipgpt_jax.model import attention, transformer
 
 MODEL = fakes.MODEL
 T = 9
@@ -129,7 +129,7 @@ def test_dropout_reaches_the_attention_weights() -> None:
     """With values of one, attention gives the sum of its weights: 1, or what dropping left, 1 on average."""
     q_BTNH, k_BTNH = np.random.RandomState(0).normal(size=(2, 40, 30, 4, 8)).astype(np.float32)
     ones_BTNH = np.ones_like(q_BTNH)
-    attend = jax.jit(transformer.attend, static_argnames="dropout")
+    attend = jax.jit(attention.attend, static_argnames="dropout")
     whole_BTNH = attend(q_BTNH, k_BTNH, ones_BTNH, dropout=0.0, dropout_key=None)
     np.testing.assert_allclose(whole_BTNH, 1, rtol=1e-5)
     left_BTNH = attend(q_BTNH, k_BTNH, ones_BTNH, dropout=0.2, dropout_key=jax.random.key(2))
@@ -142,7 +142,7 @@ def test_dropout_reaches_the_attention_weights() -> None:
 def test_drop_keeps_its_share_and_scales_it_to_keep_the_mean(rate: float) -> None:
     n = 200_000
     x = jnp.full((n,), 3.0)
-    dropped = np.asarray(transformer.drop(x, rate, jax.random.key(7)))
+    dropped = np.asarray(attention.drop(x, rate, jax.random.key(7)))
     five_sigma = 5 * math.sqrt(rate * (1 - rate) / n)
     assert np.mean(dropped == 0) == pytest.approx(rate, abs=five_sigma + 2**-17)
     np.testing.assert_allclose(dropped[dropped != 0], 3 / (1 - rate), rtol=2**-16 / (1 - rate))
@@ -151,7 +151,7 @@ def test_drop_keeps_its_share_and_scales_it_to_keep_the_mean(rate: float) -> Non
 
 def test_drop_takes_every_rate_that_the_config_takes() -> None:
     rate = training_config.TrainConfig(dropout=math.nextafter(1, 0)).dropout
-    assert np.all(np.isfinite(transformer.drop(jnp.ones(1000), rate, jax.random.key(0))))
+    assert np.all(np.isfinite(attention.drop(jnp.ones(1000), rate, jax.random.key(0))))
 
 
 def test_first_weights_are_those_of_gpt2(first_params: tuple[config.ModelConfig, dict[str, Any]]) -> None:

@@ -18,82 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from hipgpt_jax import config
+from hipgpt_jax.model import attention
 from hipgpt_jax.model import cache as kv
 
 _INIT_STDDEV = 0.02
 _LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5)
-
-
-def attend(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, dropout: float, dropout_key: jax.Array | None
-) -> jax.Array:
-    """Causal attention of new tokens among themselves; softmax in float32.
-
-    Returns:
-        ``[B, T, N, H]``, of the arguments' type.
-    """
-    T = q_BTNH.shape[1]
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH, preferred_element_type=jnp.float32)
-    scores_BNTS = scores_BNTS / math.sqrt(q_BTNH.shape[-1])
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))
-    scores_BNTS = jnp.where(causal_TS[None, None], scores_BNTS, jnp.finfo(scores_BNTS.dtype).min)
-    probs_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
-    if dropout_key is not None:
-        probs_BNTS = drop(probs_BNTS, dropout, dropout_key)
-    return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS.astype(v_BTNH.dtype), v_BTNH)
-
-
-def attend_cached(
-    q_BNH: jax.Array,
-    k_BNH: jax.Array,
-    v_BNH: jax.Array,
-    past: Sequence[tuple[jax.Array, jax.Array]],
-    length_B: jax.Array,
-) -> jax.Array:
-    """Attention of one new token to the ``length`` cached ones and itself; softmax in float32.
-
-    The cache is read as it was before the token, and the token's own key and value stand beside it:
-    a cache that is written and read in one program is copied, 144 MB a token at GPT-2's size.
-
-    Args:
-        q_BNH: Query of the new token.
-        k_BNH: Its key.
-        v_BNH: Its value.
-        past: Keys and values ``[B, N, S, H]`` of the parts of the cache, from the first slot on; all that
-            hold a token of any row. A part that holds none of a row changes no bit of that row.
-        length_B: Cached tokens of each row.
-
-    Returns:
-        ``[B, N, H]``.
-    """
-    scale = 1 / math.sqrt(q_BNH.shape[-1])
-    self_BN1 = jnp.sum(q_BNH * k_BNH, axis=-1, keepdims=True) * scale
-    top_BN1, first, read = self_BN1, 0, []
-    for k_BNSH, v_BNSH in past:
-        scores_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH) * scale
-        seen_B1S = (first + jnp.arange(k_BNSH.shape[2])[None] < length_B[:, None])[:, None]
-        scores_BNS = jnp.where(seen_B1S, scores_BNS, jnp.finfo(scores_BNS.dtype).min)
-        top_BN1 = jnp.maximum(top_BN1, scores_BNS.max(axis=-1, keepdims=True))
-        read.append((scores_BNS, seen_B1S, v_BNSH))
-        first += k_BNSH.shape[2]
-    self_BN1 = jnp.exp(self_BN1 - top_BN1)
-    total_BN1, mixed_BNH = self_BN1, self_BN1 * v_BNH
-    for scores_BNS, seen_B1S, v_BNSH in read:
-        weights_BNS = jnp.where(seen_B1S, jnp.exp(scores_BNS - top_BN1), 0)
-        total_BN1 = total_BN1 + weights_BNS.sum(axis=-1, keepdims=True)
-        mixed_BNH = mixed_BNH + jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH)
-    return mixed_BNH / total_BN1
-
-
-def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Zeroes each element with probability ``rate``, to 16 bits, and scales up the rest.
-
-    References:
-        Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014.
-    """
-    threshold = min(round(rate * 2**16), 2**16 - 1)
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
-    return jnp.where(keep, x / (1 - threshold / 2**16), 0)
 
 
 class Attention(nn.Module):
@@ -115,14 +44,14 @@ class Attention(nn.Module):
     def __call__(self, x_MD: jax.Array, batch: int, dropout: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(batch, -1, *part.shape[1:]) for part in self._heads(x_MD))
         key = self.make_rng("dropout") if dropout else None
-        mixed_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, dropout=dropout, dropout_key=key)
+        mixed_BTNH = attention.attend(q_BTNH, k_BTNH, v_BTNH, dropout=dropout, dropout_key=key)
         return self.c_proj(mixed_BTNH.reshape(x_MD.shape)), k_BTNH.swapaxes(1, 2), v_BTNH.swapaxes(1, 2)
 
     def decode(
         self, x_BD: jax.Array, past: Sequence[tuple[jax.Array, jax.Array]], length_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BNH, k_BNH, v_BNH = self._heads(x_BD)
-        mixed_BNH = attend_cached(q_BNH, k_BNH, v_BNH, past, length_B)
+        mixed_BNH = attention.attend_cached(q_BNH, k_BNH, v_BNH, past, length_B)
         return self.c_proj(mixed_BNH.reshape(x_BD.shape)), k_BNH[:, :, None], v_BNH[:, :, None]
 
 
@@ -157,7 +86,7 @@ class Block(nn.Module):
         self.mlp = Mlp(self.config, self.dtype)
 
     def _drop(self, x_MD: jax.Array, dropout: float) -> jax.Array:
-        return drop(x_MD, dropout, self.make_rng("dropout")) if dropout else x_MD
+        return attention.drop(x_MD, dropout, self.make_rng("dropout")) if dropout else x_MD
 
     def __call__(self, x_MD: jax.Array, batch: int, dropout: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         mixed_MD, k_BNTH, v_BNTH = self.attn(self.ln_1(x_MD), batch, dropout)
@@ -262,7 +191,7 @@ class Transformer(nn.Module):
         x_BTD = self.wte(tokens_BT) + self.wpe(jnp.arange(T))[None]
         x_MD = x_BTD.reshape(B * T, -1)
         if dropout:
-            x_MD = drop(x_MD, dropout, self.make_rng("dropout"))
+            x_MD = attention.drop(x_MD, dropout, self.make_rng("dropout"))
         new = []
         for block in self.h:
             x_MD, k_BNTH, v_BNTH = block(x_MD, B, dropout)
