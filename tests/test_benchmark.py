@@ -54,6 +54,7 @@ def test_hugging_face_is_measured_with_our_weights(benchmark: ModuleType, tmp_pa
     assert [len(values) for values in rates.values()] == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_samples_are_made_at_both_widths_and_recorded(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ class Cut(BaseException):
     """Stands for what ends a process; nothing in the package may catch it."""
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(data=st.data())
 def test_work_cut_short_is_gone_on_with(

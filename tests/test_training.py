@@ -99,6 +99,7 @@ def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Trans
     assert float(history[-1].accuracy) == 1.0
 
 
+@pytest.mark.slow
 def test_score_counts_every_token_but_the_first_once(model: transformer.Transformer) -> None:
     params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 31).astype(np.uint16)
