@@ -1,5 +1,6 @@
 """The key/value cache: what is written where, and that decoding from it is the full forward pass."""
 
+import functools
 from typing import Any
 
 import fakes
@@ -108,13 +109,6 @@ def test_a_part_that_holds_nothing_of_a_row_changes_no_bit(params: dict[str, Any
             np.testing.assert_array_equal(got, expected)
 
 
-def test_where_takes_whole_rows() -> None:
-    chosen, other = random_cache(S, 0), random_cache(S, 1)
-    (got,) = kv.where(jnp.asarray([True, False, True]), (chosen,), (other,))
-    for now_BNSH, a_BNSH, b_BNSH in zip(*map(jax.tree.leaves, (got, chosen, other)), strict=True):
-        np.testing.assert_array_equal(now_BNSH, np.stack([a_BNSH[0], b_BNSH[1], a_BNSH[2]]))
-
-
 @pytest.mark.parametrize("start", ["prefill", "empty"])
 def test_decoding_from_the_cache_is_the_full_forward_pass_at_every_position(start: str, params: dict[str, Any]) -> None:
     """Rows stand at different lengths all along; each goes on to the last position there is.
@@ -162,8 +156,8 @@ def test_rows_of_a_decode_step_change_no_bit_of_one_another(params: dict[str, An
     together = decode(params, token_B, (past,), length_B)
     for row in range(B):
         own_B = np.arange(B) == row
-        mixed = kv.where(jnp.asarray(own_B), (past,), (strangers,))
-        alone = decode(params, np.where(own_B, token_B, 30), mixed, np.where(own_B, length_B, 5))
+        mixed = jax.tree.map(functools.partial(np.where, own_B[:, None, None, None]), past, strangers)
+        alone = decode(params, np.where(own_B, token_B, 30), (mixed,), np.where(own_B, length_B, 5))
         for got, expected in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
             np.testing.assert_array_equal(got[row], expected[row])
             assert np.any(np.asarray(got[row - 1]) != np.asarray(expected[row - 1]))

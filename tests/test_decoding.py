@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax.generation import decoding, sampling
+from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
@@ -24,7 +25,7 @@ def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
     for row, request in enumerate(requests):
         context_BS[row, : len(request.prompt_ids)] = request.prompt_ids
         seen_BV[row, list(request.prompt_ids)] = True
-    keys = [sampling.sample_key(one.generation.seed, one.prompt_ids, one.sample) for one in requests]
+    keys = [sampling.sample_key(sampling.key_words(r.generation.seed, r.prompt_ids, r.sample)) for r in requests]
     rows = decoding.Rows(
         key_B2=jnp.stack([jax.random.key_data(key) for key in keys]),
         settings=sampling.settings([one.sampling for one in requests]),
@@ -43,7 +44,9 @@ def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
 @jax.jit
 def scanned(params: dict[str, Any], rows: decoding.Rows, state: decoding.State) -> decoding.State:
     """The states after each of 11 tokens, from prompts of at most 8."""
-    state, cache = decoding.read_window(MODULE, params, rows, state, length=8, sizes=SIZES)
+    logits_BV, cache = decoding.read(MODULE, params, state.context_BS[:, :8], state.length_B, sizes=SIZES)
+    state = decoding.draw(rows, state, logits_BV)
+    cache = (*cache, *kv.empty(MODEL, len(state.length_B), SIZES[len(cache) :]))
 
     def step(carry: Any, _: None) -> tuple[Any, decoding.State]:
         return decoding.decode_step(MODULE, params, rows, *carry), carry[0]
@@ -102,19 +105,18 @@ def test_where_takes_whole_rows() -> None:
 
 
 def test_prompt_may_be_read_in_any_length_that_holds_it() -> None:
-    """Every bucket gives the same token, the same state and, to rounding, the same cache."""
+    """Every bucket gives the same token, the same state and, to rounding, the same cache, in no more parts."""
     params = fakes.random_params(MODEL)
     requests = [fakes.request(fakes.prompt(n), seed=n, sample=n) for n in (1, 3, 5)]
     rows, state = start(requests)
-    read = jax.jit(
-        lambda rows, state, length: decoding.read_window(MODULE, params, rows, state, length=length, sizes=SIZES),
-        static_argnums=2,
-    )
-    tight, tight_cache = read(rows, state, 5)
-    loose, loose_cache = read(rows, state, WINDOW)
-    np.testing.assert_allclose(tight.logits_BV, loose.logits_BV, rtol=1e-5, atol=1e-5)
+    read = jax.jit(lambda tokens, length: decoding.read(MODULE, params, tokens, length, sizes=SIZES))
+    tight_BV, tight_cache = read(state.context_BS[:, :5], state.length_B)
+    loose_BV, loose_cache = read(state.context_BS, state.length_B)
+    np.testing.assert_allclose(tight_BV, loose_BV, rtol=1e-5, atol=1e-5)
+    tight, loose = (decoding.draw(rows, state, logits_BV) for logits_BV in (tight_BV, loose_BV))
     jax.tree.map(np.testing.assert_array_equal, tight._replace(logits_BV=0), loose._replace(logits_BV=0))
-    for part, first in enumerate((0, 4, 8)):
+    assert [len(cache) for cache in (tight_cache, loose_cache)] == [2, 3]
+    for part, first in enumerate((0, 4)):
         real_BS = first + np.arange(SIZES[part])[None] < np.asarray([1, 3, 5])[:, None]
         for a_BNSH, b_BNSH in zip(jax.tree.leaves(tight_cache[part]), jax.tree.leaves(loose_cache[part]), strict=True):
             a_BNSH, b_BNSH = (np.where(real_BS[:, None, :, None], x, 0) for x in (a_BNSH, b_BNSH))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from hipgpt_jax.generation import events, sampler, sampling
+from hipgpt_jax import config
+from hipgpt_jax.generation import events, lane, sampler, sampling
 from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
@@ -35,7 +36,7 @@ def naive(request: events.Request, window: int, stride: int) -> list[int]:
     """
     ids = list(request.prompt_ids)
     first = max(0, len(ids) - window)
-    key = sampling.sample_key(request.generation.seed, request.prompt_ids, request.sample)
+    key = sampling.sample_key(sampling.key_words(request.generation.seed, request.prompt_ids, request.sample))
     settings = sampling.settings([request.sampling])
     for t in range(request.generation.num_tokens):
         dropped = max(0, math.ceil((len(ids) - first - window) / stride) * stride)
@@ -157,8 +158,8 @@ def test_work_stops_after_eos(length: int, narrow: sampler.Sampler, monkeypatch:
     (tokens,) = fakes.tokens_of(narrow, [fakes.request(fakes.prompt(length), num_tokens=30)])
     drawn = next(t for t in range(4, 30) if tokens[t] not in tokens[:t])
     steps = []
-    step = narrow._step
-    monkeypatch.setattr(narrow, "_step", lambda *args: steps.append(1) or step(*args))
+    start = lane.Lane._next
+    monkeypatch.setattr(lane.Lane, "_next", lambda *args: steps.append(1) or start(*args))
     happened = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
     assert len(happened) == drawn + 1
     assert len(steps) <= drawn + 1
@@ -192,17 +193,17 @@ def test_requests_are_taken_as_they_are_needed(wide: sampler.Sampler) -> None:
         next(happened)
     assert len(taken) == 3
     next(happened)
-    assert len(taken) == 6
+    assert len(taken) == 4
 
 
 def test_bucket_is_tight_monotone_and_within_the_window() -> None:
     for window in (1, 5, 8, 11, 32, 100, 1024):
-        sizes = [sampler.bucket(length, window) for length in range(1, window + 1)]
+        sizes = [lane.bucket(length, window) for length in range(1, window + 1)]
         assert sizes == sorted(sizes)
         assert all(length <= size <= window for length, size in enumerate(sizes, 1))
         assert all(3 * (size - length) <= size for length, size in enumerate(sizes, 1) if size > 8)
         assert len(set(sizes)) <= 2 * math.log2(max(8, window)) - 3
-    assert sampler.bucket(1, 1024) == 8
+    assert lane.bucket(1, 1024) == 8
 
 
 @hypothesis.settings(deadline=None, derandomize=True, database=None)
@@ -225,3 +226,71 @@ def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int
         needed = max(given.index(one) for one in expected[: place + 1])
         assert len(taken) == needed + 1, "an event waits for nothing but those before it"
     assert list(ordered) == []
+
+
+def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long and short samples in three rows: every one is what it is alone, in as few steps as three rows need."""
+    source = fakes.make_sampler(width=3)
+    steps: list[int] = []
+    following = lane.Lane._next
+    monkeypatch.setattr(lane.Lane, "_next", lambda self, wanted: steps.append(len(wanted)) or following(self, wanted))
+    lengths = [9, 2, 2, 2, 2, 1, 3, 8, 2]
+    requests = [fakes.request(fakes.prompt(n), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
+    assert fakes.tokens_of(source, requests) == [naive(one, WINDOW, 1) for one in requests]
+    assert sum(steps) == sum(lengths) - len(lengths), "a token each but the first, which comes from the prompt's pass"
+    assert len(steps) <= 1 + sum(steps) // 2, "in groups of three, which wait for their longest, they would be 17"
+
+
+def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row() -> None:
+    params = fakes.random_params(MODEL)
+    params["wte"]["embedding"][7] = np.nan
+    source = sampler.Sampler(MODEL, params, config.DecodingConfig(window=WINDOW))
+    broken = fakes.request((1, 7, 2, 3, 4), num_tokens=5)
+    well = fakes.request((1, 2, 3), num_tokens=9, top_k=3)
+    apart = [event.token for event in source.run([well], measure=True)]
+    together = list(source.run([broken, well], measure=True))
+    assert [(event.token, event.finish_reason) for event in together if event.index == 0] == [(None, "error")]
+    assert [event.token for event in together if event.index == 1] == apart
+
+
+def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: sampler.Sampler) -> None:
+    programs, reads = narrow._programs, []
+    read = programs.read
+    asked = [fakes.request(fakes.prompt(6), num_tokens=3, sample=k) for k in range(4)]
+    expected = fakes.tokens_of(narrow, asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "read", lambda *args: reads.append(1) or read(*args))
+        narrow.load(PARAMS)
+        assert fakes.tokens_of(narrow, asked) == expected
+        assert len(reads) == 1
+        fakes.tokens_of(narrow, [fakes.request(fakes.prompt(5), num_tokens=2), asked[0]])
+        assert len(reads) == 3, "one prompt is held"
+        narrow.load(fakes.random_params(MODEL, seed=5))
+        assert fakes.tokens_of(narrow, asked) != expected
+        narrow.load(PARAMS)
+        assert fakes.tokens_of(narrow, asked) == expected
+
+
+def test_lanes_side_by_side_are_each_a_sampler_of_their_rows() -> None:
+    """On a CPU a width of 16 is two lanes of 8 rows; their events come in one order whatever the threads do."""
+    assert [lane.count(width, "cpu") for width in (1, 8, 15, 16, 17, 64)] == [1, 1, 1, 2, 1, 2]
+    assert lane.count(64, "gpu") == 1
+    wide = fakes.make_sampler(width=16)
+    requests = [fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n % 5 + 6, sample=n) for n in range(40)]
+    drawn = fakes.tokens_of(wide, requests)
+    assert drawn == fakes.tokens_of(fakes.make_sampler(width=8), requests)
+    assert drawn == [naive(one, WINDOW, 1) for one in requests]
+    events_of = [[(event.index, event.token) for event in wide.run(requests)] for _ in range(2)]
+    assert events_of[0] == events_of[1]
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("measure", [False, True])
+def test_nothing_compiles_after_the_first_token(stride: int, measure: bool) -> None:
+    """Not where the text fills another part of the cache, nor where the window rolls."""
+    source = sampler.Sampler(MODEL, PARAMS, config.DecodingConfig(window=WINDOW, window_stride=stride, width=2))
+    stream = source.run([fakes.request(fakes.prompt(2), num_tokens=WINDOW + 9)], measure=measure)
+    next(stream)
+    with fakes.compilations() as compiled:
+        assert len(list(stream)) == WINDOW + 8
+    assert compiled == []

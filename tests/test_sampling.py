@@ -186,7 +186,7 @@ def test_top_p_1_keeps_a_tail_that_is_lost_in_the_sum() -> None:
 def test_drawn_frequencies_are_the_softmax() -> None:
     """Pearson's statistic of 20,000 draws stays below a bound that chance exceeds once in a million."""
     n, logits_V = 20_000, np.linspace(1.5, -1.5, 12)[np.random.RandomState(0).permutation(12)]
-    key = sampling.sample_key(3, (1, 2), 0)
+    key = sampling.sample_key(sampling.key_words(3, (1, 2), 0))
     uniform_B = np.asarray(jax.jit(jax.vmap(sampling.uniform, (None, 0)))(key, jnp.arange(n)))
     assert np.all((uniform_B >= 0) & (uniform_B < 1))
     np.testing.assert_array_equal(uniform_B * 2.0**24 % 1, 0)
@@ -258,6 +258,6 @@ def test_golden_keys_and_uniform_numbers_under_any_setting_of_jax(
     of: tuple[int, tuple[int, ...], int], words: list[int], numbers: list[int], impl: str, partitionable: bool
 ) -> None:
     with jax.threefry_partitionable(partitionable), jax.default_prng_impl(impl):
-        key = sampling.sample_key(*of)
+        key = sampling.sample_key(sampling.key_words(*of))
         assert jax.random.key_data(key).tolist() == words
         assert [float(sampling.uniform(key, jnp.asarray(t))) * 2**24 for t in (0, 1, 2, 1000)] == numbers

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from hipgpt_jax import config
 from hipgpt_jax.generation import sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
@@ -47,24 +49,48 @@ class State(NamedTuple):
     logits_BV: jax.Array
 
 
-def read_window(
-    model: transformer.Transformer, params: Any, rows: Rows, state: State, *, length: int, sizes: tuple[int, ...]
-) -> tuple[State, tuple[kv.Cache, ...]]:
-    """Reads the context from its start and draws the token after it.
+def blank(B: int, W: int, V: int) -> tuple[Rows, State]:
+    """Returns rows without a sample; their numbers mean nothing, and compile nothing."""
+
+    def zeros(*shape: int, dtype: Any = np.int32) -> jax.Array:
+        return jax.device_put(np.zeros(shape, dtype), may_alias=False)
+
+    rows = Rows(zeros(B, 2, dtype=np.uint32), jax.device_put(sampling.settings([config.SamplingConfig()] * B)))
+    state = State(
+        index_B=zeros(B),
+        token_B=zeros(B),
+        length_B=zeros(B),
+        context_BS=zeros(B, W),
+        seen_BV=zeros(B, V, dtype=bool),
+        logits_BV=zeros(B, V, dtype=np.float32),
+    )
+    return rows, state
+
+
+def read(
+    model: transformer.Transformer, params: Any, context_BT: jax.Array, length_B: jax.Array, *, sizes: tuple[int, ...]
+) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
+    """Reads contexts from their start.
 
     Args:
         model: The model.
         params: Its parameters.
-        rows: Keys and settings.
-        state: Its context counts, its newest token does not.
-        length: Slots read, at least every row's length. Changing it compiles again.
+        context_BT: Ids, padded behind each row's length to one ``T``. Changing that compiles again.
+        length_B: Tokens of each context, at least 1.
         sizes: Slots of each part of the cache.
 
     Returns:
-        The state with the token drawn, and the parts of the cache of the context.
+        Logits ``[B, V]`` of the next token, and those parts of the cache that hold one of ``T`` tokens.
     """
-    logits_BV, new = model.bind({"params": params}).prefill(state.context_BS[:, :length], state.length_B)
-    return _draw(rows, state, logits_BV), kv.split(new, sizes)
+    logits_BV, new = model.bind({"params": params}).prefill(context_BT, length_B)
+    return logits_BV, kv.split(new, kv.holding(sizes, context_BT.shape[1]))
+
+
+def draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
+    """Draws the next token of each row from its logits."""
+    token_B = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform(rows, state))
+    seen_BV = state.seen_BV | (jnp.arange(state.seen_BV.shape[1])[None] == token_B[:, None])
+    return state._replace(index_B=state.index_B + 1, token_B=token_B, seen_BV=seen_BV, logits_BV=logits_BV)
 
 
 def advance(
@@ -87,7 +113,7 @@ def advance(
     logits_BV, new = model.bind({"params": params}).decode(state.token_B, cache, state.length_B)
     put = jax.vmap(lambda context_S, token, slot: context_S.at[slot].set(token))
     state = state._replace(context_BS=put(state.context_BS, state.token_B, state.length_B), length_B=state.length_B + 1)
-    return _draw(rows, state, logits_BV), new
+    return draw(rows, state, logits_BV), new
 
 
 def decode_step(
@@ -100,10 +126,24 @@ def decode_step(
     return next_state, tuple(kv.append(part, new, slot_B) for part, slot_B in zip(cache, slots, strict=False))
 
 
+def roll(
+    model: transformer.Transformer, params: Any, rows: Rows, state: State, *, stride: int, sizes: tuple[int, ...]
+) -> tuple[State, tuple[kv.Cache, ...]]:
+    """Takes the newest token into a context that is full, reads that anew and draws the token after it.
+
+    Returns:
+        The new state, and the parts of the cache that hold the context.
+    """
+    state = slide(state, stride=stride)
+    length = state.context_BS.shape[1] - stride + 1
+    logits_BV, cache = read(model, params, state.context_BS[:, :length], state.length_B, sizes=sizes)
+    return draw(rows, state, logits_BV), cache
+
+
 def slide(state: State, *, stride: int) -> State:
     """Drops the ``stride`` oldest tokens of a full context and takes in the newest.
 
-    Learned positions have all shifted, so every cached key is stale: ``read_window`` comes next.
+    Learned positions have all shifted, so every cached key is stale: the context is to be read anew.
     """
     W = state.context_BS.shape[1]
     context_BS = jnp.concatenate([state.context_BS[:, stride:], state.token_B[:, None]], axis=1)
@@ -111,6 +151,16 @@ def slide(state: State, *, stride: int) -> State:
         context_BS=jnp.pad(context_BS, ((0, 0), (0, stride - 1))),
         length_B=jnp.full_like(state.length_B, W - stride + 1),
     )
+
+
+def take(batch: Any, row: jax.Array | int) -> Any:
+    """Returns one row of every array of ``batch``, as ``[1, ...]``."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), batch)
+
+
+def put(batch: Any, row: jax.Array, one: Any) -> Any:
+    """Returns ``batch`` with a row replaced by ``one``, arrays ``[1, ...]``."""
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, 0), batch, one)
 
 
 def where(rows_B: jax.Array, chosen: State, other: State) -> State:
@@ -126,9 +176,3 @@ def uniform(rows: Rows, state: State) -> jax.Array:
     """Returns the uniform numbers ``[B]`` of the tokens that the state draws next."""
     key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")
     return jax.vmap(sampling.uniform)(key_B, state.index_B)
-
-
-def _draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
-    token_B = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform(rows, state))
-    seen_BV = state.seen_BV | (jnp.arange(state.seen_BV.shape[1])[None] == token_B[:, None])
-    return state._replace(index_B=state.index_B + 1, token_B=token_B, seen_BV=seen_BV, logits_BV=logits_BV)

@@ -6,7 +6,7 @@ them by golden vectors, because JAX promises only a distribution across versions
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,28 +32,41 @@ class Settings(NamedTuple):
 
 
 def settings(rows: Sequence[config.SamplingConfig]) -> Settings:
-    """Returns the settings of each row as arrays; a ``top_k`` of 2**31 or more keeps all, as 0 does."""
+    """Returns the settings of each row, as NumPy's arrays; a ``top_k`` of 2**31 or more keeps all, as 0 does."""
+
+    def column(values: Iterable[float], dtype: type) -> Any:
+        return np.array(list(values), dtype)
+
     return Settings(
-        jnp.asarray([row.temperature for row in rows], jnp.float32),
-        jnp.asarray([row.top_k if row.top_k < 2**31 else 0 for row in rows], jnp.int32),
-        jnp.asarray([row.top_p for row in rows], jnp.float32),
-        jnp.asarray([row.repetition_penalty for row in rows], jnp.float32),
+        column((row.temperature for row in rows), np.float32),
+        column((row.top_k if row.top_k < 2**31 else 0 for row in rows), np.int32),
+        column((row.top_p for row in rows), np.float32),
+        column((row.repetition_penalty for row in rows), np.float32),
     )
 
 
-def sample_key(seed: int, prompt_ids: Sequence[int], sample: int) -> jax.Array:
-    """Returns the key of one sample: of the seed, the prompt's ids and the sample's index, in turn.
+def key_words(seed: int, prompt_ids: Sequence[int], sample: int) -> np.ndarray:
+    """Returns the three words that the key of a sample is folded from, uint32 ``[3]``.
 
     Args:
         seed: In ``[0, 2**32)``.
-        prompt_ids: All of the prompt's ids; their digest is the first 32 bits of the SHA-256 of the
+        prompt_ids: All of the prompt's ids; their word is the first 32 bits of the SHA-256 of the
             ids as little-endian 32-bit words.
         sample: Index of the sample, from 0.
     """
     words = np.asarray(prompt_ids, dtype="<u4").tobytes()
     digest = int.from_bytes(hashlib.sha256(words).digest()[:4], "little")
-    key = jax.random.key(np.uint32(seed), impl="threefry2x32")
-    return jax.random.fold_in(jax.random.fold_in(key, np.uint32(digest)), np.uint32(sample))
+    return np.array([seed, digest, sample], np.uint32)
+
+
+def sample_key(words_3: np.ndarray | jax.Array) -> jax.Array:
+    """Returns the key of one sample: of the seed, the prompt's ids and the sample's index, in turn.
+
+    Args:
+        words_3: From ``key_words``.
+    """
+    key = jax.random.key(words_3[0], impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, words_3[1]), words_3[2])
 
 
 def uniform(key: jax.Array, index: jax.Array) -> jax.Array:

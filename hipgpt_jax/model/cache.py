@@ -1,9 +1,13 @@
 """The key/value cache of a decode step, as a value of fixed shape, in parts of which a step reads the live ones."""
 
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from hipgpt_jax import config
 
 SMALLEST_PART = 64
 _PARTS = 4
@@ -38,6 +42,26 @@ def part_sizes(window: int) -> tuple[int, ...]:
     return tuple(min(size, window - start) for start in range(0, window, size))
 
 
+def empty(model: config.ModelConfig, rows: int, sizes: tuple[int, ...]) -> tuple[Cache, ...]:
+    """Returns a cache of zeros, in parts of these sizes."""
+
+    def layers(size: int) -> tuple[jax.Array, ...]:
+        zeros_BNSH = np.zeros((rows, model.num_heads, size, model.head_dim), np.float32)
+        return tuple(jax.device_put(zeros_BNSH, may_alias=False) for _ in range(model.num_layers))
+
+    return tuple(Cache(layers(size), layers(size)) for size in sizes)
+
+
+def holding(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
+    """Returns the sizes of the parts that hold any of the first ``slots`` slots.
+
+    >>> holding((64, 64, 36), 64), holding((64, 64, 36), 65)
+    ((64,), (64, 64))
+    """
+    starts = itertools.accumulate(sizes, initial=0)
+    return tuple(size for size, start in zip(sizes, starts, strict=False) if start < slots)
+
+
 def split(new: Cache, sizes: tuple[int, ...]) -> tuple[Cache, ...]:
     """Returns ``new``, with zeros behind it, in parts of these sizes."""
     parts, start = [], 0
@@ -66,8 +90,3 @@ def append(part: Cache, new: Cache, slot_B: jax.Array) -> Cache:
         return old_BNSH.at[row_B, :, slot_B].set(new_BN1H[:, :, 0], mode="drop", unique_indices=True)
 
     return jax.tree.map(write, part, new)
-
-
-def where(rows_B: jax.Array, chosen: tuple[Cache, ...], other: tuple[Cache, ...]) -> tuple[Cache, ...]:
-    """Takes the rows where ``rows_B`` is true from ``chosen`` and the rest from ``other``."""
-    return jax.tree.map(lambda a, b: jnp.where(rows_B[:, None, None, None], a, b), chosen, other)

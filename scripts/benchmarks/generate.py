@@ -70,14 +70,19 @@ def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Re
 
 def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
     module, W = transformer.Transformer(model), model.max_seq_len
-    key = jax.random.key_data(sampling.sample_key(0, _PROMPT_IDS, 0))
+    key = jax.random.key_data(sampling.sample_key(sampling.key_words(0, _PROMPT_IDS, 0)))
     rows = decoding.Rows(key[None], sampling.settings([_SAMPLING]))
     zero_B, prompt_1T = jnp.zeros(1, jnp.int32), jnp.asarray([_PROMPT_IDS], jnp.int32)
     context_BS = jnp.pad(prompt_1T, ((0, 0), (0, W - prompt_1T.size)))
     seen_BV = jnp.zeros((1, model.vocab_size), bool).at[0, prompt_1T[0]].set(True)
     logits_BV = jnp.zeros((1, model.vocab_size))
+    sizes = kv.part_sizes(W)
     start = decoding.State(zero_B, zero_B, zero_B + prompt_1T.size, context_BS, seen_BV, logits_BV)
-    read = jax.jit(functools.partial(decoding.read_window, module, length=len(_PROMPT_IDS), sizes=kv.part_sizes(W)))
+
+    @jax.jit
+    def read(params: Any) -> tuple[decoding.State, Any]:
+        logits_BV, cache = decoding.read(module, params, prompt_1T, start.length_B, sizes=sizes)
+        return decoding.draw(rows, start, logits_BV), (*cache, *kv.empty(model, 1, sizes[len(cache) :]))
 
     @jax.jit
     def decode(params: Any, state: decoding.State, cache: Any) -> jax.Array:
@@ -88,7 +93,7 @@ def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Requ
         return jax.lax.scan(step, (state, cache), None, length=num_tokens - 1)[1]
 
     def request() -> tuple[float, float]:
-        ready = jax.block_until_ready(read(params, rows, start))
+        ready = jax.block_until_ready(read(params))
         began = time.perf_counter()
         np.asarray(decode(params, *ready))
         return num_tokens - 1, time.perf_counter() - began

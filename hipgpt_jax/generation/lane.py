@@ -1,0 +1,337 @@
+"""Rows that one compiled step advances together: samples enter and leave them one by one."""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hipgpt_jax import config
+from hipgpt_jax.generation import decoding, events, facts, sampling
+from hipgpt_jax.model import cache as kv
+from hipgpt_jax.model import transformer
+
+_SMALLEST_BUCKET = 8
+_SMALLEST_DIVIDED = 16
+
+
+class Programs:
+    """The compiled functions of a model, a window and a number of rows; all lanes of a sampler share them.
+
+    Attributes:
+        params: The model's parameters, on the device.
+        window: Tokens that the model sees.
+        stride: Tokens dropped at a time where the window is full.
+        sizes: Slots of each part of the cache.
+        starts: The first slot of each part, and the window.
+    """
+
+    def __init__(self, model: config.ModelConfig, window: int, stride: int) -> None:
+        self.model = model
+        self.params: Any = None
+        self.window, self.stride = window, stride
+        self.sizes = kv.part_sizes(window)
+        self.starts = list(itertools.accumulate(self.sizes, initial=0))
+        module = transformer.Transformer(model)
+        self.read = jax.jit(functools.partial(decoding.read, module, sizes=self.sizes))
+        self.begin = jax.jit(_begin)
+        self.put = jax.jit(_put, donate_argnums=0)
+        self.advance = jax.jit(functools.partial(decoding.advance, module))
+        self.append = jax.jit(_append, donate_argnums=0)
+        roll = functools.partial(decoding.roll, module, stride=stride, sizes=self.sizes)
+        self.roll = jax.jit(lambda params, rows, state: roll(params, rows, state)[0])
+        self.roll_row = jax.jit(functools.partial(_roll_row, roll))
+        self.where = jax.jit(decoding.where)
+        self.measure = jax.jit(facts.measure, static_argnames="alternatives")
+        self._last_read: tuple[tuple[int, ...], Any] | None = None
+        self._ran: set[Hashable] = set()
+
+    def load(self, params: Any) -> None:
+        """Takes parameters of the model; other ones than before compile nothing again."""
+        self.params, self._last_read = jax.device_put(params), None
+
+    def read_prompt(self, ids: tuple[int, ...]) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
+        """Returns the logits after a prompt and its cache; samples of one prompt in a row read it once.
+
+        It is read alone whatever the decode width is, so that no other row's length touches its arithmetic.
+        """
+        if self._last_read is None or self._last_read[0] != ids:
+            tokens_1T = np.zeros((1, bucket(len(ids), self.window)), np.int32)
+            tokens_1T[0, : len(ids)] = ids
+            self._last_read = None  # of two prompts' caches one is held
+            self._last_read = ids, self.read(self.params, tokens_1T, np.array([len(ids)], np.int32))
+        return self._last_read[1]
+
+    @property
+    def platform(self) -> str:
+        """Where it runs: ``cpu``, ``gpu`` and so on."""
+        return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
+
+    def live(self, length: int) -> int:
+        """Returns the number of parts that hold the first ``length`` tokens."""
+        return bisect.bisect_left(self.starts, length)
+
+    def part_of(self, slot: int) -> int:
+        """Returns the part that a slot stands in."""
+        return bisect.bisect_right(self.starts, slot) - 1
+
+    def is_new(self, *program: Hashable) -> bool:
+        """Whether this is the first time that a program is named."""
+        known = program in self._ran
+        self._ran.add(program)
+        return not known
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A sample in a row: its request, the request's place among all, and the tokens it may have."""
+
+    index: int
+    request: events.Request
+    limit: int
+
+
+class Drawn(NamedTuple):
+    """A step's tokens: which rows drew one and whether it is their last, the tokens, and the facts if measured."""
+
+    rows: dict[int, tuple[_Row, bool]]
+    token_B: Any
+    facts: Any
+
+
+class Lane:
+    """Rows of a decode step, each a sample or free.
+
+    A step is started one token ahead of the one being fetched, so that the device does not wait.
+    """
+
+    def __init__(self, programs: Programs, width: int, *, measure: bool) -> None:
+        """Prepares a lane; nothing is compiled before its first sample.
+
+        Args:
+            programs: Its functions, with parameters loaded.
+            width: Its rows.
+            measure: Whether events carry facts; it changes no token.
+        """
+        model, B, W = programs.model, width, programs.window
+        self._programs = programs
+        self._measured = measure
+        self._rows: list[_Row | None] = [None] * B
+        self._started = [0] * B
+        self._lengths = [0] * B  # the host's copy of the state's
+        self._under_way: Drawn | None = None
+        self._of_rows, self._state = decoding.blank(B, W, model.vocab_size)
+        self._cache = kv.empty(model, B, programs.sizes)
+
+    @property
+    def free(self) -> list[int]:
+        """Places without a sample."""
+        return [place for place, row in enumerate(self._rows) if row is None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether it holds a sample."""
+        return any(self._rows)
+
+    def admit(self, place: int, index: int, request: events.Request, limit: int) -> events.Event:
+        """Gives a free place to a sample and returns the event of its first token.
+
+        Args:
+            place: One of ``free``.
+            index: Place of the request among all.
+            request: Its prompt is read.
+            limit: Tokens it may have, at least 1.
+        """
+        programs = self._programs
+        ids = request.prompt_ids[-programs.window :]
+        context_1S = np.zeros((1, programs.window), np.int32)
+        context_1S[0, : len(ids)] = ids
+        seen_1V = np.zeros((1, programs.model.vocab_size), bool)
+        seen_1V[0, list(request.prompt_ids)] = True
+        logits_1V, cache = programs.read_prompt(ids)
+        rows, before, state = programs.begin(
+            sampling.key_words(request.generation.seed, request.prompt_ids, request.sample),
+            sampling.settings([request.sampling]),
+            np.array([len(ids)], np.int32),
+            context_1S,
+            seen_1V,
+            logits_1V,
+        )
+        measured = self._measure(rows, before, state, [request])
+        row = self._rows[place] = _Row(index, request, limit)
+        self._started[place], self._lengths[place] = 1, len(ids)
+        if limit > 1:
+            self._put(place, (rows, state), cache)
+            self._compile_ahead(len(ids), len(ids) + limit - 1, request)
+        drawn = Drawn({0: (row, limit == 1)}, *jax.device_get((state.token_B, measured)))
+        return self._event(place, drawn, 0)
+
+    def step(self) -> Drawn | None:
+        """Starts the next token of every row that wants one, and fetches those started before it, if any were."""
+        drawn, self._under_way = self._under_way, self._start()
+        return drawn and drawn._replace(token_B=np.asarray(drawn.token_B), facts=jax.tree.map(np.asarray, drawn.facts))
+
+    def settle(self, drawn: Drawn) -> list[events.Event]:
+        """Returns the events of fetched tokens; a sample that ends with one leaves its place free."""
+        live = [place for place, (row, _) in drawn.rows.items() if self._rows[place] is row]
+        return [self._event(place, drawn, place) for place in live]
+
+    def _event(self, place: int, drawn: Drawn, of: int) -> events.Event:
+        """The event of the token that stands at row ``of`` of ``drawn``, for the sample at ``place``."""
+        row, last = drawn.rows[of]
+        found = None if drawn.facts is None else events.TokenFacts(drawn.facts, of)
+        event = events.event_of(row.index, int(drawn.token_B[of]), found, row.request, last=last)
+        if event.finish_reason is not None:
+            self._rows[place] = None
+        if event.finish_reason == "error":  # what it left is multiplied by 0 for the next sample, which NaN outlives
+            self._cache = jax.tree.map(lambda x: x.at[place].set(0), self._cache)
+        return event
+
+    def _start(self) -> Drawn | None:
+        wanted: dict[int, tuple[_Row, bool]] = {}
+        for place, row in enumerate(self._rows):
+            if row is not None and self._started[place] < row.limit:
+                self._started[place] += 1
+                wanted[place] = row, self._started[place] == row.limit
+        if not wanted:
+            return None
+        before = self._state
+        self._next(wanted)
+        measured = self._measure(self._of_rows, before, self._state, [row.request for row, _ in wanted.values()])
+        return Drawn(wanted, self._state.token_B, measured)
+
+    def _measure(
+        self, rows: decoding.Rows, before: decoding.State, after: decoding.State, of: Iterable[events.Request]
+    ) -> facts.Facts | None:
+        if not self._measured:
+            return None
+        alternatives = any(request.generation.top_logprobs for request in of)
+        return self._programs.measure(rows, before, after, alternatives=alternatives)
+
+    def _next(self, wanted: Iterable[int]) -> None:
+        """Takes the state a token on for the rows wanted: from the cache, or read anew where a window is full.
+
+        With a stride of 1 a full row is read anew at every token, so all rows are, together; with a
+        larger one rows fill up at different steps, and each is read alone.
+        """
+        programs, rows, state = self._programs, self._of_rows, self._state
+        params, lengths, W = programs.params, self._lengths, programs.window
+        full = [place for place in wanted if lengths[place] >= W]
+        cached = [lengths[place] for place in wanted if lengths[place] < W]
+        together = full and programs.stride == 1
+        rolled = programs.roll(params, rows, state) if together else None
+        alone = [] if together else [(place, programs.roll_row(params, rows, state, place)) for place in full]
+        if cached:
+            self._state, new = programs.advance(params, rows, state, self._cache[: programs.live(max(cached))])
+            for part in {programs.part_of(length) for length in cached}:
+                self._append(part, new, state.length_B)
+        if rolled is not None:
+            is_full_B = np.isin(np.arange(len(self._rows)), full)
+            self._state = programs.where(is_full_B, rolled, self._state) if cached else rolled
+        for place, (one, cache) in alone:
+            self._put(place, one, cache)
+        for place in wanted:
+            lengths[place] = W - programs.stride + 1 if lengths[place] >= W else lengths[place] + 1
+
+    def _append(self, part: int, new: kv.Cache, length_B: Any) -> None:
+        cache = list(self._cache)
+        cache[part] = self._programs.append(cache[part], new, length_B, self._programs.starts[part])
+        self._cache = tuple(cache)
+
+    def _put(self, place: int, one: Any, cache: tuple[kv.Cache, ...]) -> None:
+        batch, live = (self._of_rows, self._state), len(cache)
+        (self._of_rows, self._state), parts = self._programs.put(self._cache[:live], batch, place, one, cache)
+        self._cache = (*parts, *self._cache[live:])
+
+    def _compile_ahead(self, first: int, last: int, request: events.Request) -> None:
+        """Runs, for nothing, the programs that contexts of ``first`` to ``last`` tokens need and that never ran.
+
+        So nothing compiles after the first token of a sample.
+        """
+        programs, rows, state = self._programs, self._of_rows, self._state
+        read = min(last, programs.window)
+        B = len(self._rows)
+        for live in range(programs.live(first), programs.live(read - 1) + 1):
+            if programs.is_new("advance", live) and first < programs.window:
+                _, new = programs.advance(programs.params, rows, state, self._cache[:live])
+                for part in range(live):
+                    if programs.is_new("append", programs.sizes[part]):
+                        self._append(part, new, np.full(B, programs.window, np.int32))  # in no part's slots
+        if last > programs.window and programs.is_new("roll"):
+            if programs.stride > 1:
+                _, cache = programs.roll_row(programs.params, rows, state, 0)
+                self._put(0, *decoding.take(((rows, state), self._cache[: len(cache)]), 0))  # as it was
+            else:
+                programs.where(np.zeros(B, bool), programs.roll(programs.params, rows, state), state)
+        if self._measured and programs.is_new("measure", bool(request.generation.top_logprobs)):
+            self._measure(rows, state, state, [request])
+
+
+def count(width: int, platform: str) -> int:
+    """Returns the number of lanes that a decode width is divided among; the rows of each are ``width`` over it.
+
+    On a CPU two lanes step side by side: XLA's products and attention of up to 64 rows keep one core
+    busy. At D256 L8 with 2 cores a step of 16 rows takes 3.7 ms as two lanes and 5.1 as one, and with
+    256 tokens in the cache 7.0 and 11.3; at 8 rows nothing is gained. The number of cores does not
+    enter, because the rows of a lane are part of the arithmetic.
+    """
+    return 2 if platform == "cpu" and width >= _SMALLEST_DIVIDED and width % 2 == 0 else 1
+
+
+def bucket(length: int, window: int) -> int:
+    """Returns the slots read for a prompt: 8, 12, 16, 24, 32, 48, … or the window.
+
+    A length compiles nothing that another length of its bucket has compiled, and at most a third of
+    a bucket above 8 is padding.
+
+    >>> [bucket(length, window=100) for length in (1, 9, 13, 70, 100)]
+    [8, 12, 16, 96, 100]
+    """
+    size = _SMALLEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, window)
+
+
+def _begin(
+    words_3: jax.Array,
+    settings: sampling.Settings,
+    length_1: jax.Array,
+    context_1S: jax.Array,
+    seen_1V: jax.Array,
+    logits_1V: jax.Array,
+) -> tuple[decoding.Rows, decoding.State, decoding.State]:
+    """Draws the first token of a sample; returns its row before the draw and after it."""
+    rows = decoding.Rows(jax.random.key_data(sampling.sample_key(words_3))[None], settings)
+    zero_1 = jnp.zeros_like(length_1)
+    before = decoding.State(zero_1, zero_1, length_1, context_1S, seen_1V, logits_1V)
+    return rows, before, decoding.draw(rows, before, logits_1V)
+
+
+def _put(
+    cache: tuple[kv.Cache, ...], batch: Any, place: jax.Array, one: Any, cache_1: tuple[kv.Cache, ...]
+) -> tuple[Any, tuple[kv.Cache, ...]]:
+    """Replaces a row of the batch and of as many parts of the cache as ``cache_1`` has."""
+    return decoding.put(batch, place, one), decoding.put(cache, place, cache_1)
+
+
+def _append(part: kv.Cache, new: kv.Cache, length_B: jax.Array, start: jax.Array) -> kv.Cache:
+    return kv.append(part, new, length_B - start)
+
+
+def _roll_row(
+    roll: Callable[..., tuple[decoding.State, tuple[kv.Cache, ...]]],
+    params: Any,
+    rows: decoding.Rows,
+    state: decoding.State,
+    place: jax.Array,
+) -> tuple[tuple[decoding.Rows, decoding.State], tuple[kv.Cache, ...]]:
+    """Rolls one row alone; returns its row of the batch and its cache."""
+    row = decoding.take(rows, place)
+    state, cache = roll(params, row, decoding.take(state, place))
+    return (row, state), cache
