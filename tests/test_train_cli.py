@@ -336,3 +336,64 @@ def test_a_kill_at_any_moment_leaves_a_run_that_opens(work: Path, cache: Path) -
         assert done.code == 0, done.err
         opened += 1
     assert opened == 4
+
+
+def test_damaged_metrics_are_told_by_their_line(run, work: Path) -> None:
+    assert run(*TINY, "--run-name", "a", "--steps", "4", "--log-every", "1").code == 0
+    path = work / "checkpoints/a/metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], '{"step": ?}\n', *lines[2:]]))
+    result = run(*TINY, "--run-name", "a", "--steps", "6", "--log-every", "1", "--resume", "--extend")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines()[-1].startswith(
+        "train: error: checkpoints/a/metrics.jsonl:2 is not a line of metrics"
+    )
+    path.write_text("".join(lines))
+    assert run(*TINY, "--run-name", "a", "--steps", "6", "--log-every", "1", "--resume", "--extend").code == 0
+    assert [line["step"] for line in metrics(work, "a") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_says_what_is_unknown(
+    run, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*TINY, "--run-name", "a", "--steps", "2").code == 0
+    path = work / "checkpoints/a/settings.json"
+    settings = json.loads(path.read_text())
+    older = {**settings, "training": {k: v for k, v in settings["training"].items() if k not in ("remat", "clip")}}
+    path.write_text(json.dumps(older))
+    assert run(*TINY, "--run-name", "a", "--steps", "3", "--resume", "--extend").code == 0
+    config = work / "checkpoints/a/latest_config.json"
+    newer = json.loads(config.read_text())
+    newer["model"]["rotary"] = True
+    config.write_text(json.dumps(newer))
+    for name, arguments in (
+        ("train", (*TINY, "--run-name", "a", "--steps", "4", "--resume", "--extend")),
+        ("generate", ("--run-name", "a", "--prompt", "the")),
+    ):
+        result = programs.call(name, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+        assert (result.code, result.out) == (1, "")
+        assert "does not know model.rotary: the run was made by another" in result.err.splitlines()[-1]
+
+
+def test_a_full_disk_leaves_the_run_at_its_last_checkpoint(run, work: Path, cache: Path) -> None:
+    """No file may grow beyond 8 KiB, so the weights of 20 KiB find no room, and the process goes on to say so."""
+    assert run(*TINY, "--run-name", "a", "--steps", "2").code == 0
+    before = {path.name: path.read_bytes() for path in (work / "checkpoints/a").glob("a_step*")}
+    latest = (work / "checkpoints/a/latest_checkpoint.bin").readlink()
+    longer = programs.command("train", *TINY, "--run-name", "a", "--steps", "4", "--resume", "--extend")
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *longer],
+        cwd=work,
+        env={**programs.environment(cache), "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert re.search(r"train: error: the checkpoint of step \d+ could not be written: .*File too large.*--resume", last)
+    assert "Traceback" not in done.stderr
+    assert (work / "checkpoints/a/latest_checkpoint.bin").readlink() == latest
+    after = {path.name: path.read_bytes() for path in (work / "checkpoints/a").glob("a_step*")}
+    assert after == before
+    assert run(*TINY, "--run-name", "a", "--steps", "4", "--resume", "--extend").code == 0

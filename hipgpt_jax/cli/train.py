@@ -1,6 +1,7 @@
 """``hipgpt-train``: a run from a text."""
 
 import functools
+import logging
 import shlex
 import shutil
 import sys
@@ -22,6 +23,7 @@ SIGTERM finishes the step, saves, and says how to go on. Examples:
 
 def main() -> None:
     """Runs ``hipgpt-train``."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it also raises
     program.run("train", SUMMARY, train_flags.FLAGS, _train)
 
 

@@ -1,11 +1,12 @@
 """A run's directory: its names, its links, and which checkpoint a request means."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, files, version
 
 CHECKPOINTS = Path("checkpoints")
 SHIPPED = Path(__file__).parent / "shipped"
@@ -183,10 +184,21 @@ def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
 def _parse_model(path: Path, value: dict[str, Any]) -> config.ModelConfig:
     keys = [field.name for field in dataclasses.fields(config.ModelConfig)]
     sizes = {key: _get(path, value, "model", key, int) for key in keys}
+    require_known(path, value)
     try:
         return config.ModelConfig(**sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def require_known(path: Path, value: dict[str, Any]) -> None:
+    """Raises ValueError where the model of a config has a part that this version knows nothing of."""
+    known = {field.name for field in dataclasses.fields(config.ModelConfig)}
+    if unknown := sorted(set(value["model"]) - known):
+        raise ValueError(
+            f"{path}: this version, {version.__version__}, does not know model.{unknown[0]}: the run was made by "
+            f"another, {json.dumps(value.get('version'))}; use that one"
+        )
 
 
 def _parse_eos_id(value: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """The training loop: data, step, log, evaluation, checkpoint."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -82,9 +83,13 @@ def train(job: Job, report: Report, *, resume: bool) -> int:
     """
     trainer = _Trainer(job, report)
     try:
-        return _train(trainer, job, report, resume)
-    finally:  # what is being written is finished, whatever stopped the loop
-        trainer.store.close()
+        at = _train(trainer, job, report, resume)
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # what stopped the loop is what is told
+            trainer.store.close()
+        raise
+    trainer.store.close()
+    return at
 
 
 def _train(trainer: "_Trainer", job: Job, report: Report, resume: bool) -> int:

@@ -108,4 +108,5 @@ def _read(run_directory: Path) -> dict[str, Any]:
     for section in ("model", "training"):
         if not isinstance(value.get(section), dict):
             raise ValueError(f"{path} must hold the section {section!r}: got {json.dumps(value.get(section))}")
+    directory.require_known(path, value)
     return value
