@@ -40,6 +40,8 @@ def _train() -> None:
     if not many:
         _check_start(run_directory)
     device = devices.start(train_flags.DEVICE.value, program.note)
+    if device.platform == "cpu":
+        devices.keep_freed_memory(program.note)
     devices.use_compilation_cache(program.note)
     if many:
         devices.require_agreement(_words())
