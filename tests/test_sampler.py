@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, lane, sampler, sampling
+from hipgpt_jax.generation import programs as compiled
 from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
@@ -198,12 +199,12 @@ def test_requests_are_taken_as_they_are_needed(wide: sampler.Sampler) -> None:
 
 def test_bucket_is_tight_monotone_and_within_the_window() -> None:
     for window in (1, 5, 8, 11, 32, 100, 1024):
-        sizes = [lane.bucket(length, window) for length in range(1, window + 1)]
+        sizes = [compiled.bucket(length, window) for length in range(1, window + 1)]
         assert sizes == sorted(sizes)
         assert all(length <= size <= window for length, size in enumerate(sizes, 1))
         assert all(3 * (size - length) <= size for length, size in enumerate(sizes, 1) if size > 8)
         assert len(set(sizes)) <= 2 * math.log2(max(8, window)) - 3
-    assert lane.bucket(1, 1024) == 8
+    assert compiled.bucket(1, 1024) == 8
 
 
 @hypothesis.settings(deadline=None, derandomize=True, database=None)

@@ -1,90 +1,17 @@
 """Rows that one compiled step advances together: samples enter and leave them one by one."""
 
-import bisect
 import dataclasses
-import functools
-import itertools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hipgpt_jax import config
 from hipgpt_jax.generation import decoding, events, facts, sampling
+from hipgpt_jax.generation import programs as compiled
 from hipgpt_jax.model import cache as kv
-from hipgpt_jax.model import transformer
 
-_SMALLEST_BUCKET = 8
 _SMALLEST_DIVIDED = 16
-
-
-class Programs:
-    """The compiled functions of a model, a window and a number of rows; all lanes of a sampler share them.
-
-    Attributes:
-        params: The model's parameters, on the device.
-        window: Tokens that the model sees.
-        stride: Tokens dropped at a time where the window is full.
-        sizes: Slots of each part of the cache.
-        starts: The first slot of each part, and the window.
-    """
-
-    def __init__(self, model: config.ModelConfig, window: int, stride: int) -> None:
-        self.model = model
-        self.params: Any = None
-        self.window, self.stride = window, stride
-        self.sizes = kv.part_sizes(window)
-        self.starts = list(itertools.accumulate(self.sizes, initial=0))
-        module = transformer.Transformer(model)
-        self.read = jax.jit(functools.partial(decoding.read, module, sizes=self.sizes))
-        self.begin = jax.jit(_begin)
-        self.put = jax.jit(_put, donate_argnums=0)
-        self.advance = jax.jit(functools.partial(decoding.advance, module))
-        self.append = jax.jit(_append, donate_argnums=0)
-        roll = functools.partial(decoding.roll, module, stride=stride, sizes=self.sizes)
-        self.roll = jax.jit(lambda params, rows, state: roll(params, rows, state)[0])
-        self.roll_row = jax.jit(functools.partial(_roll_row, roll))
-        self.where = jax.jit(decoding.where)
-        self.measure = jax.jit(facts.measure, static_argnames="alternatives")
-        self._last_read: tuple[tuple[int, ...], Any] | None = None
-        self._ran: set[Hashable] = set()
-
-    def load(self, params: Any) -> None:
-        """Takes parameters of the model; other ones than before compile nothing again."""
-        self.params, self._last_read = jax.device_put(params), None
-
-    def read_prompt(self, ids: tuple[int, ...]) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
-        """Returns the logits after a prompt and its cache; samples of one prompt in a row read it once.
-
-        It is read alone whatever the decode width is, so that no other row's length touches its arithmetic.
-        """
-        if self._last_read is None or self._last_read[0] != ids:
-            tokens_1T = np.zeros((1, bucket(len(ids), self.window)), np.int32)
-            tokens_1T[0, : len(ids)] = ids
-            self._last_read = None  # of two prompts' caches one is held
-            self._last_read = ids, self.read(self.params, tokens_1T, np.array([len(ids)], np.int32))
-        return self._last_read[1]
-
-    @property
-    def platform(self) -> str:
-        """Where it runs: ``cpu``, ``gpu`` and so on."""
-        return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
-
-    def live(self, length: int) -> int:
-        """Returns the number of parts that hold the first ``length`` tokens."""
-        return bisect.bisect_left(self.starts, length)
-
-    def part_of(self, slot: int) -> int:
-        """Returns the part that a slot stands in."""
-        return bisect.bisect_right(self.starts, slot) - 1
-
-    def is_new(self, *program: Hashable) -> bool:
-        """Whether this is the first time that a program is named."""
-        known = program in self._ran
-        self._ran.add(program)
-        return not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +37,7 @@ class Lane:
     A step is started one token ahead of the one being fetched, so that the device does not wait.
     """
 
-    def __init__(self, programs: Programs, width: int, *, measure: bool) -> None:
+    def __init__(self, programs: compiled.Programs, width: int, *, measure: bool) -> None:
         """Prepares a lane; nothing is compiled before its first sample.
 
         Args:
@@ -281,57 +208,3 @@ def count(width: int, platform: str) -> int:
     enter, because the rows of a lane are part of the arithmetic.
     """
     return 2 if platform == "cpu" and width >= _SMALLEST_DIVIDED and width % 2 == 0 else 1
-
-
-def bucket(length: int, window: int) -> int:
-    """Returns the slots read for a prompt: 8, 12, 16, 24, 32, 48, … or the window.
-
-    A length compiles nothing that another length of its bucket has compiled, and at most a third of
-    a bucket above 8 is padding.
-
-    >>> [bucket(length, window=100) for length in (1, 9, 13, 70, 100)]
-    [8, 12, 16, 96, 100]
-    """
-    size = _SMALLEST_BUCKET
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, window)
-
-
-def _begin(
-    words_3: jax.Array,
-    settings: sampling.Settings,
-    length_1: jax.Array,
-    context_1S: jax.Array,
-    seen_1V: jax.Array,
-    logits_1V: jax.Array,
-) -> tuple[decoding.Rows, decoding.State, decoding.State]:
-    """Draws the first token of a sample; returns its row before the draw and after it."""
-    rows = decoding.Rows(jax.random.key_data(sampling.sample_key(words_3))[None], settings)
-    zero_1 = jnp.zeros_like(length_1)
-    before = decoding.State(zero_1, zero_1, length_1, context_1S, seen_1V, logits_1V)
-    return rows, before, decoding.draw(rows, before, logits_1V)
-
-
-def _put(
-    cache: tuple[kv.Cache, ...], batch: Any, place: jax.Array, one: Any, cache_1: tuple[kv.Cache, ...]
-) -> tuple[Any, tuple[kv.Cache, ...]]:
-    """Replaces a row of the batch and of as many parts of the cache as ``cache_1`` has."""
-    return decoding.put(batch, place, one), decoding.put(cache, place, cache_1)
-
-
-def _append(part: kv.Cache, new: kv.Cache, length_B: jax.Array, start: jax.Array) -> kv.Cache:
-    return kv.append(part, new, length_B - start)
-
-
-def _roll_row(
-    roll: Callable[..., tuple[decoding.State, tuple[kv.Cache, ...]]],
-    params: Any,
-    rows: decoding.Rows,
-    state: decoding.State,
-    place: jax.Array,
-) -> tuple[tuple[decoding.Rows, decoding.State], tuple[kv.Cache, ...]]:
-    """Rolls one row alone; returns its row of the batch and its cache."""
-    row = decoding.take(rows, place)
-    state, cache = roll(params, row, decoding.take(state, place))
-    return (row, state), cache

@@ -6,7 +6,7 @@ from concurrent import futures
 from typing import Any
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import events, lane
+from hipgpt_jax.generation import events, lane, programs
 
 
 class Sampler:
@@ -32,7 +32,7 @@ class Sampler:
         self.model = model
         self.window = decode.resolve_window(model)
         self._decode = decode
-        self._programs = lane.Programs(model, self.window, decode.window_stride)
+        self._programs = programs.Programs(model, self.window, decode.window_stride)
         self._programs.load(params)
 
     @property
