@@ -69,4 +69,4 @@ def test_samples_are_made_at_both_widths_and_recorded(
 def test_an_unknown_shape_names_those_there_are(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["generate", "--shapes", "huge"])
-    assert "unknown shape 'huge': choose from default, d256, d384, gpt2, tiny" in capsys.readouterr().err
+    assert "unknown shape 'huge': choose from default, nanogpt, d256, d384, gpt2, tiny" in capsys.readouterr().err
