@@ -14,19 +14,19 @@ from hipgpt_jax import config
 from hipgpt_jax.generation import events, sampling
 
 SIZES = (2, 7, 16, 17, 18, 128, 129, 130, 300)
-choose, margins = jax.jit(sampling.choose), jax.jit(sampling.margins)
+choose = jax.jit(sampling.choose)
 
 
 def drawn(logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float) -> int:
     row = sampling.settings([settings])
-    return int(choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32))[0])
+    return int(choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32)).token_B[0])
 
 
 def measured(
     logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float
 ) -> tuple[float, float]:
     row = sampling.settings([settings])
-    found = margins(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32))
+    found = choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32))
     return float(found.margin_B[0]), float(found.gap_B[0])
 
 
@@ -133,21 +133,23 @@ def test_facts_are_those_of_a_full_forward_pass(shape: dict[str, Any]) -> None:
         logits = np.asarray(forward(np.asarray([window + [0] * (11 - len(window))], np.int32)))[0, len(window) - 1]
         logprobs = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
         order = np.argsort(-logprobs, kind="stable")
-        assert event.facts.logprob == pytest.approx(logprobs[event.token], abs=1e-4)
-        assert abs(logprobs[order[event.facts.rank - 1]] - logprobs[event.token]) < 1e-4
+        logprob, rank = event.facts.numbers_4[0], int(event.facts.numbers_4[1])
+        assert logprob == pytest.approx(logprobs[event.token], abs=1e-4)
+        assert abs(logprobs[order[rank - 1]] - logprobs[event.token]) < 1e-4
         top_id, top_logprob = event.facts.top
         assert len(top_id) == config.MAX_ALTERNATIVES
         np.testing.assert_allclose(top_logprob, logprobs[order[:20]], atol=1e-4)
         np.testing.assert_allclose(logprobs[top_id], logprobs[order[:20]], atol=1e-4)
-        assert event.facts.rank > len(top_id) or top_id[event.facts.rank - 1] == event.token
+        assert rank > len(top_id) or top_id[rank - 1] == event.token
         context.append(event.token)
 
 
-def test_numbers_that_are_not_finite_end_a_sample_as_an_error() -> None:
+@pytest.mark.parametrize("measure", [False, True])
+def test_numbers_that_are_not_finite_end_a_sample_as_an_error(measure: bool) -> None:
     params = fakes.random_params(fakes.MODEL)
     params["wte"]["embedding"][7] = np.nan
     from hipgpt_jax.generation import sampler
 
     broken = sampler.Sampler(fakes.MODEL, params, config.DecodingConfig(window=11))
-    happened = list(broken.run([fakes.request()], measure=True))
+    happened = list(broken.run([fakes.request()], measure=measure))
     assert happened == [events.Event(index=0, finish_reason="error")]

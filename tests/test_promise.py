@@ -184,13 +184,19 @@ def test_golden_tokens(width: int) -> None:
 
 
 @pytest.mark.slow
-def test_another_process_gives_the_same_whatever_the_environment_says_of_random_numbers() -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_NUM_CPU_DEVICES": "1"},
+        {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
+    ],
+)
+def test_another_process_gives_the_same_whatever_the_environment_says_of_numbers(own: dict[str, str]) -> None:
     lengths = (6, 2, 9)
     program = (
         f"import fakes, json; wanted = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in {lengths}];"
         "print(json.dumps(fakes.tokens_of(fakes.make_sampler(), wanted)))"
     )
-    own = {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_NUM_CPU_DEVICES": "1"}
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -67,22 +67,24 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
 ) -> None:
     """The logits themselves, at every step, in each row: beside prompts of other lengths, other settings, itself."""
     seen: list[np.ndarray] = []
-    measure = jax.jit(facts.measure, static_argnames="alternatives")
+    likeliest = jax.jit(facts.likeliest)
 
-    def listen(rows: Any, before: Any, after: Any, *, alternatives: bool) -> Any:
-        seen.append(np.asarray(after.logits_BV))
-        return measure(rows, before, after, alternatives=alternatives)
+    def listen(logits_BV: Any) -> Any:
+        seen.append(np.asarray(logits_BV))
+        return likeliest(logits_BV)
 
     programs = wide._engine._programs
-    monkeypatch.setattr(programs, "measure", listen)
+    monkeypatch.setattr(programs, "likeliest", listen)
     monkeypatch.setattr(programs, "is_new", lambda *program: False)  # nothing is run ahead of its turn
     (ask,) = wide.source.ask_all(
-        [hipgpt_jax.Prompt(text=PROMPTS[0])], config.SamplingConfig(), config.GenerationConfig(num_tokens=25)
+        [hipgpt_jax.Prompt(text=PROMPTS[0])],
+        config.SamplingConfig(),
+        config.GenerationConfig(num_tokens=25, top_logprobs=1),
     )
     others = wide.source.ask_all(
         [hipgpt_jax.Prompt(text=text) for text in PROMPTS],
         config.SamplingConfig(temperature=0.4, top_k=0),
-        config.GenerationConfig(num_tokens=60, seed=9),
+        config.GenerationConfig(num_tokens=60, seed=9, top_logprobs=1),
     )
     (job,), rest = list(wide.jobs([ask])), list(wide.jobs(others))
     told = {}

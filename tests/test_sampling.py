@@ -20,7 +20,7 @@ SIZES = (1, 2, 7, 16, 17, 128, 129, 300)
 LAST = 1 - 2**-24
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
-choose = jax.jit(sampling.choose)
+choose = jax.jit(lambda *args: sampling.choose(*args).token_B)
 
 
 def choices(logits_V: np.ndarray, uniforms: Any, **settings: Any) -> np.ndarray:
@@ -228,7 +228,7 @@ def test_choice_depends_on_no_companion(own: dict[str, Any]) -> None:
 
 
 def test_no_setting_and_no_number_compiles_again() -> None:
-    fresh, rng = jax.jit(lambda *args: sampling.choose(*args)), np.random.RandomState(0)
+    fresh, rng = jax.jit(lambda *args: sampling.choose(*args).token_B), np.random.RandomState(0)
     counts = []
     for row in ({}, {"temperature": 0.0}, {"top_k": 7}, {"top_k": 2**31}, {"top_p": 0.3}, {"repetition_penalty": 2.0}):
         settings = sampling.settings([config.SamplingConfig(**{**NEUTRAL, **row})])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fakes
 import jax
 import programs
 import pytest
@@ -229,6 +230,18 @@ def test_an_extended_run_says_what_changes(run, work: Path) -> None:
     settings = json.loads((work / "checkpoints/more/settings.json").read_text())
     assert settings["extended"] == [{"at": 4, "from": 4, "to": 8}]
     assert run(*flags, "--steps", "8", "--resume").code == 0
+
+
+def test_longer_runs_compile_no_more(run) -> None:
+    """So nothing compiles after the first step, its evaluation and its checkpoint."""
+    flags = (*TINY, "--log-every", "1", "--eval-every", "1", "--ckpt-every", "1", "--grad-accum", "2")
+    counts = []
+    for steps in ("1", "1", "5"):
+        with fakes.compilations() as compiled:
+            assert run(*flags, "--run-name", f"run{len(counts)}", "--steps", steps).code == 0
+        assert compiled.count("jit(train_step)") == 1
+        counts.append(len(compiled))
+    assert counts[2] == counts[1]
 
 
 def test_samples_of_text_are_shown(run) -> None:

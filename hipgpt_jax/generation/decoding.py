@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import sampling
+from hipgpt_jax.generation import facts, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 
@@ -34,7 +34,8 @@ class State(NamedTuple):
 
     Attributes:
         index_B: Tokens drawn so far.
-        token_B: The newest of them; it is not in the context yet.
+        token_B: The newest of them, which is not in the context yet; -1 where the model's numbers are not finite.
+        numbers_B4: What is said of it, see ``facts.numbers``. No step reads them.
         length_B: Tokens in the context.
         context_BS: The ids that the model has read, from slot 0; nothing stands at ``length`` and after.
         seen_BV: Whether a token stands in the prompt or the output.
@@ -43,6 +44,7 @@ class State(NamedTuple):
 
     index_B: jax.Array
     token_B: jax.Array
+    numbers_B4: jax.Array
     length_B: jax.Array
     context_BS: jax.Array
     seen_BV: jax.Array
@@ -59,6 +61,7 @@ def blank(B: int, W: int, V: int) -> tuple[Rows, State]:
     state = State(
         index_B=zeros(B),
         token_B=zeros(B),
+        numbers_B4=zeros(B, 4, dtype=np.float32),
         length_B=zeros(B),
         context_BS=zeros(B, W),
         seen_BV=zeros(B, V, dtype=bool),
@@ -88,9 +91,15 @@ def read(
 
 def draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
     """Draws the next token of each row from its logits."""
-    token_B = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform(rows, state))
+    key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")
+    uniform_B = jax.vmap(sampling.uniform)(key_B, state.index_B)
+    choice = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform_B)
+    numbers_B4 = facts.numbers(logits_BV, choice)
+    token_B = jnp.where(jnp.isfinite(numbers_B4[:, 0]), choice.token_B, -1)
     seen_BV = state.seen_BV | (jnp.arange(state.seen_BV.shape[1])[None] == token_B[:, None])
-    return state._replace(index_B=state.index_B + 1, token_B=token_B, seen_BV=seen_BV, logits_BV=logits_BV)
+    return state._replace(
+        index_B=state.index_B + 1, token_B=token_B, numbers_B4=numbers_B4, seen_BV=seen_BV, logits_BV=logits_BV
+    )
 
 
 def advance(
@@ -170,9 +179,3 @@ def where(rows_B: jax.Array, chosen: State, other: State) -> State:
         return jnp.where(jnp.expand_dims(rows_B, tuple(range(1, a.ndim))), a, b)
 
     return jax.tree.map(select, chosen, other)
-
-
-def uniform(rows: Rows, state: State) -> jax.Array:
-    """Returns the uniform numbers ``[B]`` of the tokens that the state draws next."""
-    key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")
-    return jax.vmap(sampling.uniform)(key_B, state.index_B)

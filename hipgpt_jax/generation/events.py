@@ -1,7 +1,6 @@
 """What is asked of a sampler and what it answers: requests and events."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -39,24 +38,9 @@ class TokenFacts(NamedTuple):
     row: int
 
     @property
-    def logprob(self) -> np.float32:
-        """Log-probability, in nats."""
-        return self.step.numbers_4B[0, self.row]
-
-    @property
-    def rank(self) -> int:
-        """Place in the order of likelihood, from 1."""
-        return int(self.step.numbers_4B[1, self.row])
-
-    @property
-    def margin(self) -> np.float32:
-        """See ``sampling.Margins``."""
-        return self.step.numbers_4B[2, self.row]
-
-    @property
-    def gap(self) -> np.float32:
-        """See ``sampling.Margins``."""
-        return self.step.numbers_4B[3, self.row]
+    def numbers_4(self) -> np.ndarray:
+        """Log-probability in nats, rank from 1, margin and gap; see ``facts.numbers``."""
+        return self.step.numbers_B4[self.row]
 
     @property
     def top(self) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +74,12 @@ def event_of(index: int, token: int, found: TokenFacts | None, request: Request,
 
     Args:
         index: Place of the request.
-        token: The id drawn.
+        token: The id drawn; -1 where the model's numbers are not finite.
         found: Its facts, if they were measured.
         request: The request; its ``ends`` is told of the token.
         last: Whether it is the last token the sample may have.
     """
-    if found is not None and not math.isfinite(found.logprob):
+    if token < 0:
         return Event(index=index, finish_reason="error")
     if token == request.generation.eos_id:
         reason = "eos"

@@ -81,7 +81,7 @@ class Lane:
         seen_1V = np.zeros((1, programs.model.vocab_size), bool)
         seen_1V[0, list(request.prompt_ids)] = True
         logits_1V, cache = programs.read_prompt(ids)
-        rows, before, state = programs.begin(
+        rows, state = programs.begin(
             sampling.key_words(request.generation.seed, request.prompt_ids, request.sample),
             sampling.settings([request.sampling]),
             np.array([len(ids)], np.int32),
@@ -89,7 +89,7 @@ class Lane:
             seen_1V,
             logits_1V,
         )
-        measured = self._measure(rows, before, state, [request])
+        measured = self._facts(state, [request])
         row = self._rows[place] = _Row(index, request, limit)
         self._started[place], self._lengths[place] = 1, len(ids)
         if limit > 1:
@@ -127,18 +127,15 @@ class Lane:
                 wanted[place] = row, self._started[place] == row.limit
         if not wanted:
             return None
-        before = self._state
         self._next(wanted)
-        measured = self._measure(self._of_rows, before, self._state, [row.request for row, _ in wanted.values()])
+        measured = self._facts(self._state, [row.request for row, _ in wanted.values()])
         return Drawn(wanted, self._state.token_B, measured)
 
-    def _measure(
-        self, rows: decoding.Rows, before: decoding.State, after: decoding.State, of: Iterable[events.Request]
-    ) -> facts.Facts | None:
+    def _facts(self, state: decoding.State, of: Iterable[events.Request]) -> facts.Facts | None:
         if not self._measured:
             return None
-        alternatives = any(request.generation.top_logprobs for request in of)
-        return self._programs.measure(rows, before, after, alternatives=alternatives)
+        wanted = any(request.generation.top_logprobs for request in of)
+        return facts.Facts(state.numbers_B4, self._programs.likeliest(state.logits_BV) if wanted else None)
 
     def _next(self, wanted: Iterable[int]) -> None:
         """Takes the state a token on for the rows wanted: from the cache, or read anew where a window is full.
@@ -195,8 +192,8 @@ class Lane:
                 self._put(0, *decoding.take(((rows, state), self._cache[: len(cache)]), 0))  # as it was
             else:
                 programs.where(np.zeros(B, bool), programs.roll(programs.params, rows, state), state)
-        if self._measured and programs.is_new("measure", bool(request.generation.top_logprobs)):
-            self._measure(rows, state, state, [request])
+        if self._measured and request.generation.top_logprobs and programs.is_new("likeliest"):
+            self._facts(state, [request])
 
 
 def count(width: int, platform: str) -> int:

@@ -45,7 +45,7 @@ class Programs:
         self.roll = jax.jit(lambda params, rows, state: roll(params, rows, state)[0])
         self.roll_row = jax.jit(functools.partial(_roll_row, roll))
         self.where = jax.jit(decoding.where)
-        self.measure = jax.jit(facts.measure, static_argnames="alternatives")
+        self.likeliest = jax.jit(facts.likeliest)
         self._last_read: tuple[tuple[int, ...], Any] | None = None
         self._ran: set[Hashable] = set()
 
@@ -107,12 +107,13 @@ def _begin(
     context_1S: jax.Array,
     seen_1V: jax.Array,
     logits_1V: jax.Array,
-) -> tuple[decoding.Rows, decoding.State, decoding.State]:
-    """Draws the first token of a sample; returns its row before the draw and after it."""
+) -> tuple[decoding.Rows, decoding.State]:
+    """Draws the first token of a sample; returns its row of the batch."""
     rows = decoding.Rows(jax.random.key_data(sampling.sample_key(words_3))[None], settings)
     zero_1 = jnp.zeros_like(length_1)
-    before = decoding.State(zero_1, zero_1, length_1, context_1S, seen_1V, logits_1V)
-    return rows, before, decoding.draw(rows, before, logits_1V)
+    none_14 = jnp.zeros((1, 4), jnp.float32)
+    before = decoding.State(zero_1, zero_1, none_14, length_1, context_1S, seen_1V, logits_1V)
+    return rows, decoding.draw(rows, before, logits_1V)
 
 
 def _put(

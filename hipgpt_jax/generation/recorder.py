@@ -51,7 +51,8 @@ class Recorder:
 
     def describe(self, sample: samples.Sample) -> record.Record:
         """Returns the record of a sample that has ended and was measured."""
-        request, facts = sample.job.request, sample.facts
+        request = sample.job.request
+        numbers_4T = np.array([fact.numbers_4 for fact in sample.facts], np.float32).reshape(-1, 4).T
         return record.Record(
             id=sample.job.id,
             sample=request.sample,
@@ -65,10 +66,10 @@ class Recorder:
             finish_reason=str(sample.finish_reason),
             stop=sample.stop,
             error=sample.error,
-            logprobs=_float32(fact.logprob for fact in facts),
-            ranks=tuple(fact.rank for fact in facts),
-            margins=_float32(fact.margin for fact in facts),
-            gaps=_float32(fact.gap for fact in facts),
+            logprobs=_float32(numbers_4T[0]),
+            ranks=tuple(numbers_4T[1].astype(int).tolist()),
+            margins=_float32(numbers_4T[2]),
+            gaps=_float32(numbers_4T[3]),
             top_logprobs=self._alternatives(sample),
             settings=self._settings(request.generation, request.sampling),
             run=self._run,

@@ -72,12 +72,12 @@ def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Requ
     module, W = transformer.Transformer(model), model.max_seq_len
     key = jax.random.key_data(sampling.sample_key(sampling.key_words(0, _PROMPT_IDS, 0)))
     rows = decoding.Rows(key[None], sampling.settings([_SAMPLING]))
-    zero_B, prompt_1T = jnp.zeros(1, jnp.int32), jnp.asarray([_PROMPT_IDS], jnp.int32)
+    prompt_1T = jnp.asarray([_PROMPT_IDS], jnp.int32)
     context_BS = jnp.pad(prompt_1T, ((0, 0), (0, W - prompt_1T.size)))
     seen_BV = jnp.zeros((1, model.vocab_size), bool).at[0, prompt_1T[0]].set(True)
-    logits_BV = jnp.zeros((1, model.vocab_size))
     sizes = kv.part_sizes(W)
-    start = decoding.State(zero_B, zero_B, zero_B + prompt_1T.size, context_BS, seen_BV, logits_BV)
+    _, blank = decoding.blank(1, W, model.vocab_size)
+    start = blank._replace(length_B=blank.length_B + prompt_1T.size, context_BS=context_BS, seen_BV=seen_BV)
 
     @jax.jit
     def read(params: Any) -> tuple[decoding.State, Any]:
