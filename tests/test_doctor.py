@@ -44,7 +44,7 @@ def test_a_healthy_machine_has_no_trouble(
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     result = call()
     assert (result.code, result.err) == (0, "")
-    assert re.search(r"\n  ok +run +shakespeare: 1 step, latest 4000, whole, digests checked; in ", result.out)
+    assert re.search(r"\n  ok +run +shakespeare: 1 step, latest 2000, whole, digests checked; in ", result.out)
     assert re.search(r"\n  ok +environment +JAX_PLATFORMS=cpu\n", result.out)
     assert re.search(r"\n  ok +JAX device +0: cpu\n", result.out)
     assert "TROUBLE" not in result.out

@@ -114,5 +114,5 @@ def test_runs_without_a_checkpoint_are_told_and_no_trouble(tiny: Path) -> None:
 def test_the_packages_own_run_is_restored_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(directory.SHIPPED, tmp_path / "shipped")
     monkeypatch.setattr(directory, "SHIPPED", tmp_path / "shipped")
-    cut(tmp_path / "shipped/shakespeare/shakespeare_step4000.bin")
+    cut(tmp_path / "shipped/shakespeare/shakespeare_step2000.bin")
     assert "git checkout" in (machines.troubles(runs.examine())[0].advice or "")
