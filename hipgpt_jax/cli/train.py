@@ -42,7 +42,9 @@ def _train() -> None:
     keeps = devices.keep_freed_memory()
     device = devices.start(train_flags.DEVICE.value, program.note)
     if keeps and device.platform == "cpu":
-        program.note("a step's memory is kept for the next, and the main thread takes the steps (unless MALLOC_… is set)")
+        program.note(
+            "a step's memory is kept for the next, and the main thread takes the steps (unless MALLOC_… is set)"
+        )
     devices.use_compilation_cache(program.note)
     if many:
         devices.require_agreement(_words())

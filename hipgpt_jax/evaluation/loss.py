@@ -48,11 +48,15 @@ class Score:
 
 
 def sum_tokens(logits_BTV: jax.Array, targets_BT: jax.Array, kept_BT: jax.Array | None = None) -> TokenSums:
-    """Sums the loss and the correct predictions of the targets kept, all by default; log-softmax in float32."""
+    """Sums the loss and the correct predictions of the targets kept, all by default; log-softmax in float32.
+
+    A target whose logit no other exceeds is right. Asked by ``argmax``, which XLA does not vectorize, a
+    step of the documented default takes 7.4 ms on a CPU instead of 6.0.
+    """
     logits_BTV = logits_BTV.astype(jnp.float32)
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
-    correct_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    correct_BT = picked_BT == logits_BTV.max(axis=-1)
     return TokenSums(jnp.sum(nll_BT, where=kept_BT), jnp.sum(correct_BT, where=kept_BT))
 
 
