@@ -220,6 +220,39 @@ def use_compilation_cache(tell: Callable[[str], None]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
+class Compilations:
+    """Counts the programs that XLA is given from now on, and of which the compiled code came from the cache.
+
+    Attributes:
+        compiled: Programs compiled.
+        cached: Programs whose compiled code was read from the persistent cache.
+        seconds: Time that both took.
+    """
+
+    def __init__(self) -> None:
+        import jax
+
+        self.compiled, self.cached, self.seconds = 0, 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._took)
+        jax.monitoring.register_event_listener(self._happened)
+
+    def __str__(self) -> str:
+        cached = f"{self.cached} from the cache"
+        if not self.compiled:
+            return f"programs: {cached}"
+        return f"programs: {self.compiled} compiled{f', {cached}' if self.cached else ''}, {self.seconds:.1f} s"
+
+    def _took(self, event: str, seconds: float, **kwargs: str | int) -> None:
+        del kwargs
+        if event == "/jax/core/compile/backend_compile_duration":  # told of a program from the cache too
+            self.compiled, self.seconds = self.compiled + 1, self.seconds + seconds
+
+    def _happened(self, event: str, **kwargs: str | int) -> None:
+        del kwargs
+        if event == "/jax/compilation_cache/cache_hits":
+            self.compiled, self.cached = self.compiled - 1, self.cached + 1
+
+
 def _advice(device: str) -> str:
     needs = "ROCm 7 on the host" if device == "rocm" else "an NVIDIA driver"
     return f"Install with pip install 'hipgpt-jax[{device}]' (it needs {needs})"

@@ -249,7 +249,7 @@ def test_ctrl_c_ends_quietly(trained: Path, cache: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_a_second_start_compiles_nothing(trained: Path, tmp_path: Path) -> None:
+def test_a_second_start_compiles_nothing_and_says_so(trained: Path, tmp_path: Path) -> None:
     first = programs.spawn("generate", *HI, cwd=trained, cache=tmp_path)
     directory = tmp_path / "hipgpt_jax" / "xla"
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -261,6 +261,12 @@ def test_a_second_start_compiles_nothing(trained: Path, tmp_path: Path) -> None:
     again = {path.name for path in directory.iterdir() if not path.name.endswith("-atime")}
     assert again == compiled
     assert (first.code, second.code) == (0, 0)
+    told = [re.search(r"first token [\d.]+ s later \(programs: (\d+) (.+?)\)", one.err) for one in (first, second)]
+    assert all(told), first.err + second.err
+    (made, how), (read, again_how) = (one.groups() for one in told if one)
+    assert made == read
+    assert re.fullmatch(r"compiled, [\d.]+ s", how)
+    assert again_how == "from the cache"
     assert programs.spawn("generate", *HI, cwd=trained, cache=tmp_path).out == first.out
 
 

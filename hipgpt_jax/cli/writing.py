@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from hipgpt_jax import api
+from hipgpt_jax import api, devices
 from hipgpt_jax.cli import program
 from hipgpt_jax.runs import output
 
@@ -62,7 +62,7 @@ def write(
             program.note(f"{out.path} has {len(keys) - wanted} of the samples: {wanted} are left")
         if repeated := len(asked) - len({one.id for one in asked}):
             program.note(f"{repeated} prompts repeat an earlier one: their samples would be the same and are made once")
-    clock = _Clock(load=run.load_seconds)
+    clock = _Clock(load=run.load_seconds, programs=devices.Compilations())
     with _progress(wanted, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
         updates = _recorded(run, run.make(jobs, measure=out is not None), out, clock, advance)
         if shows_text:
@@ -80,6 +80,7 @@ class _Clock:
     """Times of one command, in seconds, and what it made."""
 
     load: float
+    programs: devices.Compilations
     began: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float = 0.0
     last_token: float = 0.0
@@ -102,7 +103,7 @@ class _Clock:
     def summary(self) -> str:
         facts = [f"loaded in {self.load:.2f} s"]
         if self.tokens:
-            facts.append(f"first token {self.first_token:.2f} s later")
+            facts.append(f"first token {self.first_token:.2f} s later ({self.programs})")
         if self.tokens > 1:
             facts.append(f"then {(self.tokens - 1) / (self.last_token - self.first_token):.0f} tokens/s")
         total = self.load + time.perf_counter() - self.began
