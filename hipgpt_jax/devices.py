@@ -242,10 +242,10 @@ class Compilations:
             return f"programs: {cached}"
         return f"programs: {self.compiled} compiled{f', {cached}' if self.cached else ''}, {self.seconds:.1f} s"
 
-    def _took(self, event: str, seconds: float, **kwargs: str | int) -> None:
+    def _took(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del kwargs
         if event == "/jax/core/compile/backend_compile_duration":  # told of a program from the cache too
-            self.compiled, self.seconds = self.compiled + 1, self.seconds + seconds
+            self.compiled, self.seconds = self.compiled + 1, self.seconds + duration_secs
 
     def _happened(self, event: str, **kwargs: str | int) -> None:
         del kwargs

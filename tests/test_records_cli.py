@@ -259,29 +259,40 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, cache: Path
     assert lines_of(killed) == lines_of(whole)
 
 
-@pytest.mark.slow
-def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(trained: Path, cache: Path, tmp_path: Path) -> None:
-    """Each process tells its own peak; what grows is the set of finished samples, some hundred bytes each."""
+def peak_of(trained: Path, cache: Path, *arguments: str) -> float:
+    """The peak memory of ``hipgpt-generate`` in MiB, told by its own process."""
     code = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
         "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
-    flags = ("--run-name", "tiny", "--prompt", "the king", "--num_tokens", "2", "--batch_size", "250")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "--run-name", "tiny", "--prompt", "the king", *arguments],
+        cwd=trained,
+        env=programs.environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.splitlines()[-1]) / 1024
+
+
+@pytest.mark.slow
+def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(trained: Path, cache: Path, tmp_path: Path) -> None:
+    """What grows is the set of finished samples, some hundred bytes each."""
     peaks = []
     for samples in (1000, 10_000):
         out = tmp_path / f"{samples}.jsonl"
-        done = subprocess.run(
-            [sys.executable, "-c", code, "generate", *flags, "--num_samples", str(samples), "--output", str(out)],
-            cwd=trained,
-            env=programs.environment(cache),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        flags = ("--num_tokens", "2", "--batch_size", "250", "--num_samples", str(samples), "--output", str(out))
+        peaks.append(peak_of(trained, cache, *flags))
         assert out.read_bytes().count(b"\n") == samples
-        peaks.append(int(done.stderr.splitlines()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 40, f"peaks of {peaks} MiB"
+
+
+@pytest.mark.slow
+def test_twenty_thousand_tokens_take_no_more_memory_than_one_thousand(trained: Path, cache: Path) -> None:
+    peaks = [peak_of(trained, cache, "--window_stride", "8", "--num_tokens", tokens) for tokens in ("1000", "20000")]
     assert peaks[1] < peaks[0] + 40, f"peaks of {peaks} MiB"
 
 
