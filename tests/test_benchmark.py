@@ -70,3 +70,28 @@ def test_an_unknown_shape_names_those_there_are(benchmark: ModuleType, capsys: p
     with pytest.raises(SystemExit):
         benchmark.main(["generate", "--shapes", "huge"])
     assert "unknown shape 'huge': choose from default, nanogpt, d256, d384, gpt2, tiny" in capsys.readouterr().err
+
+
+def test_a_ratio_that_has_fallen_by_more_than_a_fifth_of_its_lowest_is_named(benchmark: ModuleType) -> None:
+    before = {"generate": {"default": {"streaming to bound": [0.5, 0.6, 0.7], "streaming to Hugging Face": [2, 3, 4]}}}
+    for median, fallen in ((0.41, False), (0.39, True)):
+        now = {"generate": {"default": {"streaming to bound": [0.1, median, 0.9]}}}
+        told = benchmark.falls(before, now)
+        assert bool(told) == fallen
+    assert told == ["generate default: streaming to bound is 0.39; it was 0.60, 0.50 at least"]
+
+
+def test_the_saved_ratios_are_of_what_is_checked(benchmark: ModuleType) -> None:
+    saved = json.loads(benchmark.RATIOS.read_text())
+    assert {name: ",".join(shapes) for name, shapes in saved.items()} == benchmark.CHECKED
+    for name, shapes in saved.items():
+        held = [f"{row} to {other}" for row, other in benchmark.COMMANDS[name][0].HELD]
+        assert all(list(ratios) == held for ratios in shapes.values())
+        assert all(low <= median <= high for ratios in shapes.values() for low, median, high in ratios.values())
+    assert benchmark.falls(saved, saved) == []
+
+
+def test_what_to_measure_must_be_said(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main([])
+    assert "what is to be measured? One of generate, train, samples, or --check" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from hipgpt_jax.runs import weights
 
 STREAM, SCAN, PEER, BOUND = "streaming", "scan", "Hugging Face", "bound"
 RATIOS_TO = (PEER, BOUND, SCAN)
+HELD = ((STREAM, PEER), (STREAM, BOUND))
 
 _PROMPT_IDS = tuple(range(8))
 _SAMPLING = config.SamplingConfig()

@@ -15,6 +15,7 @@ from hipgpt_jax.text import prompts, tokenizer
 
 NARROW, WIDE, RECORDED = "width 1", "width 16", "width 16, recorded"
 RATIOS_TO = (NARROW, WIDE)
+HELD = ((WIDE, NARROW), (RECORDED, WIDE))
 
 _SAMPLES = 64
 _WIDTH = 16

@@ -16,6 +16,7 @@ from hipgpt_jax.training import mesh, optimizer, step
 
 OURS, PEER = "hipgpt_jax", "PyTorch"
 RATIOS_TO = (PEER,)
+HELD = ((OURS, PEER),)
 
 _BATCHES = {"default": 4, "nanogpt": 12, "d256": 8}
 _STEPS = 10
