@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,24 +17,11 @@ from pathlib import Path
 
 from hipgpt_jax.runs import directory
 
-_FLAGS = (
-    *("--data-path", "text.txt", "--vocab-size", "300", "--dim", "32", "--heads", "2", "--ff", "64", "--layers", "2"),
-    *(
-        "--seq",
-        "32",
-        "--steps",
-        "4000",
-        "--ckpt-every",
-        "7",
-        "--eval-every",
-        "50",
-        "--log-every",
-        "5",
-        "--dropout",
-        "0.1",
-    ),
-    *("--eval-batches", "2", "--keep-last", "3", "--device", "cpu"),
+_FLAGS = shlex.split(
+    "--data-path text.txt --vocab-size 300 --dim 32 --heads 2 --ff 64 --layers 2 --seq 32 --steps 4000 --ckpt-every 7 "
+    "--eval-every 50 --log-every 5 --dropout 0.1 --eval-batches 2 --keep-last 3 --device cpu"
 )
+_TEXT = "the king and his fool went up to see what a queen would say of all that they had lost"
 _CLOCK = ("milliseconds", "tokens_per_second")
 
 
@@ -42,28 +30,7 @@ def main(kills: int, seed: int) -> None:
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)
-        words = [
-            "the",
-            "king",
-            "and",
-            "his",
-            "fool",
-            "went",
-            "up",
-            "to",
-            "see",
-            "what",
-            "a",
-            "queen",
-            "would",
-            "say",
-            "of",
-            "all",
-            "that",
-            "they",
-            "had",
-            "lost",
-        ]
+        words = _TEXT.split()
         Path("text.txt").write_text("\n".join(" ".join(draw.choices(words, k=9)) for _ in range(900)))
         subprocess.run(_command("whole"), check=True, stdout=subprocess.DEVNULL)
         opened = 0

@@ -24,7 +24,14 @@ SIGTERM finishes the step, saves, and says how to go on. Examples:
 def main() -> None:
     """Runs ``hipgpt-train``."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it also raises
+    sys.unraisablehook = _tell_unraisable
     program.run("train", SUMMARY, train_flags.FLAGS, _train)
+
+
+def _tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Says nothing of writes that TensorStore reports when another has failed, which is told, and all is closed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _train() -> None:
