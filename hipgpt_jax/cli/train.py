@@ -50,7 +50,7 @@ def _train() -> None:
     device = devices.start(train_flags.DEVICE.value, program.note)
     if keeps and device.platform == "cpu":
         program.note(
-            "a step's memory is kept for the next, and the main thread takes the steps (unless MALLOC_… is set)"
+            "a step's memory is kept for the next, and the main thread takes the steps (not with MALLOC_… set)"
         )
     devices.use_compilation_cache(program.note)
     if many:

@@ -100,7 +100,7 @@ def score_text(
 def _score_windows(
     model: transformer.Transformer, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and rank of each target, as in ``facts.measure``."""
+    """Log-probability and rank of each target, as in ``facts.numbers``."""
     logits_BTV = model.bind({"params": params})(tokens_BT, dropout=0.0).astype(jnp.float32)
     own_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
     id_V = jnp.arange(logits_BTV.shape[-1])[None, None]
