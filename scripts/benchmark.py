@@ -39,6 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.check or options.save:
+        if "module" in options:
+            parser.error("--check and --save measure all commands: give them alone")
         ratios = {name: _ratios(name) for name in CHECKED}
         if options.save:
             RATIOS.write_text(json.dumps(ratios, indent=1) + "\n")

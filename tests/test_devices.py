@@ -94,18 +94,24 @@ done = devices.keep_freed_memory()
 import jax, jax.numpy as jnp
 program = jax.jit(lambda x: (jax.lax.optimization_barrier(x * 2)[::-1] + x).sum())
 x = jnp.ones(25_000_000)
-for turn in range(3):
+faults = []
+for turn in range(8):  # the heap may grow once more where another block has taken a bit of the place
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     program(x).block_until_ready()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(done, faults)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(done, min(faults))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
 @pytest.mark.parametrize(
     ("own", "kept"),
-    [({}, True), ({"MALLOC_ARENA_MAX": "4"}, False), ({"JAX_CPU_ENABLE_ASYNC_DISPATCH": "1"}, False)],
+    [
+        ({}, True),
+        ({"MALLOC_ARENA_MAX": "4"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, False),
+        ({"JAX_CPU_ENABLE_ASYNC_DISPATCH": "1"}, False),
+    ],
 )
 def test_freed_memory_is_kept_unless_the_user_decides(own: dict[str, str], kept: bool) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUN"))}

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ SIGTERM finishes the step, saves, and says how to go on. Examples:
 
 def main() -> None:
     """Runs ``hipgpt-train``."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it also raises
-    sys.unraisablehook = _tell_unraisable
+    for name in ("absl", "asyncio"):  # where Orbax logs a traceback of what it also raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = functools.partial(_tell_unraisable, sys.unraisablehook)
     program.run("train", SUMMARY, train_flags.FLAGS, _train)
 
 
-def _tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Says nothing of writes that TensorStore reports when another has failed, which is told, and all is closed."""
+def _tell_unraisable(tell: Callable[..., Any], unraisable: "sys.UnraisableHookArgs") -> None:
+    """Passes on all but what TensorStore's threads report after a failed write, which is told itself."""
     if "Event loop is closed" not in str(unraisable.exc_value):
-        sys.__unraisablehook__(unraisable)
+        tell(unraisable)
 
 
 def _train() -> None:
