@@ -96,14 +96,34 @@ def start(device: str, tell: Callable[[str], None]) -> Device:
     return Device(first.platform, first.device_kind)
 
 
+def step_on_main_thread(environ: Mapping[str, str] = os.environ) -> bool:
+    """Has programs on a CPU run by the thread that starts them; before JAX starts.
+
+    It is what ``keep_freed_memory`` needs, and changes nothing on a GPU. A user's own setting stands.
+
+    Args:
+        environ: Where that is looked for.
+
+    Returns:
+        Whether it was done.
+    """
+    if _ASYNC_DISPATCH.upper() in environ:
+        return False
+
+    import jax
+
+    jax.config.update(_ASYNC_DISPATCH, False)
+    return True
+
+
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
-    """Has the memory that a program on a CPU frees kept, so that its next run finds it; before JAX starts.
+    """Has the memory that a program on a CPU frees kept, so that its next run finds it.
 
     XLA takes the memory of a program's temporaries anew at each run of it. glibc gives blocks of 32 MB
     and more back to the system, which then clears 12,700 pages at each step of nanoGPT's CPU setting: 43
     ms a step, and 31 where ``mallopt`` has them kept (2 cores). Blocks of over 64 MB it keeps for the main
-    thread alone, so programs are run by the thread that starts them: at D256 L8, 8 rows of 256, 212,000
-    pages fewer and 560 ms instead of 720. A user's own settings of the allocator and of JAX stand.
+    thread alone, hence ``step_on_main_thread``: at D256 L8, 8 rows of 256, 212,000 pages fewer and 560 ms
+    instead of 720. A user's own settings of the allocator stand.
 
     Args:
         environ: Where those are looked for.
@@ -111,17 +131,10 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
     Returns:
         Whether it was done: elsewhere than with glibc nothing is.
     """
-    own = ("MALLOC_", "GLIBC_TUNABLES", _ASYNC_DISPATCH.upper())
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith(own) for name in environ):
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in environ):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    if not all(mallopt(parameter, 2**31 - 1) for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)):
-        return False
-
-    import jax
-
-    jax.config.update(_ASYNC_DISPATCH, False)
-    return True
+    return all(mallopt(parameter, 2**31 - 1) for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def cache_directory() -> Path:

@@ -41,11 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.check or options.save:
         if "module" in options:
             parser.error("--check and --save measure all commands: give them alone")
-        ratios = {name: _ratios(name) for name in CHECKED}
-        if options.save:
-            RATIOS.write_text(json.dumps(ratios, indent=1) + "\n")
-        elif fallen := falls(json.loads(RATIOS.read_text()), ratios):
-            raise SystemExit("\n".join(fallen))
+        hold({name: _ratios(name) for name in CHECKED}, save=options.save)
         return
     if "module" not in options:
         parser.error(f"what is to be measured? One of {', '.join(COMMANDS)}, or --check")
@@ -54,6 +50,26 @@ def main(arguments: Sequence[str]) -> None:
     if options.rounds < 1 or getattr(options, "num_tokens", 3) < 3:
         parser.error("--rounds must be at least 1 and --num_tokens at least 3")
     table.run(options, options.module.rows_of, options.module.RATIOS_TO)
+
+
+def hold(ratios: dict[str, Any], *, save: bool) -> None:
+    """Saves measured ratios, or holds them against the saved ones; raises SystemExit where that fails."""
+    absent = [
+        f"{command} {shape}: {name}"
+        for command, shapes in ratios.items()
+        for shape, found in shapes.items()
+        for name, values in found.items()
+        if not values
+    ]
+    if save and absent:
+        raise SystemExit(f"not saved, a peer is {table.ABSENT}: {'; '.join(absent)}")
+    if save:
+        RATIOS.write_text(json.dumps(ratios, indent=1) + "\n")
+        return
+    for name in absent:
+        print(f"not compared: {name}, the peer is {table.ABSENT}")
+    if fallen := falls(json.loads(RATIOS.read_text()), ratios):
+        raise SystemExit("\n".join(fallen))
 
 
 def falls(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -71,7 +87,7 @@ def falls(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _ratios(name: str) -> dict[str, dict[str, list[float]]]:
-    """Measures in a process of its own, and returns the ratios that are held; none to a peer that is absent."""
+    """Measures in a process of its own, and returns the ratios that are held; an empty one to a peer that is absent."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "rates.json"
         subprocess.run([sys.executable, __file__, name, "--shapes", CHECKED[name], "--json", path], check=True)
@@ -80,7 +96,6 @@ def _ratios(name: str) -> dict[str, dict[str, list[float]]]:
         shape: {
             f"{row} to {other}": [round(ratio, 3) for ratio in found["ratios"][row][other]]
             for row, other in COMMANDS[name][0].HELD
-            if found["ratios"][row][other]
         }
         for shape, found in shapes.items()
     }

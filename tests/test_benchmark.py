@@ -81,6 +81,22 @@ def test_a_ratio_that_has_fallen_by_more_than_a_fifth_of_its_lowest_is_named(ben
     assert told == ["generate default: streaming to bound is 0.39; it was 0.60, 0.50 at least"]
 
 
+def test_a_peer_that_is_absent_is_said_and_nothing_is_saved(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = json.loads(benchmark.RATIOS.read_text())
+    monkeypatch.setattr(benchmark, "RATIOS", tmp_path / "ratios.json")
+    benchmark.hold(ratios, save=True)
+    ratios["train"]["d256"]["hipgpt_jax to PyTorch"] = []
+    with pytest.raises(
+        SystemExit, match=r"^not saved, a peer is not installed: .*: train d256: hipgpt_jax to PyTorch$"
+    ):
+        benchmark.hold(ratios, save=True)
+    assert json.loads(benchmark.RATIOS.read_text()) != ratios
+    benchmark.hold(ratios, save=False)
+    assert "not compared: train d256: hipgpt_jax to PyTorch, the peer is not installed" in capsys.readouterr().out
+
+
 def test_the_saved_ratios_are_of_what_is_checked(benchmark: ModuleType) -> None:
     saved = json.loads(benchmark.RATIOS.read_text())
     assert {name: ",".join(shapes) for name, shapes in saved.items()} == benchmark.CHECKED

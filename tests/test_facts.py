@@ -59,14 +59,49 @@ def test_margin_is_how_far_the_number_may_move(
         assert any(drawn(logits_V, seen_V, settings, min(max(u, 0), 1 - 2**-24)) != token for u in beyond)
 
 
-def test_margin_knows_of_the_end_of_the_nucleus() -> None:
-    """0.5 and 0.3 of the probability: top_p 0.7999 keeps two, 0.8001 three, which moves the boundary between them."""
+@pytest.mark.parametrize(
+    ("top_p", "uniform", "token", "margin"),
+    [
+        (0.7999, 0.56, 0, 1e-4),  # a third candidate would bring the first boundary from 0.625 to 0.5
+        (0.7, 0.56, 0, 0.625 - 0.56),
+        (0.8001, 0.6, 1, 1e-4),  # without the third the first boundary would lie at 0.625
+        (0.8001, 0.9, 2, 1e-4),  # and the third itself could not be drawn
+        (0.8001, 0.3, 0, 0.5 - 0.3),  # which does not touch the first
+    ],
+)
+def test_margin_knows_of_the_end_of_the_nucleus(top_p: float, uniform: float, token: int, margin: float) -> None:
+    """0.5, 0.3 and 0.2 of the probability: a ``top_p`` up to 0.8 keeps two, above it three."""
     logits_V, seen_V = np.log(np.asarray([0.5, 0.3, 0.2], np.float32)), np.zeros(3, bool)
-    near, far = (config.SamplingConfig(top_p=p, top_k=0, repetition_penalty=1.0) for p in (0.7999, 0.7))
-    uniform = 0.56  # of two, the first ends at 0.625; of three, at 0.5
-    assert drawn(logits_V, seen_V, near, uniform) == 0
-    assert measured(logits_V, seen_V, near, uniform)[0] == pytest.approx(1e-4, rel=0.02)
-    assert measured(logits_V, seen_V, far, uniform)[0] == pytest.approx(0.625 - 0.56, rel=1e-4)
+    settings = config.SamplingConfig(top_p=top_p, top_k=0, repetition_penalty=1.0)
+    assert drawn(logits_V, seen_V, settings, uniform) == token
+    assert measured(logits_V, seen_V, settings, uniform)[0] == pytest.approx(margin, rel=0.02)
+
+
+@pytest.mark.parametrize("V", SIZES)
+def test_margin_is_that_of_its_definition(V: int) -> None:
+    """In float64, over nuclei of every length; where the nucleus itself is in doubt nothing is asked."""
+    rng = np.random.RandomState(V)
+    for turn in range(40):
+        top_k, top_p = (0, 3, 128)[turn % 3], float(np.float32(rng.uniform(0.05, 0.999)))
+        logits_V, uniform = rng.normal(0, 2, V).astype(np.float32), rng.randint(2**24) * 2**-24
+        settings = config.SamplingConfig(top_k=top_k, top_p=top_p, repetition_penalty=1.0)
+        probs = np.sort(np.exp(logits_V.astype(np.float64) - logits_V.max()))[::-1][: top_k or None]
+        ends = probs.cumsum() / probs.sum()
+        kept = 1 + int(np.searchsorted(ends, top_p))
+
+        def rank_of(kept: int, ends: np.ndarray = ends, uniform: float = uniform) -> int:
+            return int(np.searchsorted(ends[:kept] / ends[kept - 1], uniform, side="right"))
+
+        rank = rank_of(kept)
+        inner = ends[: kept - 1] / ends[kept - 1]  # the boundaries that can be crossed
+        distances = [1.0, *np.abs(inner[max(rank - 1, 0) : rank + 1] - uniform)]
+        for other, end in ((kept - 1, kept - 1), (kept + 1, kept)):
+            if 1 <= other <= len(ends) and rank_of(other) != rank:
+                distances.append(abs(top_p - ends[end - 1]))
+        if min(np.abs(ends[:-1] - top_p).min(initial=1), np.abs(inner - uniform).min(initial=1)) > 1e-5:
+            assert measured(logits_V, np.zeros(V, bool), settings, uniform)[0] == pytest.approx(
+                min(distances), abs=3e-6
+            )
 
 
 @pytest.mark.parametrize("V", SIZES)
@@ -92,6 +127,10 @@ def test_at_temperature_0_the_margin_is_the_gap_of_the_best_two() -> None:
 SHAPES: list[dict[str, Any]] = [{}, {"width": 3}, {"width": 3, "window": 11, "window_stride": 4}]
 
 
+def with_alternatives(request: events.Request) -> events.Request:
+    return dataclasses.replace(request, generation=dataclasses.replace(request.generation, top_logprobs=3))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
     source = fakes.make_sampler(**shape)
@@ -103,11 +142,12 @@ def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
     ]
     wanted = [fakes.request(fakes.prompt(n), num_tokens=25, seed=n, **others) for n, others in settings]
     plain = list(source.run(wanted))
-    facts = list(source.run(wanted, measure=True))
+    facts = list(source.run(map(with_alternatives, wanted), measure=True))
     assert [(e.index, e.token, e.finish_reason) for e in facts] == [(e.index, e.token, e.finish_reason) for e in plain]
     assert all((event.facts is None) == (event.token is None) for event in facts)
     with fakes.compilations() as compiled:
-        list(source.run([fakes.request(fakes.prompt(3), num_tokens=20, top_k=7, temperature=0.3)], measure=True))
+        other = fakes.request(fakes.prompt(3), num_tokens=20, top_k=7, temperature=0.3)
+        list(source.run([with_alternatives(other)], measure=True))
     assert compiled == []
 
 

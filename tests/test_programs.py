@@ -13,7 +13,7 @@ from hipgpt_jax.generation import decoding, programs
 from hipgpt_jax.model import cache as kv
 
 MODEL = config.ModelConfig(vocab_size=700, max_seq_len=256, embed_dim=96, num_heads=3, ff_hidden_dim=352, num_layers=2)
-LARGE = MODEL.embed_dim * MODEL.embed_dim  # elements of the smallest kernel; a part of the cache of 8 rows has 49152
+KERNEL = MODEL.embed_dim * MODEL.embed_dim  # elements of the smallest
 MOVES = re.compile(r"= \w+\[([\d,]+)\]\S* (copy|transpose)\(")
 
 
@@ -30,13 +30,14 @@ def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
     of_rows, state = decoding.blank(rows, MODEL.max_seq_len, MODEL.vocab_size)
     cache = kv.empty(MODEL, rows, made.sizes)
     advance: Any = made.advance.lower(made.params, of_rows, state, cache).compile()
+    large = min(KERNEL, cache[0].keys[0].size)
     assert moved(advance), "the pattern finds the small copies there are"
-    assert max(moved(advance)) < LARGE
+    assert max(moved(advance)) < large
     assert advance.memory_analysis().temp_size_in_bytes < rows * 10 * 4 * MODEL.vocab_size, "ten rows of logits"
 
     _, new = made.advance(made.params, of_rows, state, cache)
     append: Any = made.append.lower(cache[0], new, state.length_B, 0).compile()
-    assert max(moved(append), default=0) < LARGE
+    assert max(moved(append), default=0) < large
     memory, part_bytes = append.memory_analysis(), sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0]))
     assert memory.alias_size_in_bytes == part_bytes, "it is written where it lies"
     assert memory.temp_size_in_bytes < part_bytes / 16

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, lane, sampler, sampling
 from hipgpt_jax.generation import programs as compiled
-from hipgpt_jax.model import transformer
+from hipgpt_jax.model import cache, transformer
 
 MODEL = fakes.MODEL
 WINDOW = 11
@@ -243,15 +243,22 @@ def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("measure", [False, True])
-def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(measure: bool) -> None:
+def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(
+    measure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A position is no number, which the next sample in the row never reads, though the cache holds it still."""
+    monkeypatch.setattr(cache, "SMALLEST_PART", 4)
     params = fakes.random_params(MODEL)
-    params["wte"]["embedding"][7] = np.nan
+    params["wpe"]["embedding"][10] = np.nan
     source = sampler.Sampler(MODEL, params, config.DecodingConfig(window=WINDOW))
-    broken = fakes.request((1, 7, 2, 3, 4), num_tokens=5)
-    well = fakes.request((1, 2, 3), num_tokens=9, top_k=3)
+    broken = fakes.request(fakes.prompt(8), num_tokens=5)
+    well = fakes.request(fakes.prompt(3), num_tokens=8, top_k=3)
     apart = [event.token for event in source.run([well], measure=measure)]
+    assert len(apart) == 8
+    assert None not in apart
     together = list(source.run([broken, well], measure=measure))
-    assert [(event.token, event.finish_reason) for event in together if event.index == 0] == [(None, "error")]
+    of_broken = [event for event in together if event.index == 0]
+    assert [event.finish_reason for event in of_broken] == [None, None, None, "error"]
     assert [event.token for event in together if event.index == 1] == apart
 
 

@@ -119,6 +119,11 @@ def test_score_counts_every_token_but_the_first_once(model: transformer.Transfor
     assert scored.perplexity == pytest.approx(np.exp(nll / 30), rel=1e-4)
 
 
+def test_a_target_that_shares_the_largest_logit_is_right() -> None:
+    logits_BTV = jnp.asarray([[[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [4.0, 3.0, 0.0]]])
+    assert int(loss.sum_tokens(logits_BTV, jnp.asarray([[1, 2, 1]])).correct) == 2
+
+
 def test_score_of_some_batches_is_a_part_of_the_whole(model: transformer.Transformer) -> None:
     params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 200).astype(np.uint16)

@@ -48,12 +48,7 @@ def _train() -> None:
     many = _join()
     if not many:
         _check_start(run_directory)
-    keeps = devices.keep_freed_memory()
-    device = devices.start(train_flags.DEVICE.value, program.note)
-    if keeps and device.platform == "cpu":
-        program.note(
-            "a step's memory is kept for the next, and the main thread takes the steps (not with MALLOC_… set)"
-        )
+    device = _start_device()
     devices.use_compilation_cache(program.note)
     if many:
         devices.require_agreement(_words())
@@ -102,6 +97,20 @@ def _train() -> None:
             program.note(f"stopped and saved at step {at}; to go on: {_resume_command(run)}")
         else:
             program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
+
+
+def _start_device() -> devices.Device:
+    """Starts JAX, with what makes steps on a CPU faster, and tells of it."""
+    on_main_thread = devices.step_on_main_thread()
+    device = devices.start(train_flags.DEVICE.value, program.note)
+    if device.platform == "cpu":
+        if on_main_thread:
+            program.note("set jax_cpu_enable_async_dispatch=False: the main thread takes the steps")
+        if devices.keep_freed_memory():
+            program.note(
+                "set glibc's mallopt to keep a step's memory for the next (not with MALLOC_… or GLIBC_TUNABLES)"
+            )
+    return device
 
 
 def _utilisation(cost: float, device: devices.Device, number: int, dtype: str, rate: float) -> float | None:

@@ -83,6 +83,7 @@ class _Clock:
     programs: devices.Compilations
     began: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float = 0.0
+    first_programs: str = ""
     last_token: float = 0.0
     tokens: int = 0
     samples: int = 0
@@ -92,7 +93,8 @@ class _Clock:
     def count(self, update: "samples.Update") -> None:
         if update.drew:
             self.last_token = time.perf_counter() - self.began
-            self.first_token = self.first_token or self.last_token
+            if not self.tokens:
+                self.first_token, self.first_programs = self.last_token, str(self.programs)
             self.tokens += 1
         if update.finish_reason is not None:
             self.samples += 1
@@ -103,7 +105,7 @@ class _Clock:
     def summary(self) -> str:
         facts = [f"loaded in {self.load:.2f} s"]
         if self.tokens:
-            facts.append(f"first token {self.first_token:.2f} s later ({self.programs})")
+            facts.append(f"first token {self.first_token:.2f} s later ({self.first_programs})")
         if self.tokens > 1:
             facts.append(f"then {(self.tokens - 1) / (self.last_token - self.first_token):.0f} tokens/s")
         total = self.load + time.perf_counter() - self.began

@@ -27,7 +27,8 @@ class Score:
     Attributes:
         loss: Mean negative log-likelihood of a token, in nats.
         nats_per_byte: The same, a byte of the text; comparable between vocabularies.
-        accuracy: Share of tokens that were the most likely one, in [0, 1].
+        accuracy: Share of tokens that were the most likely one, in [0, 1]. Of several as likely each is
+            right; in ``score.TextScore`` the one of the lowest id, whose rank is 1.
         tokens: Tokens predicted.
     """
 

@@ -90,7 +90,7 @@ def read(
 
 
 def draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
-    """Draws the next token of each row from its logits."""
+    """Draws the next token of each row from its logits; -1 where its numbers are not finite."""
     key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")
     uniform_B = jax.vmap(sampling.uniform)(key_B, state.index_B)
     choice = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform_B)

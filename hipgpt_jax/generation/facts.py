@@ -2,7 +2,7 @@
 
 Four numbers are found in the step that draws the token, whether it is recorded or not: recording cannot
 change a token. A program of its own, beside the step, cost a recorded run of 16 rows 13 % of its speed;
-here they cost 3 to 6, and a stream that records nothing 2 to 3 (D256 L8, 2 cores). The likeliest other
+here a record costs some 4 in all, and a stream that records nothing 2 to 3 (D256 L8, 2 cores). The likeliest other
 tokens, where asked for, are found by a program beside the step.
 """
 

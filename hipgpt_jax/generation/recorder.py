@@ -149,4 +149,4 @@ class Recorder:
 
 def _float32(values: Iterable[np.float32]) -> tuple[float, ...]:
     """Numbers with the fewest digits that are theirs in float32."""
-    return tuple(float(str(value)) for value in values)
+    return tuple(map(float, map(str, values)))

@@ -139,8 +139,9 @@ class Choice(NamedTuple):
     Attributes:
         token_B: Ids, int32.
         margin_B: Distance from the uniform number to the nearest boundary that would have changed the
-            token, or from ``top_p`` to the share at which the nucleus would have ended elsewhere and
-            changed it; 1 where no number would have. At temperature 0, the gap of the two best logits.
+            token, or from ``top_p`` to the share at which the nucleus would have ended a candidate
+            earlier or later, where that changes it; 1 where nothing of this would have. At temperature
+            0, the gap of the two best logits.
         gap_B: Distance of the token's logit, after the penalty, to the nearer one of its neighbours in
             the order of candidates, with which it would have changed places.
     """

@@ -130,8 +130,8 @@ class Record:
             before penalty, top-k and top-p.
         ranks: Place of each id in that distribution's order; 1 is the likeliest.
         margins: How far the uniform number was from the nearest boundary that would have changed the
-            token, in [0, 1], where 1 is the value if no number would have; at temperature 0, the gap of
-            the two best logits. See ``sampling.Choice``.
+            token, or ``top_p`` from where a nucleus of a candidate more or fewer would have; in [0, 1],
+            where 1 is the value if nothing would have. At temperature 0, the gap of the two best logits.
         gaps: How far the token's logit, after the penalty, was from that of its nearer neighbour in the
             order of candidates, with which it would have changed places.
         top_logprobs: For each id, the likeliest tokens at its place as (id, log-probability, text), or

@@ -28,7 +28,8 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     Both sides begin with the same weights and get the same batches, and their losses must agree.
     """
     del options, directory
-    devices.keep_freed_memory()  # as hipgpt-train does; it serves both sides
+    devices.step_on_main_thread()  # both as hipgpt-train does; the second serves both sides
+    devices.keep_freed_memory()
     batch_size = next((size for name, size in _BATCHES.items() if table.SHAPES[name] == model), 2)
     train = training_config.TrainConfig(batch_size=batch_size, warmup_steps=0, min_lr=1e-3)
     shape = (_STEPS, train.batch_size, model.max_seq_len + 1)
