@@ -1,5 +1,7 @@
 """``hipgpt-train`` as a user meets it, and the directory it leaves."""
 
+import contextlib
+import itertools
 import json
 import re
 import signal
@@ -13,6 +15,8 @@ import jax
 import programs
 import pytest
 import safetensors
+
+from hipgpt_jax.cli import train_report
 
 TINY = (
     *("--data-path", "text.txt", "--vocab-size", "300", "--warmup-steps", "2"),
@@ -217,6 +221,30 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path, cache: Path) -> N
     weights = [(work / "checkpoints" / name / f"{name}_step3000.bin").read_bytes() for name in ("part", "whole")]
     assert weights[0] == weights[1]
     assert metrics(work, "part") == metrics(work, "whole")
+
+
+def test_an_evaluation_that_a_stop_cuts_short_is_made_when_the_run_goes_on(
+    run, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to stop in the evaluation after step 4, in that again, and in the last one: as if it never was."""
+    flags = (*TINY, "--lr", "1e-2", "--steps", "8", "--eval-every", "4", "--eval-batches", "3", "--log-every", "1")
+    assert run(*flags, "--run-name", "whole").code == 0
+    resume: tuple[str, ...] = ()
+    for polls, at in ((5, 4), (2, 4), (8, 8)):
+        asked = itertools.count(1)
+        told = contextlib.nullcontext(lambda asked=asked, polls=polls: next(asked) >= polls)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_report, "stopping", lambda told=told: told)
+            stopped = run(*flags, "--run-name", "part", *resume)
+        assert f"stopped and saved at step {at}; to go on:" in stopped.err
+        resume = ("--resume",)
+    assert len(metrics(work, "part")) == len(metrics(work, "whole")) - 1
+    assert "done: hipgpt-generate" in run(*flags, "--run-name", "part", "--resume").err
+    assert metrics(work, "part") == metrics(work, "whole")
+    for name in ("latest", "best"):
+        files = [work / f"checkpoints/{run}/{name}_checkpoint.bin" for run in ("part", "whole")]
+        assert files[0].readlink().name == files[1].readlink().name.replace("whole", "part")
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_an_extended_run_says_what_changes(run, work: Path) -> None:

@@ -130,6 +130,13 @@ def note(line: str) -> None:
     sys.stderr.flush()
 
 
+def keep_stdout_for_text() -> None:
+    """Sends to stderr what libraries in C print to stdout, as gloo does of its connections; Python's stdout stays."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    os.dup2(2, 1)
+
+
 def _takes_several(values: flags.FlagValues, flag: str) -> bool:
     return isinstance(values[flag], flags.MultiFlag)
 

@@ -91,12 +91,12 @@ def _train() -> None:
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
     )
     with train_report.stopping() as stops, train_report.reporting(job, stops) as report:
-        at = loop.train(job, report, resume=train_flags.RESUME.value)
+        end = loop.train(job, report, resume=train_flags.RESUME.value)
     if tells:
-        if at < train.steps:
-            program.note(f"stopped and saved at step {at}; to go on: {_resume_command(run)}")
-        else:
+        if end.whole:
             program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
+        else:
+            program.note(f"stopped and saved at step {end.at}; to go on: {_resume_command(run)}")
 
 
 def _start_device() -> devices.Device:
@@ -130,6 +130,7 @@ def _join() -> bool:
         raise ValueError("--coordinator, --num_processes and --process_id go together: give all three")
     if not (train_flags.DISTRIBUTED.value or given[0]):
         return False
+    program.keep_stdout_for_text()
     devices.join(*given, device=train_flags.DEVICE.value, tell=program.note)
     return True
 

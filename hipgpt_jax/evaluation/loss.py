@@ -129,6 +129,7 @@ def score(
     stride: int | None = None,
     max_batches: int = 0,
     place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Scores every token of ``ids`` but the first, each once; ``Windows`` has the context rule.
 
@@ -142,6 +143,7 @@ def score(
         stride: Tokens from one window to the next; ``length`` if absent, so that they do not overlap.
         max_batches: Batches scored, evenly spread over the text; 0 scores all.
         place: Puts a batch of rows where the parameters are.
+        before_batch: Called before each batch; what it raises ends the scoring.
     """
     targets = len(ids) - 1
     windows = Windows.over(targets, length=length, stride=length if stride is None else stride)
@@ -150,6 +152,7 @@ def score(
         batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
     nll, correct, scored = 0.0, 0, 0
     for batch in batches:
+        before_batch()
         padded = np.resize(batch, batch_size)
         at_BT, kept_BT = windows.places(padded), windows.counted(padded)
         kept_BT[len(batch) :] = False

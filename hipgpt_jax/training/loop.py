@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,19 +63,33 @@ class Report:
     stops: Callable[[], bool] = lambda: False
 
 
-def train(job: Job, report: Report, *, resume: bool) -> int:
+class End(NamedTuple):
+    """Where training ended; its state and weights are on disk.
+
+    Attributes:
+        at: The last step taken.
+        whole: Whether nothing is left to do.
+    """
+
+    at: int
+    whole: bool
+
+
+class _StopError(Exception):
+    """An evaluation was cut short."""
+
+
+def train(job: Job, report: Report, *, resume: bool) -> End:
     """Trains a run to its last step, or until it is told to stop.
 
     Each batch and each dropout key is a function of the step's number, so a run that was cut short and
-    resumed draws what the uninterrupted one would have drawn.
+    resumed draws what the uninterrupted one would have drawn. An evaluation that a stop cut short is
+    made when the run is resumed.
 
     Args:
         job: What is trained.
         report: Told of every step.
         resume: Whether to go on from the newest saved state; from the first step where there is none.
-
-    Returns:
-        The last step taken; its state and weights are on disk.
 
     Raises:
         FloatingPointError: A loss is not finite; nothing is saved from that step on.
@@ -83,35 +97,38 @@ def train(job: Job, report: Report, *, resume: bool) -> int:
     """
     trainer = _Trainer(job, report)
     try:
-        at = _train(trainer, job, report, resume)
+        end = _train(trainer, job, report, resume)
     except BaseException:
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # what stopped the loop is what is told
             trainer.store.close()
         raise
     trainer.store.close()
-    return at
+    return end
 
 
-def _train(trainer: "_Trainer", job: Job, report: Report, resume: bool) -> int:
+def _train(trainer: "_Trainer", job: Job, report: Report, resume: bool) -> End:
     state = trainer.begin(resume)
-    first, last, at = int(state.step) + 1, job.train.steps, int(state.step)
-    for at in range(first, last + 1):
+    at, last, stopped = int(state.step), job.train.steps, False
+    if trainer.owes_evaluation(at):
+        is_best, stopped = trainer.evaluate(state, at)
+        if is_best:
+            trainer.save(state, at, latest=False, best=True)
+    while at < last and not stopped:
+        at += 1
         state = trainer.take_step(state, at)
-        told_to_stop = _any_process(report.stops())
-        at_checkpoint = at == last or _every(at, job.train.ckpt_every)
-        save = at_checkpoint or told_to_stop
-        is_best = (at_checkpoint or _every(at, job.train.eval_every)) and trainer.evaluate(state, at)
+        is_best, stopped = (
+            trainer.evaluate(state, at) if trainer.is_evaluated(at) else (False, trainer.is_told_to_stop())
+        )
+        save = stopped or trainer.is_checkpoint(at)
         if save or is_best:
             trainer.save(state, at, latest=save, best=is_best)
         if _every(at, job.train.sample_every):
             params = job.layout.fetch(state.params)
             if trainer.tells:
                 report.sample(at, params)
-        if told_to_stop:
-            break
     with checkpoint.saving(at):
         trainer.store.wait()
-    return at
+    return End(at, whole=at == last and not trainer.owes_evaluation(at))
 
 
 class _Trainer:
@@ -175,24 +192,54 @@ class _Trainer:
             self._seconds, self._timed = 0.0, 0
         return state
 
-    def evaluate(self, state: step.TrainState, at: int) -> bool:
-        """Scores the validation split, and returns whether no step before had a lower loss."""
+    def is_checkpoint(self, at: int) -> bool:
+        """Whether a step's state is kept whatever happens."""
+        return at == self._job.train.steps or _every(at, self._job.train.ckpt_every)
+
+    def is_evaluated(self, at: int) -> bool:
+        """Whether an evaluation follows a step."""
+        return self.is_checkpoint(at) or _every(at, self._job.train.eval_every)
+
+    def owes_evaluation(self, at: int) -> bool:
+        """Whether the evaluation that follows a step was cut short."""
+        is_owed = self.is_evaluated(at) and not metrics.is_evaluated(self._metrics_path, at)
+        return at > 0 and _any_process(self.tells and is_owed)
+
+    def is_told_to_stop(self) -> bool:
+        """Whether to stop after the step under way."""
+        return _any_process(self._report.stops())
+
+    def evaluate(self, state: step.TrainState, at: int) -> tuple[bool, bool]:
+        """Scores the validation split.
+
+        Returns:
+            Whether no step before had a lower loss, and whether to stop; then the first is False and nothing was noted.
+        """
         job = self._job
-        scored = loss.score(
-            self._model,
-            state.params,
-            job.data.validation,
-            text_bytes=job.data.manifest.validation_bytes,
-            batch_size=job.train.batch_size,
-            length=job.model.max_seq_len,
-            max_batches=job.train.eval_batches,
-            place=job.layout.rows,
-        )
+
+        def heed() -> None:
+            if self.is_told_to_stop():
+                raise _StopError
+
+        try:
+            scored = loss.score(
+                self._model,
+                state.params,
+                job.data.validation,
+                text_bytes=job.data.manifest.validation_bytes,
+                batch_size=job.train.batch_size,
+                length=job.model.max_seq_len,
+                max_batches=job.train.eval_batches,
+                place=job.layout.rows,
+                before_batch=heed,
+            )
+        except _StopError:
+            return False, True
         _require_finite("validation loss", scored.loss, at)
         line = {"step": at, **metrics.describe_score(scored)}
         self._tell(line, metrics.format_evaluation(line))
         is_best, self._best = scored.loss < self._best, min(scored.loss, self._best)
-        return is_best
+        return is_best, False
 
     def save(self, state: step.TrainState, at: int, *, latest: bool, best: bool) -> None:
         """Saves the state where training can go on from here, and the weights; in that order they are asked for."""

@@ -47,6 +47,11 @@ def best_loss(path: Path, last_step: int) -> float:
     return min(losses, default=math.inf)
 
 
+def is_evaluated(path: Path, at: int) -> bool:
+    """Returns whether step ``at`` was evaluated."""
+    return any("validation_loss" in line for line in _read(path) if line["step"] == at)
+
+
 def is_best(path: Path, at: int) -> bool:
     """Returns whether step ``at`` was evaluated and no step before it had a lower validation loss."""
     own = [line["validation_loss"] for line in _read(path) if "validation_loss" in line and line["step"] == at]
