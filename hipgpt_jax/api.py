@@ -60,7 +60,9 @@ class Run:
         model = found.checkpoint.model
         self.source = found
         self.device = device
-        self._engine = sampler.Sampler(model, weights.read(found.checkpoint.weights, model), found.decoding)
+        params = weights.read(found.checkpoint.weights, model)
+        attention = device.attention(found.decoding.dtype, model.head_dim)
+        self._engine = sampler.Sampler(model, params, found.decoding, attention)
         self.load_seconds = origin.elapsed()
         self.recorder = recorder.Recorder(found, device, origin, self.load_seconds)
 
@@ -139,11 +141,11 @@ class Run:
         from hipgpt_jax.evaluation import score
 
         several = [self._ids_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        vocabulary, model = self.source.vocabulary, self.source.checkpoint.model
+        vocabulary = self.source.vocabulary
         stride = self.source.decoding.window_stride if stride is None else stride
         return [
             score.score_text(
-                model,
+                self._engine.module,
                 self._engine.params,
                 ids,
                 vocabulary=vocabulary,
@@ -177,11 +179,10 @@ class Run:
             stride: Tokens from one window to the next.
         """
         from hipgpt_jax.evaluation import loss
-        from hipgpt_jax.model import transformer
 
         length = self.source.window
         return loss.score(
-            transformer.Transformer(self.source.checkpoint.model),
+            self._engine.module,
             self._engine.params,
             ids,
             text_bytes=text_bytes,

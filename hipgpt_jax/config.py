@@ -7,6 +7,8 @@ refuse a bad flag before the slow imports begin.
 import dataclasses
 import math
 
+DTYPES = ("float32", "bfloat16")
+
 
 def require_int(name: str, value: object, low: int, meaning: str) -> None:
     """Raises ValueError where a value is no integer of at least ``low``."""
@@ -24,6 +26,12 @@ def require_finite(name: str, value: float, meaning: str) -> None:
     """Raises ValueError where a number is infinite or not a number."""
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number ({meaning}): got {value}")
+
+
+def require_dtype(value: object) -> None:
+    """Raises ValueError where a value is no type of ``DTYPES``."""
+    if value not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}: got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +131,8 @@ class DecodingConfig:
         overflow: What happens when the window is full: ``roll`` slides it, ``stop`` ends the sample,
             ``error`` refuses a request that could not fit.
         width: Rows of the compiled decode step, the decode width; rows never affect each other.
+        dtype: Type of the arithmetic and of the KV cache, one of ``DTYPES``; softmax, LayerNorm's
+            statistics, the logits and all of sampling are float32 in either.
 
     Raises:
         ValueError: A value is out of its range.
@@ -132,6 +142,7 @@ class DecodingConfig:
     window_stride: int = 1
     overflow: str = "roll"
     width: int = 1
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -140,6 +151,7 @@ class DecodingConfig:
         require_int("batch_size", self.width, 1, "rows decoded side by side")
         if self.overflow not in OVERFLOW_RULES:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOW_RULES)}: got {self.overflow!r}")
+        require_dtype(self.dtype)
 
     def resolve_window(self, model: ModelConfig) -> int:
         """Returns the window ``W`` for ``model``.

@@ -2,10 +2,10 @@
 
 import ctypes
 import importlib.metadata
-import json
 import os
 import platform
-from collections.abc import Callable, Mapping, MutableMapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,17 +19,32 @@ CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _ROCM_XLA_FLAG = "--xla_gpu_enable_command_buffer="
 _ROCM_PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
+# XLA times several kernels of a product and takes the fastest, so another start may take another one and round
+# otherwise; and some of them add up in any order. This flag switches both off.
+_EXACT_XLA_FLAG = "--xla_gpu_deterministic_ops=true"
+_EXACT_XLA_FLAGS = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops", "xla_gpu_autotune_level")
+
 _ASYNC_DISPATCH = "jax_cpu_enable_async_dispatch"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def rocm_defaults(environ: MutableMapping[str, str]) -> dict[str, str]:
-    """Returns the settings that ROCm needs and the environment does not already decide."""
+def gpu_defaults(environ: Mapping[str, str], *, rocm: bool, exact: bool) -> dict[str, str]:
+    """Returns the settings that a GPU needs and the environment does not already decide.
+
+    Args:
+        environ: The environment.
+        rocm: Whether it is one of AMD's.
+        exact: Whether another start must give the same bits.
+    """
     chosen = {}
-    flags = environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_command_buffer" not in flags:
-        chosen["XLA_FLAGS"] = f"{flags} {_ROCM_XLA_FLAG}".strip()
-    if _ROCM_PREALLOCATE not in environ:
+    flags = own = environ.get("XLA_FLAGS", "")
+    if rocm and "xla_gpu_enable_command_buffer" not in own:
+        flags = f"{flags} {_ROCM_XLA_FLAG}"
+    if exact and not any(name in own for name in _EXACT_XLA_FLAGS):
+        flags = f"{flags} {_EXACT_XLA_FLAG}"
+    if flags != own:
+        chosen["XLA_FLAGS"] = flags.strip()
+    if rocm and _ROCM_PREALLOCATE not in environ:
         chosen[_ROCM_PREALLOCATE] = "false"
     return chosen
 
@@ -46,11 +61,44 @@ class Device(NamedTuple):
     platform: str
     kind: str
 
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether it is an NVIDIA GPU: JAX calls those of AMD ``gpu`` or ``rocm`` too."""
+        return self.platform in ("gpu", "cuda") and "NVIDIA" in self.kind
+
+    def attention(self, dtype: str, head_dim: int) -> str:
+        """Returns which implementation of attention suits it, one of ``model.attention.IMPLEMENTATIONS``.
+
+        cuDNN's takes half precision alone, and heads of a multiple of 8 up to 128 on every card that has it.
+        """
+        suits = self.is_nvidia and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
+        return "cudnn" if suits else "xla"
+
     def __str__(self) -> str:
         return f"{self.platform} ({self.kind})"
 
 
-def start(device: str, tell: Callable[[str], None]) -> Device:
+def set_defaults(device: str, tell: Callable[[str], None], *, exact: bool) -> None:
+    """Sets ``gpu_defaults`` where a GPU may be used, and tells of it; before JAX is imported.
+
+    Once it is they may have no effect, and would all the same stand in a record: then they are told alone.
+    """
+    found = " ".join(plugins())
+    on_cpu = device == "cpu" or (device == "auto" and os.environ.get("JAX_PLATFORMS") == "cpu")
+    if on_cpu or not (found or device != "auto"):
+        return
+    rocm = device == "rocm" or (device == "auto" and "rocm" in found)
+    chosen = gpu_defaults(os.environ, rocm=rocm, exact=exact)
+    if chosen and "jax" in sys.modules:
+        wanted = " ".join(f"{name}={value!r}" for name, value in chosen.items())
+        tell(f"JAX was imported before and may have started: set {wanted} yourself, before Python starts")
+        return
+    for name, value in chosen.items():
+        os.environ[name] = value
+        tell(f"set {name}={value}")
+
+
+def start(device: str, tell: Callable[[str], None], *, exact: bool = True) -> Device:
     """Starts JAX on ``device`` and returns what it computes on.
 
     ``auto`` leaves the choice to JAX, and to ``JAX_PLATFORMS`` where the user has set it; it says so
@@ -59,6 +107,8 @@ def start(device: str, tell: Callable[[str], None]) -> Device:
     Args:
         device: One of ``DEVICES``.
         tell: Takes a line for the user.
+        exact: Whether the same program gives the same bits at each start, on a GPU too; what that costs
+            there is the search for the fastest kernels.
 
     Raises:
         ValueError: JAX has no such device; the message says what it found and how to install. Or it has
@@ -67,10 +117,7 @@ def start(device: str, tell: Callable[[str], None]) -> Device:
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}: got {device!r}")
     installed = plugins()
-    if device == "rocm" or (device == "auto" and any("rocm" in plugin for plugin in installed)):
-        for name, value in rocm_defaults(os.environ).items():
-            os.environ[name] = value
-            tell(f"set {name}={value}")
+    set_defaults(device, tell, exact=exact)
 
     import jax
 
@@ -80,10 +127,10 @@ def start(device: str, tell: Callable[[str], None]) -> Device:
         first = jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts that a platform it was asked for is known
         if device == "auto":
-            raise ValueError(f"JAX {jax.__version__} could not start: {_first_line(error)}") from error
+            raise ValueError(f"JAX {jax.__version__} could not start: {first_line(error)}") from error
         raise ValueError(
             f"--device {device}: JAX {jax.__version__} found no such device "
-            f"(plugins installed: {', '.join(installed) or 'none'}; it said: {_first_line(error)}). "
+            f"(plugins installed: {', '.join(installed) or 'none'}; it said: {first_line(error)}). "
             f"{_advice(device)}, or use --device cpu"
         ) from error
     if device == "auto" and first.platform == "cpu" and installed and not os.environ.get("JAX_PLATFORMS"):
@@ -146,66 +193,6 @@ def cache_directory() -> Path:
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hipgpt_jax" / "xla"
-
-
-def join(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    *,
-    device: str,
-    tell: Callable[[str], None],
-) -> None:
-    """Joins the other processes of a job; before JAX starts in this one.
-
-    Args:
-        coordinator: Address and port of process 0; None leaves all three to JAX, which knows Slurm,
-            Open MPI and Kubernetes.
-        num_processes: Processes in all.
-        process_id: Number of this one.
-        device: As for ``start``. Processes on CPUs talk through gloo.
-        tell: Takes a line for the user.
-
-    Raises:
-        ValueError: The processes did not find one another.
-    """
-    import jax
-
-    if device == "cpu" and "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        tell("set jax_cpu_collectives_implementation=gloo")
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the processes of the job did not find one another: {_first_line(error)}. Give --coordinator, "
-            f"--num_processes and --process_id, or start it through Slurm, Open MPI or Kubernetes"
-        ) from error
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when every process of the job has come here."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def require_agreement(words: dict[str, str]) -> None:
-    """Raises ValueError, in every process, where one was given other flags than process 0."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    text = json.dumps(words, sort_keys=True).encode()
-    sizes = multihost_utils.process_allgather(np.asarray(len(text)))
-    padded = np.frombuffer(text.ljust(int(np.max(sizes)), b" "), np.uint8)
-    first, *others = (json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded)))
-    for number, other in enumerate(others, 1):
-        if differences := [
-            f"{name} {value} and {other[name]}" for name, value in first.items() if other[name] != value
-        ]:
-            raise ValueError(f"processes 0 and {number} were given different flags: {'; '.join(differences)}")
 
 
 def use_compilation_cache(tell: Callable[[str], None]) -> None:
@@ -271,5 +258,6 @@ def _advice(device: str) -> str:
     return f"Install with pip install 'hipgpt-jax[{device}]' (it needs {needs})"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of what an error says, else its name."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,7 +4,7 @@ import dataclasses
 
 from hipgpt_jax import config
 
-DTYPES = ("float32", "bfloat16")
+WEIGHTS_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class TrainConfig:
         weight_decay: AdamW's decoupled decay of weight matrices; at least 0.
         clip: Largest global norm of the gradient, above 0.
         dropout: Probability of dropping an activation while training, in [0, 1).
-        dtype: Type of the arithmetic, one of ``DTYPES``; parameters, optimizer, softmax, LayerNorm's
+        dtype: Type of the arithmetic, one of ``config.DTYPES``; parameters, optimizer, softmax, LayerNorm's
             statistics and the loss are float32 in either.
         grad_accum: Parts that a step's batch is computed in, one after the other; they divide it.
         remat: Whether activations are computed again for the backward pass instead of being kept.
@@ -79,8 +79,7 @@ class TrainConfig:
         config.require_finite("clip", self.clip, "the gradient's largest norm")
         if self.learning_rate <= 0 or self.clip <= 0:
             raise ValueError(f"lr and clip must be above 0: got {self.learning_rate} and {self.clip}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}: got {self.dtype!r}")
+        config.require_dtype(self.dtype)
         if self.batch_size % self.grad_accum:
             raise ValueError(f"grad_accum must divide the batch of {self.batch_size}: got {self.grad_accum}")
         if self.weight_decay < 0:

@@ -80,6 +80,15 @@ def tokens_of(source: sampler.Sampler, requests: list[events.Request]) -> list[l
     return tokens
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yields every equation of a program, those inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(inner if hasattr(inner, "eqns") else inner.jaxpr)
+
+
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
     """Yields a list that grows by one name for each program that XLA is given while the block runs."""

@@ -24,7 +24,14 @@ RUN = record.Run(
     name="shakespeare", step=4000, weights_sha256="ab" * 32, tokenizer_sha256="cd" * 32, config_sha256="ef" * 32
 )
 NUMERICS = record.Numerics(
-    platform="cpu", device_kind="cpu", machine="x86_64", cores=2, dtype="float32", decode_width=1, xla_flags=""
+    platform="cpu",
+    device_kind="cpu",
+    machine="x86_64",
+    cores=2,
+    dtype="float32",
+    attention="xla",
+    decode_width=1,
+    xla_flags="",
 )
 VERSIONS = provenance.Versions(
     hipgpt_jax="0.1.0",

@@ -65,6 +65,7 @@ def test_an_integer_has_a_lowest_value(kind: Any, field: str, low: int, name: st
         (config.DecodingConfig, {"overflow": "roll"}),
         (config.DecodingConfig, {"overflow": "stop"}),
         (config.DecodingConfig, {"overflow": "error"}),
+        (config.DecodingConfig, {"dtype": "bfloat16"}),
         (config.GenerationConfig, {"seed": MAX_SEED}),
         (training_config.TrainConfig, {"seed": MAX_SEED}),
         (training_config.TrainConfig, {"min_lr": 0.0}),
@@ -99,6 +100,7 @@ def test_the_edge_of_a_range_belongs_to_it(kind: Any, values: dict[str, Any]) ->
         (config.SamplingConfig, {"repetition_penalty": NAN}, "rep_penalty must be a finite number"),
         (config.SamplingConfig, {"repetition_penalty": INF}, "rep_penalty must be a finite number"),
         (config.DecodingConfig, {"overflow": "wrap"}, "overflow must be one of roll, stop, error: got 'wrap'"),
+        (config.DecodingConfig, {"dtype": "float16"}, "dtype must be one of float32, bfloat16: got 'float16'"),
         (config.GenerationConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (32 bits): got 4294967296"),
         (
             training_config.TrainConfig,
@@ -188,7 +190,7 @@ def test_the_documented_defaults() -> None:
     assert dataclasses.astuple(config.ModelConfig()) == (5000, 32, 128, 4, 256, 2)
     assert dataclasses.astuple(config.SamplingConfig()) == (1.0, 5, 0.9, 1.1)
     assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1, (), 0)
-    assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1)
+    assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1, "float32")
     assert training_config.TrainConfig().batch_size == 4
 
 

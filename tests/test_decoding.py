@@ -43,7 +43,7 @@ def scanned(params: dict[str, Any], rows: decoding.Rows, state: decoding.State) 
     """The states after each of 11 tokens, from prompts of at most 8."""
     logits_BV, cache = decoding.read(MODULE, params, state.context_BS[:, :8], state.length_B, sizes=SIZES)
     state = decoding.draw(rows, state, logits_BV)
-    cache = (*cache, *kv.empty(MODEL, len(state.length_B), SIZES[len(cache) :]))
+    cache = (*cache, *kv.empty(MODEL, len(state.length_B), SIZES[len(cache) :], "float32"))
 
     def step(carry: Any, _: None) -> tuple[Any, decoding.State]:
         return decoding.decode_step(MODULE, params, rows, *carry), carry[0]

@@ -15,16 +15,87 @@ from hipgpt_jax import devices
 OFF = "--xla_gpu_enable_command_buffer="
 
 
+EXACT = "--xla_gpu_deterministic_ops=true"
+
+
 @pytest.mark.parametrize(
-    ("environ", "chosen"),
+    ("rocm", "exact", "environ", "chosen"),
     [
-        ({}, {"XLA_FLAGS": OFF, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
-        ({"XLA_FLAGS": "--a=1"}, {"XLA_FLAGS": f"--a=1 {OFF}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
-        ({"XLA_FLAGS": f"{OFF}FUSION", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, {}),
+        (True, False, {}, {"XLA_FLAGS": OFF, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
+        (True, True, {}, {"XLA_FLAGS": f"{OFF} {EXACT}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
+        (True, False, {"XLA_FLAGS": "--a=1"}, {"XLA_FLAGS": f"--a=1 {OFF}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
+        (True, False, {"XLA_FLAGS": f"{OFF}FUSION", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, {}),
+        (False, True, {}, {"XLA_FLAGS": EXACT}),
+        (False, True, {"XLA_FLAGS": "--xla_gpu_deterministic_ops=false"}, {}),
+        (False, True, {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops"}, {}),
+        (False, False, {}, {}),
     ],
 )
-def test_rocm_settings_leave_the_users_own_alone(environ: dict[str, str], chosen: dict[str, str]) -> None:
-    assert devices.rocm_defaults(environ) == chosen
+def test_settings_of_a_gpu_leave_the_users_own_alone(
+    rocm: bool, exact: bool, environ: dict[str, str], chosen: dict[str, str]
+) -> None:
+    assert devices.gpu_defaults(environ, rocm=rocm, exact=exact) == chosen
+
+
+_DEFAULTS = """
+import os, sys
+from hipgpt_jax import devices
+if sys.argv[1] == "late":
+    import jax
+devices.plugins = lambda: sys.argv[3:]
+devices.set_defaults(sys.argv[2], print, exact=True)
+print(os.environ.get("XLA_FLAGS", ""))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "printed"),
+    [
+        (["early", "auto"], {}, [""]),
+        (["early", "cpu", "jax-cuda13-plugin 0.10.2"], {}, [""]),
+        (["early", "auto", "jax-cuda13-plugin 0.10.2"], {"JAX_PLATFORMS": "cpu"}, [""]),
+        (["early", "auto", "jax-cuda13-plugin 0.10.2"], {}, [f"set XLA_FLAGS={EXACT}", EXACT]),
+        (["early", "cuda"], {"XLA_FLAGS": "--a=1"}, [f"set XLA_FLAGS=--a=1 {EXACT}", f"--a=1 {EXACT}"]),
+        (
+            ["early", "auto", "jax-rocm7-plugin 0.10.2"],
+            {},
+            [f"set XLA_FLAGS={OFF} {EXACT}", "set XLA_PYTHON_CLIENT_PREALLOCATE=false", f"{OFF} {EXACT}"],
+        ),
+        (
+            ["late", "auto", "jax-cuda13-plugin 0.10.2"],
+            {},
+            [
+                f"JAX was imported before and may have started: set XLA_FLAGS='{EXACT}' yourself, before Python starts",
+                "",
+            ],
+        ),
+    ],
+)
+def test_settings_of_a_gpu_are_told_and_made_before_jax(
+    arguments: list[str], own: dict[str, str], printed: list[str]
+) -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-c", _DEFAULTS, *arguments]
+    done = subprocess.run(command, env={**environ, **own}, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == printed
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "implementation"),
+    [
+        (devices.Device("gpu", "NVIDIA H200"), "bfloat16", 64, "cudnn"),
+        (devices.Device("cuda", "NVIDIA H200"), "bfloat16", 128, "cudnn"),
+        (devices.Device("gpu", "NVIDIA H200"), "float32", 64, "xla"),
+        (devices.Device("gpu", "NVIDIA H200"), "bfloat16", 36, "xla"),
+        (devices.Device("gpu", "NVIDIA H200"), "bfloat16", 256, "xla"),
+        (devices.Device("gpu", "AMD Radeon RX 7900 XTX"), "bfloat16", 64, "xla"),
+        (devices.Device("cpu", "cpu"), "bfloat16", 64, "xla"),
+    ],
+)
+def test_attention_is_cudnns_where_it_can_be(
+    device: devices.Device, dtype: str, head_dim: int, implementation: str
+) -> None:
+    assert device.attention(dtype, head_dim) == implementation
 
 
 NAMES = (

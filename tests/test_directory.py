@@ -47,6 +47,7 @@ def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10)) -> Path:
         train=training_config.TrainConfig(),
         manifest=data.manifest,
         weights_dtype="float32",
+        attention="xla",
     )
     for at in steps:
         writer.write(at, fakes.random_params(MODEL, seed=at), latest=True, best=False)

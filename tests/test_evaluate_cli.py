@@ -45,6 +45,16 @@ def test_the_validation_split_scores_as_in_training(run: Run, trained: Path) -> 
     assert found == figures(run("--data-path", "text.txt", "--split", "validation").out)
 
 
+def test_bfloat16_is_near(run: Run) -> None:
+    exact, half = figures(run().out)["loss"], figures(run("--dtype", "bfloat16").out)["loss"]
+    assert abs(half - exact) < 0.01
+    prompt = ("--prompt", "the king and his fool", "--output", "-")
+    whole, other = (json.loads(run(*prompt, *more).out) for more in ((), ("--dtype", "bfloat16")))
+    assert (whole["numerics"]["dtype"], other["numerics"]["dtype"]) == ("float32", "bfloat16")
+    errors = [abs(a - b) for a, b in zip(whole["logprobs"][1:], other["logprobs"][1:], strict=True)]
+    assert 0 < max(errors) < 0.1
+
+
 def test_all_of_a_text_is_both_splits(run: Run, trained: Path) -> None:
     whole = run("--data-path", "text.txt")
     own = run("--split", "all")

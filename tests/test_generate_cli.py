@@ -60,6 +60,7 @@ def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         ((*HI, "--max_seq_len", "33"), "at most the run's own 32 .*got 33"),
         ((*HI, "--window_stride", "33"), "window_stride must be at most the window of 32 tokens: got 33"),
         ((*HI, "--overflow", "wrap"), "overflow must be one of roll, stop, error: got 'wrap'"),
+        ((*HI, "--dtype", "int8"), "dtype must be one of float32, bfloat16: got 'int8'"),
         ((*HI, "--overflow", "error"), "need a window of .*it holds 32"),
         ((*HI, "--eos_id", "300"), "eos_id must be -1 or below the vocabulary's size 300: got 300"),
         ((*HI, "--eos_id", "-2"), "eos_id must be an integer of at least -1"),

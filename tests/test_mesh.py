@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fakes
 import jax
 import numpy as np
 import programs
@@ -106,17 +107,6 @@ def test_remat_changes_memory_and_no_loss(alone: np.ndarray) -> None:
     assert "remat" in str(jaxpr) or "checkpoint" in str(jaxpr)
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation of a program, those inside of others too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-            elif hasattr(inner, "jaxpr"):
-                yield from equations(inner.jaxpr)
-
-
 def test_bfloat16_computes_in_it_and_keeps_float32(alone: np.ndarray) -> None:
     losses, state = run("data=1", dtype="bfloat16")
     assert 0 < np.abs(losses - alone).max() < 0.05
@@ -128,7 +118,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(alone: np.ndarray) -> None:
         state.params, batch_at(0)[:, :-1]
     )
     taken: dict[str, set[str]] = {}
-    for equation in equations(jaxpr.jaxpr):
+    for equation in fakes.equations(jaxpr.jaxpr):
         taken.setdefault(equation.primitive.name, set()).update(str(var.aval.dtype) for var in equation.invars)
     assert taken["dot_general"] == {"bfloat16"}
     assert taken["exp"] == taken["rsqrt"] == {"float32"}

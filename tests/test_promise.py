@@ -19,21 +19,23 @@ from hypothesis import strategies as st
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, lane, sampler
 
-# Width, and the window's stride. Prompts of up to 14 tokens lie in both buckets and beyond the window of 11.
-SHAPES = [(1, 1), (3, 1), (3, 4)]
+# Width, the window's stride and the type. Prompts of up to 14 tokens lie in both buckets and beyond the window of 11.
+SHAPES = [(1, 1, "float32"), (3, 1, "float32"), (3, 4, "float32"), (3, 4, "bfloat16")]
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 SETTINGS = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
-def sampler_of(width: int, stride: int) -> sampler.Sampler:
-    others = {"width": width} if width > 1 else {}
-    return fakes.make_sampler(**others, **({"window": 11, "window_stride": stride} if stride > 1 else {}))
+def sampler_of(width: int, stride: int, dtype: str = "float32") -> sampler.Sampler:
+    others: dict[str, Any] = {"width": width} if width > 1 else {}
+    if stride > 1:
+        others |= {"window": 11, "window_stride": stride}
+    return fakes.make_sampler(**others, **({"dtype": dtype} if dtype != "float32" else {}))
 
 
 @functools.cache
-def alone(width: int, stride: int, request: events.Request) -> list[int]:
+def alone(width: int, stride: int, request: events.Request, dtype: str = "float32") -> list[int]:
     """The tokens of a request that nothing else runs beside."""
-    return fakes.tokens_of(sampler_of(width, stride), [request])[0]
+    return fakes.tokens_of(sampler_of(width, stride, dtype), [request])[0]
 
 
 def requests() -> st.SearchStrategy[events.Request]:
@@ -56,25 +58,26 @@ def longer(request: events.Request, more: int) -> events.Request:
     return dataclasses.replace(request, generation=generation)
 
 
-@pytest.mark.parametrize(("width", "stride"), SHAPES)
+@pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
 @SETTINGS
 @hypothesis.given(st.lists(requests(), min_size=1, max_size=7), st.randoms())
 def test_sample_is_the_same_alone_and_in_any_company_and_order(
-    width: int, stride: int, wanted: list[events.Request], random: Any
+    width: int, stride: int, dtype: str, wanted: list[events.Request], random: Any
 ) -> None:
     wanted = [*wanted, random.choice(wanted)]
     random.shuffle(wanted)
-    assert fakes.tokens_of(sampler_of(width, stride), wanted) == [alone(width, stride, one) for one in wanted]
+    drawn = fakes.tokens_of(sampler_of(width, stride, dtype), wanted)
+    assert drawn == [alone(width, stride, one, dtype) for one in wanted]
 
 
-@pytest.mark.parametrize(("width", "stride"), SHAPES)
+@pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
 @SETTINGS
 @hypothesis.given(requests(), st.integers(0, 40))
 def test_first_tokens_of_a_longer_run_are_the_shorter_run(
-    width: int, stride: int, request_: events.Request, more: int
+    width: int, stride: int, dtype: str, request_: events.Request, more: int
 ) -> None:
-    short = alone(width, stride, request_)
-    longest = alone(width, stride, longer(request_, more))
+    short = alone(width, stride, request_, dtype)
+    longest = alone(width, stride, longer(request_, more), dtype)
     assert longest[: len(short)] == short
     assert len(longest) == len(short) or len(short) == request_.generation.num_tokens
 
@@ -93,10 +96,10 @@ def test_samples_differ_by_prompt_seed_index_and_place() -> None:
     assert len(set(drawn)) == 8
 
 
-@pytest.mark.parametrize(("width", "stride"), SHAPES)
-def test_streams_may_be_read_by_turns_and_left(width: int, stride: int) -> None:
+@pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
+def test_streams_may_be_read_by_turns_and_left(width: int, stride: int, dtype: str) -> None:
     """Two streams of one sampler, an event of each in turn, beside a third that nobody finishes."""
-    source = sampler_of(width, stride)
+    source = sampler_of(width, stride, dtype)
     groups = [[fakes.request(fakes.prompt(n + k), num_tokens=20, sample=n) for k in range(width)] for n in (2, 8)]
     left = source.run(groups[0])
     next(left)
@@ -106,7 +109,7 @@ def test_streams_may_be_read_by_turns_and_left(width: int, stride: int) -> None:
         for group, event in zip(drawn, turn, strict=True):
             if event.token is not None:
                 group[event.index].append(event.token)
-    assert drawn == [[alone(width, stride, one) for one in group] for group in groups]
+    assert drawn == [[alone(width, stride, one, dtype) for one in group] for group in groups]
 
 
 def test_tokens_come_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,11 +158,12 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
         "num_tokens": ("--num_tokens", "13"),
         "window_stride": ("--window_stride", "4"),
         "decode_width": ("--batch_size", "2"),
+        "dtype": ("--dtype", "bfloat16"),
         "weights": ("--step", "20"),
         "stop": ("--stop", "x"),
     }
     for name, change in changes.items():
-        run_wide = name in ("window_stride", "decode_width", "weights")
+        run_wide = name in ("window_stride", "decode_width", "dtype", "weights")
         for prompt in ("the king", "another") if run_wide else ("the king",):
             result = run("--output", "a.jsonl", "--prompt", prompt, *change)
             assert (result.code, result.out) == (1, "")

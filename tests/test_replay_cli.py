@@ -58,6 +58,19 @@ def test_what_was_made_is_made_again(call: Run, made: list[dict[str, Any]]) -> N
     assert (chosen.code, chosen.out.splitlines()) == (0, [*names[:2], *names[4:], lines[-1].replace("6", "4")])
 
 
+def test_bfloat16_is_on_the_record_and_made_again(call: Run) -> None:
+    flags = "--run-name tiny --prompt king --num_samples 3 --num_tokens 40 --dtype bfloat16 --output a.jsonl"
+    assert call("generate", *flags.split()).code == 0
+    made = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert {(one["numerics"]["dtype"], one["numerics"]["attention"]) for one in made} == {("bfloat16", "xla")}
+    assert call("replay", "a.jsonl").out.splitlines()[-1] == "3 of 3 identical, log-probabilities equal to the bit"
+    logprob = made[0]["logprobs"][0]
+    assert call("generate", *flags.replace("bfloat16", "float32").split(), "--overwrite").code == 0
+    exact = json.loads(Path("a.jsonl").read_text().splitlines()[0])
+    assert exact["numerics"]["dtype"] == "float32"
+    assert exact["ids"][0] != made[0]["ids"][0] or 0 < abs(exact["logprobs"][0] - logprob) < 0.05
+
+
 def test_order_and_company_do_not_matter(call: Run, made: list[dict[str, Any]]) -> None:
     assert call("replay", write("b.jsonl", [made[i] for i in (4, 0, 4, 5, 2, 3, 1)])).code == 0
 

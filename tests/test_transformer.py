@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import fakes
@@ -12,6 +13,7 @@ import pytest
 
 from hipgpt_jax import config, training_config
 from hipgpt_jax.model import attention, transformer
+from hipgpt_jax.model import cache as kv
 
 MODEL = fakes.MODEL
 T = 9
@@ -208,3 +210,62 @@ def test_prefill_never_sees_padding(params: dict[str, Any]) -> None:
         results.append([logits_BV, *(np.where(real_BT[:, None, :, None], x, 0) for x in jax.tree.leaves(cache))])
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, results[0])
+
+
+def decode_of(model: transformer.Transformer) -> Callable[..., Any]:
+    return lambda params, *arguments: model.bind({"params": params}).decode(*arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_in_half_precision_keeps_softmax_and_logits_in_float32(params: dict[str, Any], dtype: str) -> None:
+    model = transformer.Transformer(MODEL, dtype)
+    cache = kv.empty(MODEL, 2, (4, 4), dtype)
+    narrow = transformer.cast(params, dtype)
+    program = jax.make_jaxpr(decode_of(model))(narrow, jnp.asarray([1, 2]), cache, jnp.asarray([3, 5]))
+    taken: dict[str, set[str]] = {}
+    for equation in fakes.equations(program.jaxpr):
+        taken.setdefault(equation.primitive.name, set()).update(str(var.aval.dtype) for var in equation.invars)
+    assert taken["dot_general"] == {dtype}
+    assert taken["exp"] == taken["rsqrt"] == {"float32"}
+    assert program.out_avals[0].dtype == np.float32
+    assert {out.dtype for out in program.out_avals[1:]} == {jnp.dtype(dtype)}, "keys and values"
+
+
+def test_cast_parameters_give_the_bits_of_whole_ones(params: dict[str, Any]) -> None:
+    model = transformer.Transformer(MODEL, "bfloat16")
+    whole, narrow = (
+        jax.jit(lambda params: model.bind({"params": params})(jnp.asarray(TOKENS_BT), dropout=0.0))(given)
+        for given in (params, transformer.cast(params, "bfloat16"))
+    )
+    np.testing.assert_array_equal(whole, narrow)
+    exact = forward(params, TOKENS_BT)
+    assert 0 < np.abs(whole - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_cast_narrows_all_but_layer_norms_and_copies_nothing_that_fits(params: dict[str, Any]) -> None:
+    narrow = transformer.cast(params, "bfloat16")
+    kinds = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(narrow)}
+    assert all((dtype == np.float32) == ("ln_" in name) for name, dtype in kinds.items())
+    same = transformer.cast(params, "float32")
+    assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_exact_products_are_in_the_type_whatever_jax_is_set_to(
+    params: dict[str, Any], dtype: str, precision: str
+) -> None:
+    """A setting of the environment would change tokens on a GPU, and TF32 be taken for float32."""
+    model = transformer.Transformer(MODEL, dtype, exact=True)
+    tokens_1T, length_1 = TOKENS_BT[:1], jnp.asarray([T])
+    programs = {
+        "decode": (decode_of(model), (jnp.asarray([1]), kv.empty(MODEL, 1, (4,), dtype), jnp.asarray([3]))),
+        "prefill": (lambda params, *a: model.bind({"params": params}).prefill(*a), (tokens_1T, length_1)),
+        "forward": (lambda params, a: model.bind({"params": params})(a, dropout=0.0), (tokens_1T,)),
+    }
+    for own in ("tensorfloat32", "float32", "bfloat16"):
+        for name, (function, arguments) in programs.items():
+            with jax.default_matmul_precision(own):
+                program = jax.make_jaxpr(function)(params, *arguments)
+            dots = [one for one in fakes.equations(program.jaxpr) if one.primitive.name == "dot_general"]
+            assert len(dots) >= 4 * MODEL.num_layers + 1, name
+            assert {str(dot.params["precision"][0]) for dot in dots} == {precision}, name

@@ -77,6 +77,12 @@ _STRIDE = flags.DEFINE_integer(
 _MAX_SEQ_LEN = flags.DEFINE_integer(
     "max_seq_len", None, "Tokens the model sees at most; the run's own context if absent.", flag_values=FLAGS
 )
+_DTYPE = flags.DEFINE_string(
+    "dtype",
+    config.DecodingConfig().dtype,
+    f"Type of the arithmetic: {' or '.join(config.DTYPES)}.",
+    flag_values=FLAGS,
+)
 _DEVICE = flags.DEFINE_string("device", "auto", f"One of {', '.join(devices.DEVICES)}.", flag_values=FLAGS)
 
 
@@ -89,9 +95,8 @@ def _evaluate() -> None:
     origin = provenance.Origin(argv=provenance.arguments("hipgpt-evaluate", sys.argv))
     run_name = program.required(_RUN_NAME)
     _check_flags()
-    found = source.open_run(
-        run_name, directory.parse_step(_STEP.value), config.DecodingConfig(window=_MAX_SEQ_LEN.value)
-    )
+    decode = config.DecodingConfig(window=_MAX_SEQ_LEN.value, dtype=_DTYPE.value)
+    found = source.open_run(run_name, directory.parse_step(_STEP.value), decode)
     stride = found.window if _STRIDE.value is None else _STRIDE.value
     if not 1 <= stride <= found.window:
         raise ValueError(f"stride must be at least 1 and at most the window of {found.window} tokens: got {stride}")
@@ -103,6 +108,7 @@ def _evaluate() -> None:
     with _open(_OUTPUT.value) as out:
         device = devices.start(_DEVICE.value, program.note)
         devices.use_compilation_cache(program.note)
+        program.note_emulation(device.platform, decode.dtype)
         checkpoint = found.checkpoint
         program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, windows of {found.window}, stride {stride}")
         run = api.Run(found, device, origin)

@@ -94,6 +94,12 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", _GENERATION.num_samples, "Tex
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", _DECODING.width, "Samples decoded side by side; part of the numerics.", flag_values=FLAGS
 )
+_DTYPE = flags.DEFINE_string(
+    "dtype",
+    _DECODING.dtype,
+    f"Type of the arithmetic, {' or '.join(config.DTYPES)}; part of the numerics.",
+    flag_values=FLAGS,
+)
 _STREAM = flags.DEFINE_boolean("stream", True, "Print each token when it is made.", flag_values=FLAGS)
 _ECHO = flags.DEFINE_boolean("echo", False, "Print the prompt before its continuation.", flag_values=FLAGS)
 _OUTPUT = flags.DEFINE_string(
@@ -131,6 +137,7 @@ def _generate() -> None:
     with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value) as out:
         device = devices.start(_DEVICE.value, program.note)
         devices.use_compilation_cache(program.note)
+        program.note_emulation(device.platform, decode.dtype)
         step = found.checkpoint
         program.note(f"{step.run} step {step.step} of {_place(step)} on {device}, seed {generation.seed}")
         for one in asked:
@@ -154,6 +161,7 @@ def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.S
         window_stride=_WINDOW_STRIDE.value,
         overflow=_OVERFLOW.value,
         width=_BATCH_SIZE.value,
+        dtype=_DTYPE.value,
     )
     generation = config.GenerationConfig(
         num_tokens=_NUM_TOKENS.value,

@@ -106,6 +106,12 @@ def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | 
 _T = TypeVar("_T")
 
 
+def note_emulation(platform: str, dtype: str) -> None:
+    """Tells that a CPU is slower in half precision."""
+    if platform == "cpu" and dtype == "bfloat16":
+        note("a CPU emulates bfloat16: float32 is faster")
+
+
 def required(holder: flags.FlagHolder[_T | None]) -> _T:
     """Returns the value of a flag that has no default; raises ValueError where it was not given."""
     if holder.value is None:

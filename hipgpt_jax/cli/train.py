@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hipgpt_jax import config, devices, training_config
+from hipgpt_jax import config, devices, processes, training_config
 from hipgpt_jax.cli import program, train_flags, train_report
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset
@@ -51,7 +51,7 @@ def _train() -> None:
     device = _start_device()
     devices.use_compilation_cache(program.note)
     if many:
-        devices.require_agreement(_words())
+        processes.require_agreement(_words())
 
     import jax
 
@@ -66,7 +66,7 @@ def _train() -> None:
         if many:
             _check_start(run_directory)
         _prepare(run_directory)
-    devices.wait_for_all("data")
+    processes.wait_for_all("data")
     data = dataset.Dataset(run_directory)
     model = train_flags.model_config(data.manifest.vocab_size)
     size = flops.size(step.shape_of(model))
@@ -80,7 +80,7 @@ def _train() -> None:
             f"run {run} on {device}, {used} of {jax.device_count()}: {data.manifest.train_tokens} training and "
             f"{data.manifest.validation_tokens} validation tokens; {flops.describe(size, cost)}"
         )
-    devices.wait_for_all("settings")
+    processes.wait_for_all("settings")
     job = loop.Job(
         directory=run_directory,
         data=data,
@@ -88,6 +88,7 @@ def _train() -> None:
         train=train,
         layout=layout,
         weights_dtype=train_flags.WEIGHTS_DTYPE.value,
+        attention=device.attention(train.dtype, model.head_dim),
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
     )
     with train_report.stopping() as stops, train_report.reporting(job, stops) as report:
@@ -102,7 +103,8 @@ def _train() -> None:
 def _start_device() -> devices.Device:
     """Starts JAX, with what makes steps on a CPU faster, and tells of it."""
     on_main_thread = devices.step_on_main_thread()
-    device = devices.start(train_flags.DEVICE.value, program.note)
+    device = devices.start(train_flags.DEVICE.value, program.note, exact=False)
+    program.note_emulation(device.platform, train_flags.DTYPE.value)
     if device.platform == "cpu":
         if on_main_thread:
             program.note("set jax_cpu_enable_async_dispatch=False: the main thread takes the steps")
@@ -118,8 +120,7 @@ def _utilisation(cost: float, device: devices.Device, number: int, dtype: str, r
     from hipgpt_jax.training import flops
 
     # JAX multiplies float32 in TF32 on NVIDIA's GPUs unless it is told otherwise.
-    on_nvidia = device.platform in ("cuda", "gpu") and "NVIDIA" in device.kind
-    precision = "tensorfloat32" if dtype == "float32" and on_nvidia else dtype
+    precision = "tensorfloat32" if dtype == "float32" and device.is_nvidia else dtype
     return flops.mfu(cost, rate, device.kind, number, precision)
 
 
@@ -131,7 +132,7 @@ def _join() -> bool:
     if not (train_flags.DISTRIBUTED.value or given[0]):
         return False
     program.keep_stdout_for_text()
-    devices.join(*given, device=train_flags.DEVICE.value, tell=program.note)
+    processes.join(*given, device=train_flags.DEVICE.value, tell=program.note)
     return True
 
 

@@ -54,7 +54,7 @@ _BETA2 = _float("beta2", _TRAIN.beta2, "AdamW's decay of the second moment.")
 _WEIGHT_DECAY = _float("weight-decay", _TRAIN.weight_decay, "AdamW's decay of matrices.")
 _CLIP = _float("clip", _TRAIN.clip, "Largest global norm of the gradient.")
 _DROPOUT = _float("dropout", _TRAIN.dropout, "Share of activations dropped while training.")
-_DTYPE = _string("dtype", _TRAIN.dtype, f"Type of the arithmetic: {' or '.join(training_config.DTYPES)}.")
+DTYPE = _string("dtype", _TRAIN.dtype, f"Type of the arithmetic: {' or '.join(config.DTYPES)}.")
 _GRAD_ACCUM = _integer("grad-accum", _TRAIN.grad_accum, "Parts that a step's batch is computed in, to save memory.")
 _REMAT = _boolean("remat", "Compute activations again for the backward pass, to save memory.")
 _SEED = _integer("seed", _TRAIN.seed, "Seed of the weights, the data order and dropout.")
@@ -66,7 +66,7 @@ SAMPLE_PROMPT = _string("sample-prompt", "\n", "Text that the samples continue."
 _CKPT_EVERY = _integer("ckpt-every", _TRAIN.ckpt_every, "Steps between checkpoints; 0: only the last.")
 _KEEP_LAST = _integer("keep-last", _TRAIN.keep_last, "Checkpoints kept, the newest by step; and the best one.")
 WEIGHTS_DTYPE = flags.DEFINE_enum(
-    "weights-dtype", "float32", ["float32", "float16"], "Type of the weights on disk.", flag_values=FLAGS
+    "weights-dtype", "float32", training_config.WEIGHTS_DTYPES, "Type of the weights on disk.", flag_values=FLAGS
 )
 TENSORBOARD = _boolean("tensorboard", "Write TensorBoard event files too, into the run's directory.")
 RESET = _boolean("reset", "Delete the run of this name and start it anew.")
@@ -106,7 +106,7 @@ def train_config() -> training_config.TrainConfig:
         weight_decay=_WEIGHT_DECAY.value,
         clip=_CLIP.value,
         dropout=_DROPOUT.value,
-        dtype=_DTYPE.value,
+        dtype=DTYPE.value,
         grad_accum=_GRAD_ACCUM.value,
         remat=_REMAT.value,
         seed=_SEED.value,

@@ -138,5 +138,5 @@ def _repair(stage: int) -> str:
 def _probe_environment() -> dict[str, str]:
     environ = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "JAX_TRACEBACK_FILTERING": "off"}
     if any(name.startswith("rocm") for name in packages.families()):
-        environ |= devices.rocm_defaults(environ)
+        environ |= devices.gpu_defaults(environ, rocm=True, exact=False)
     return environ

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hipgpt_jax import config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
 from hipgpt_jax.text import tokenizer
@@ -45,7 +44,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def score_text(
-    model: config.ModelConfig,
+    model: transformer.Transformer,
     params: Any,
     ids: Sequence[int],
     *,
@@ -56,7 +55,7 @@ def score_text(
     """Scores every token of ``ids`` but the first, each once; ``loss.Windows`` has the context rule.
 
     Args:
-        model: Shape of the model.
+        model: The model.
         params: Its parameters.
         ids: Token ids, at least two.
         vocabulary: The model's tokenizer.
@@ -66,7 +65,7 @@ def score_text(
     Raises:
         ValueError: There are fewer than two tokens, an id is not in the vocabulary, or the stride is out of range.
     """
-    check_ids(ids, model.vocab_size)
+    check_ids(ids, model.config.vocab_size)
     loss.check_stride(stride, window)
     array = np.asarray(ids, np.int32)
     length = min(window, 1 << (len(ids) - 2).bit_length())  # few lengths, few compilations; padding is to the right
@@ -78,7 +77,7 @@ def score_text(
         padded = starts if len(windows.starts) <= rows else np.resize(starts, rows)
         at_BT, counted_BT = windows.places(padded), windows.counted(padded)
         counted_BT[len(starts) :] = False
-        found = _score_windows(transformer.Transformer(model), params, array[at_BT], array[at_BT + 1])
+        found = _score_windows(model, params, array[at_BT], array[at_BT + 1])
         logprobs[at_BT[counted_BT]], ranks[at_BT[counted_BT]] = (np.asarray(part)[counted_BT] for part in found)
     mean = -float(logprobs.astype(np.float64).mean())
     text_bytes = len(vocabulary.decode_bytes(ids[1:]))

@@ -53,7 +53,7 @@ class Lane:
         self._lengths = [0] * B  # the host's copy of the state's
         self._under_way: Drawn | None = None
         self._of_rows, self._state = decoding.blank(B, W, model.vocab_size)
-        self._cache = kv.empty(model, B, programs.sizes)
+        self._cache = kv.empty(model, B, programs.sizes, programs.dtype)
 
     @property
     def free(self) -> list[int]:

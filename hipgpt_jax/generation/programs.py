@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hipgpt_jax import config
 from hipgpt_jax.generation import decoding, facts, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
@@ -22,26 +21,27 @@ class Programs:
     """The compiled functions of a model, a window and a number of rows; all lanes of a sampler share them.
 
     Attributes:
-        params: The model's parameters, on the device.
+        model: Shape of the model.
+        dtype: Type of its arithmetic.
+        params: Its parameters, in that type, on the device.
         window: Tokens that the model sees.
         stride: Tokens dropped at a time where the window is full.
         sizes: Slots of each part of the cache.
         starts: The first slot of each part, and the window.
     """
 
-    def __init__(self, model: config.ModelConfig, window: int, stride: int) -> None:
-        self.model = model
+    def __init__(self, model: transformer.Transformer, window: int, stride: int) -> None:
+        self.model, self.dtype = model.config, model.dtype
         self.params: Any = None
         self.window, self.stride = window, stride
         self.sizes = kv.part_sizes(window)
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
-        module = transformer.Transformer(model)
-        self.read = jax.jit(functools.partial(decoding.read, module, sizes=self.sizes))
+        self.read = jax.jit(functools.partial(decoding.read, model, sizes=self.sizes))
         self.begin = jax.jit(_begin)
         self.put = jax.jit(_put, donate_argnums=0)
-        self.advance = jax.jit(functools.partial(decoding.advance, module))
+        self.advance = jax.jit(functools.partial(decoding.advance, model))
         self.append = jax.jit(_append, donate_argnums=0)
-        roll = functools.partial(decoding.roll, module, stride=stride, sizes=self.sizes)
+        roll = functools.partial(decoding.roll, model, stride=stride, sizes=self.sizes)
         self.roll = jax.jit(lambda params, rows, state: roll(params, rows, state)[0])
         self.roll_row = jax.jit(functools.partial(_roll_row, roll))
         self.where = jax.jit(decoding.where)
@@ -51,7 +51,7 @@ class Programs:
 
     def load(self, params: Any) -> None:
         """Takes parameters of the model; other ones than before compile nothing again."""
-        self.params, self._last_read = jax.device_put(params), None
+        self.params, self._last_read = jax.device_put(transformer.cast(params, self.dtype)), None
 
     def read_prompt(self, ids: tuple[int, ...]) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
         """Returns the logits after a prompt and its cache; samples of one prompt in a row read it once.

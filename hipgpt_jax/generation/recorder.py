@@ -43,7 +43,8 @@ class Recorder:
             device_kind=device.kind,
             machine=platform.machine(),
             cores=provenance.cores(),
-            dtype="float32",
+            dtype=run.decoding.dtype,
+            attention=device.attention(run.decoding.dtype, checkpoint.model.head_dim),
             decode_width=run.decoding.width,
             xla_flags=provenance.without_directories(os.environ.get("XLA_FLAGS", "")),
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, lane, programs
+from hipgpt_jax.model import transformer
 
 
 class Sampler:
@@ -18,21 +19,25 @@ class Sampler:
     at GPT-2's size, where it copies the cache).
     """
 
-    def __init__(self, model: config.ModelConfig, params: Any, decode: config.DecodingConfig) -> None:
+    def __init__(
+        self, model: config.ModelConfig, params: Any, decode: config.DecodingConfig, attention: str = "xla"
+    ) -> None:
         """Prepares a sampler; nothing is compiled until the first token.
 
         Args:
             model: Shape of the model.
             params: Its parameters.
-            decode: Window, stride, overflow rule and width.
+            decode: Window, stride, overflow rule, width and type.
+            attention: As of ``transformer.Transformer``.
 
         Raises:
             ValueError: The window or the stride does not fit the model.
         """
         self.model = model
+        self.module = transformer.Transformer(model, decode.dtype, attention=attention, exact=True)
         self.window = decode.resolve_window(model)
         self._decode = decode
-        self._programs = programs.Programs(model, self.window, decode.window_stride)
+        self._programs = programs.Programs(self.module, self.window, decode.window_stride)
         self._programs.load(params)
 
     @property

@@ -42,11 +42,11 @@ def part_sizes(window: int) -> tuple[int, ...]:
     return tuple(min(size, window - start) for start in range(0, window, size))
 
 
-def empty(model: config.ModelConfig, rows: int, sizes: tuple[int, ...]) -> tuple[Cache, ...]:
+def empty(model: config.ModelConfig, rows: int, sizes: tuple[int, ...], dtype: str) -> tuple[Cache, ...]:
     """Returns a cache of zeros, in parts of these sizes."""
 
     def layers(size: int) -> tuple[jax.Array, ...]:
-        zeros_BNSH = np.zeros((rows, model.num_heads, size, model.head_dim), np.float32)
+        zeros_BNSH = np.zeros((rows, model.num_heads, size, model.head_dim), jnp.dtype(dtype))
         return tuple(jax.device_put(zeros_BNSH, may_alias=False) for _ in range(model.num_layers))
 
     return tuple(Cache(layers(size), layers(size)) for size in sizes)

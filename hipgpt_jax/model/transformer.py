@@ -9,9 +9,11 @@ References:
     Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,7 +24,7 @@ from hipgpt_jax.model import attention
 from hipgpt_jax.model import cache as kv
 
 _INIT_STDDEV = 0.02
-_LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5)
+_LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32)
 
 
 class Attention(nn.Module):
@@ -30,6 +32,7 @@ class Attention(nn.Module):
 
     config: config.ModelConfig
     dtype: str
+    attention: str
 
     def setup(self) -> None:
         model = self.config
@@ -44,7 +47,9 @@ class Attention(nn.Module):
     def __call__(self, x_MD: jax.Array, batch: int, dropout: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(batch, -1, *part.shape[1:]) for part in self._heads(x_MD))
         key = self.make_rng("dropout") if dropout else None
-        mixed_BTNH = attention.attend(q_BTNH, k_BTNH, v_BTNH, dropout=dropout, dropout_key=key)
+        mixed_BTNH = attention.attend(
+            q_BTNH, k_BTNH, v_BTNH, dropout=dropout, dropout_key=key, implementation=self.attention
+        )
         return self.c_proj(mixed_BTNH.reshape(x_MD.shape)), k_BTNH.swapaxes(1, 2), v_BTNH.swapaxes(1, 2)
 
     def decode(
@@ -78,28 +83,29 @@ class Block(nn.Module):
 
     config: config.ModelConfig
     dtype: str
+    attention: str
 
     def setup(self) -> None:
-        self.ln_1 = _LayerNorm(dtype=self.dtype)
-        self.attn = Attention(self.config, self.dtype)
-        self.ln_2 = _LayerNorm(dtype=self.dtype)
+        self.ln_1 = _LayerNorm()
+        self.attn = Attention(self.config, self.dtype, self.attention)
+        self.ln_2 = _LayerNorm()
         self.mlp = Mlp(self.config, self.dtype)
 
     def _drop(self, x_MD: jax.Array, dropout: float) -> jax.Array:
         return attention.drop(x_MD, dropout, self.make_rng("dropout")) if dropout else x_MD
 
     def __call__(self, x_MD: jax.Array, batch: int, dropout: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mixed_MD, k_BNTH, v_BNTH = self.attn(self.ln_1(x_MD), batch, dropout)
+        mixed_MD, k_BNTH, v_BNTH = self.attn(_normalize(self.ln_1, x_MD), batch, dropout)
         x_MD = x_MD + self._drop(mixed_MD, dropout)
-        x_MD = x_MD + self._drop(self.mlp(self.ln_2(x_MD)), dropout)
+        x_MD = x_MD + self._drop(self.mlp(_normalize(self.ln_2, x_MD)), dropout)
         return x_MD, k_BNTH, v_BNTH
 
     def decode(
         self, x_BD: jax.Array, past: Sequence[tuple[jax.Array, jax.Array]], length_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mixed_BD, k_BN1H, v_BN1H = self.attn.decode(self.ln_1(x_BD), past, length_B)
+        mixed_BD, k_BN1H, v_BN1H = self.attn.decode(_normalize(self.ln_1, x_BD), past, length_B)
         x_BD = x_BD + mixed_BD
-        return x_BD + self.mlp(self.ln_2(x_BD)), k_BN1H, v_BN1H
+        return x_BD + self.mlp(_normalize(self.ln_2, x_BD)), k_BN1H, v_BN1H
 
 
 class Transformer(nn.Module):
@@ -113,14 +119,20 @@ class Transformer(nn.Module):
 
     Attributes:
         config: Its shape.
-        dtype: Type of the arithmetic. Parameters, softmax, LayerNorm's statistics and the logits are
-            float32 whatever it is.
+        dtype: Type of the arithmetic. Softmax, LayerNorm's statistics and the logits are float32
+            whatever it is, and parameters are as ``init`` makes them; ``cast`` narrows them.
         remat: Whether a backward pass computes the activations of a block again instead of keeping them.
+        attention: One of ``attention.IMPLEMENTATIONS``; ``devices.Device.attention`` chooses it.
+        exact: Whether products are made in ``dtype`` whatever JAX is set to. Else float32 is rounded to
+            TF32 on NVIDIA's GPUs, unless ``JAX_DEFAULT_MATMUL_PRECISION`` says otherwise. On a CPU it
+            changes no bit.
     """
 
     config: config.ModelConfig
     dtype: str = "float32"
     remat: bool = False
+    attention: str = "xla"
+    exact: bool = False
 
     def setup(self) -> None:
         model = self.config
@@ -129,8 +141,8 @@ class Transformer(nn.Module):
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         self.wte = embed(model.vocab_size)
         self.wpe = embed(model.max_seq_len)
-        self.h = [block(model, self.dtype) for _ in range(model.num_layers)]
-        self.ln_f = _LayerNorm(dtype=self.dtype)
+        self.h = [block(model, self.dtype, self.attention) for _ in range(model.num_layers)]
+        self.ln_f = _LayerNorm()
 
     def __call__(self, tokens_BT: jax.Array, *, dropout: float) -> jax.Array:
         """Logits of every next token.
@@ -143,8 +155,9 @@ class Transformer(nn.Module):
         Returns:
             Logits ``[B, T, V]`` in float32; ``[:, t]`` depends on tokens up to ``t`` alone.
         """
-        x_MD, _ = self._hidden(tokens_BT, dropout)
-        return self._logits(x_MD).reshape(*tokens_BT.shape, -1)
+        with self._precision():
+            x_MD, _ = self._hidden(tokens_BT, dropout)
+            return self._logits(x_MD).reshape(*tokens_BT.shape, -1)
 
     def prefill(self, tokens_BT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
         """Logits of the token after each row's first ``length`` ones, and the cache they leave.
@@ -157,10 +170,11 @@ class Transformer(nn.Module):
         Returns:
             Logits ``[B, V]``, and keys and values ``[B, N, T, H]`` of each layer.
         """
-        x_MD, new = self._hidden(tokens_BT, 0.0)
-        x_BTD = x_MD.reshape(*tokens_BT.shape, -1)
-        x_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-        return self._logits(x_BD), new
+        with self._precision():
+            x_MD, new = self._hidden(tokens_BT, 0.0)
+            x_BTD = x_MD.reshape(*tokens_BT.shape, -1)
+            x_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+            return self._logits(x_BD), new
 
     def decode(self, token_B: jax.Array, past: tuple[kv.Cache, ...], length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
         """Logits of the token after ``token``, which stands at position ``length`` behind the cache.
@@ -175,11 +189,15 @@ class Transformer(nn.Module):
         """
         x_BD = self.wte(token_B) + self.wpe(length_B)
         new = []
-        for layer, block in enumerate(self.h):
-            own = [(part.keys[layer], part.values[layer]) for part in past]
-            x_BD, k_BN1H, v_BN1H = block.decode(x_BD, own, length_B)
-            new.append((k_BN1H, v_BN1H))
-        return self._logits(x_BD), kv.Cache(*map(tuple, zip(*new, strict=True)))
+        with self._precision():
+            for layer, block in enumerate(self.h):
+                own = [(part.keys[layer], part.values[layer]) for part in past]
+                x_BD, k_BN1H, v_BN1H = block.decode(x_BD, own, length_B)
+                new.append((k_BN1H, v_BN1H))
+            return self._logits(x_BD), kv.Cache(*map(tuple, zip(*new, strict=True)))
+
+    def _precision(self) -> contextlib.AbstractContextManager[None]:
+        return jax.default_matmul_precision(self.dtype) if self.exact else contextlib.nullcontext()
 
     def _hidden(self, tokens_BT: jax.Array, dropout: float) -> tuple[jax.Array, kv.Cache]:
         """Runs the blocks on rows of tokens; the dense layers see ``[B * T, D]``.
@@ -201,7 +219,28 @@ class Transformer(nn.Module):
     def _logits(self, x_MD: jax.Array) -> jax.Array:
         """Head tied to the embedding, contracted as it is stored: ``x @ wte.T`` copied it every token."""
         head_VD = self.wte.embedding.astype(self.dtype)
-        return jnp.einsum("MD,VD->MV", self.ln_f(x_MD), head_VD, preferred_element_type=jnp.float32)
+        return jnp.einsum("MD,VD->MV", _normalize(self.ln_f, x_MD), head_VD, preferred_element_type=jnp.float32)
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """Returns parameters as a ``Transformer`` of ``dtype`` multiplies them; LayerNorm's stay as they are.
+
+    No bit of its results changes, and the memory they are read from is that of ``dtype``.
+
+    Args:
+        params: Parameters, arrays of NumPy's or JAX's.
+        dtype: As of ``Transformer``.
+    """
+
+    def narrow(path: tuple[Any, ...], x: Any) -> Any:
+        return x if path[-2].key.startswith("ln_") else x.astype(dtype, copy=False)
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
+
+
+def _normalize(norm: nn.LayerNorm, x_MD: jax.Array) -> jax.Array:
+    """LayerNorm in float32, back in the type of its argument."""
+    return norm(x_MD.astype(jnp.float32)).astype(x_MD.dtype)
 
 
 def _normal(stddev: float) -> nn.initializers.Initializer:

@@ -157,5 +157,8 @@ def basis(value: dict[str, Any]) -> dict[str, Any]:
         **value["settings"],
         "weights": run["weights_sha256"],
         "tokenizer": run["tokenizer_sha256"],
-        **{name: numerics[name] for name in ("platform", "device_kind", "dtype", "decode_width", "xla_flags")},
+        **{
+            name: numerics[name]
+            for name in ("platform", "device_kind", "dtype", "attention", "decode_width", "xla_flags")
+        },
     }

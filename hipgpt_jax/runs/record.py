@@ -80,6 +80,7 @@ class Numerics:
         machine: Architecture of the processor.
         cores: CPU cores that the process could use.
         dtype: Type of the arithmetic.
+        attention: Implementation of a prompt's attention, ``xla`` or ``cudnn``.
         decode_width: Rows decoded side by side, ``--batch_size``.
         xla_flags: ``XLA_FLAGS``, paths cut to their last name.
     """
@@ -89,6 +90,7 @@ class Numerics:
     machine: str
     cores: int
     dtype: str
+    attention: str
     decode_width: int
     xla_flags: str
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from hipgpt_jax import config, files
 
-_TYPES = ("F32", "F16")
+_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -53,7 +54,7 @@ def write(path: Path, params: Mapping[str, Any], model: config.ModelConfig, dtyp
         path: The file.
         params: Nested parameters of ``model``, arrays of any float type.
         model: Their shape.
-        dtype: ``float32`` or ``float16``.
+        dtype: One of ``training_config.WEIGHTS_DTYPES``.
     """
     # safetensors writes an array's memory as it lies, so one that lies transposed must be laid out anew.
     tensors = {

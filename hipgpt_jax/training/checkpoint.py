@@ -30,6 +30,7 @@ class Writer:
         train: How it is trained.
         manifest: The data it is trained on.
         weights_dtype: Of the ``.bin`` files.
+        attention: Implementation that the training computes with.
     """
 
     directory: Path
@@ -37,6 +38,7 @@ class Writer:
     train: training_config.TrainConfig
     manifest: dataset.Manifest
     weights_dtype: str
+    attention: str
 
     def write(self, at: int, params: Any, *, latest: bool, best: bool) -> None:
         """Writes a step, points ``latest`` or ``best`` or both at it, and prunes older steps.
@@ -76,7 +78,7 @@ class Writer:
                 "sha256": files.sha256(self.directory / dataset.TOKENIZER_NAME),
             },
             "data": dataclasses.asdict(self.manifest),
-            "training": training_section(self.train),
+            "training": {**training_section(self.train), "attention": self.attention},
             "checkpoint": {
                 "latest": bin_path.name,
                 "step": at,

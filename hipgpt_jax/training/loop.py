@@ -31,7 +31,8 @@ class Job:
         model: Shape of the model.
         train: How to train it.
         layout: The devices.
-        weights_dtype: Of the ``.bin`` files, ``float32`` or ``float16``.
+        weights_dtype: Of the ``.bin`` files, one of ``training_config.WEIGHTS_DTYPES``.
+        attention: As of ``transformer.Transformer``.
         utilisation: Gives the model FLOPs utilisation at a rate of tokens a second, where it is known.
     """
 
@@ -41,6 +42,7 @@ class Job:
     train: training_config.TrainConfig
     layout: mesh.Layout
     weights_dtype: str = "float32"
+    attention: str = "xla"
     utilisation: Callable[[float], float | None] = lambda rate: None
 
 
@@ -137,7 +139,7 @@ class _Trainer:
     def __init__(self, job: Job, report: Report) -> None:
         self._job, self._report = job, report
         self._key = jax.random.key(job.train.seed, impl="threefry2x32")
-        self._model = transformer.Transformer(job.model, job.train.dtype, job.train.remat)
+        self._model = transformer.Transformer(job.model, job.train.dtype, job.train.remat, job.attention)
         self._optimizer = optimizer.make(job.train)
         self._step = step.make(self._model, self._optimizer, job.train, self._key, job.layout)
         self._schedule = optimizer.learning_rate(job.train)
@@ -148,6 +150,7 @@ class _Trainer:
             train=job.train,
             manifest=job.data.manifest,
             weights_dtype=job.weights_dtype,
+            attention=job.attention,
         )
         self.store = checkpoint.StateStore(job.directory)
         self.tells = jax.process_index() == 0

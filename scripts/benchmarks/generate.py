@@ -83,7 +83,7 @@ def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Requ
     @jax.jit
     def read(params: Any) -> tuple[decoding.State, Any]:
         logits_BV, cache = decoding.read(module, params, prompt_1T, start.length_B, sizes=sizes)
-        return decoding.draw(rows, start, logits_BV), (*cache, *kv.empty(model, 1, sizes[len(cache) :]))
+        return decoding.draw(rows, start, logits_BV), (*cache, *kv.empty(model, 1, sizes[len(cache) :], "float32"))
 
     @jax.jit
     def decode(params: Any, state: decoding.State, cache: Any) -> jax.Array:
