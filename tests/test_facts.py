@@ -124,7 +124,11 @@ def test_at_temperature_0_the_margin_is_the_gap_of_the_best_two() -> None:
     assert measured(logits_V, seen_V, settings, 0.9) == (pytest.approx(4 / 1.1 - 3.5, rel=1e-5),) * 2
 
 
-SHAPES: list[dict[str, Any]] = [{}, {"width": 3}, {"width": 3, "window": 11, "window_stride": 4}]
+SHAPES: list[Any] = [
+    pytest.param({}, marks=pytest.mark.slow),
+    {"width": 3},
+    pytest.param({"width": 3, "window": 11, "window_stride": 4}, marks=pytest.mark.slow),
+]
 
 
 def with_alternatives(request: events.Request) -> events.Request:

@@ -63,7 +63,13 @@ def wide() -> sampler.Sampler:
 
 @pytest.mark.parametrize(
     ("window", "stride", "width"),
-    [(WINDOW, 1, 1), (WINDOW, 1, 3), (WINDOW, 4, 3), (MODEL.max_seq_len, MODEL.max_seq_len, 1), (1, 1, 2)],
+    [
+        (WINDOW, 1, 1),
+        (WINDOW, 1, 3),
+        (WINDOW, 4, 3),
+        pytest.param(MODEL.max_seq_len, MODEL.max_seq_len, 1, marks=pytest.mark.slow),
+        (1, 1, 2),
+    ],
 )
 def test_generation_is_the_naive_loop_far_past_the_window(window: int, stride: int, width: int) -> None:
     """Prompts shorter than, equal to and longer than the window; rows of a group roll at different steps."""

@@ -416,6 +416,7 @@ def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_says_what_is_unkno
         assert "does not know model.rotary: the run was made by another" in result.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_run_at_its_last_checkpoint(run, work: Path, cache: Path) -> None:
     """No file may grow beyond 8 KiB, so the weights of 20 KiB find no room, and the process goes on to say so."""
     assert run(*TINY, "--run-name", "a", "--steps", "2").code == 0
