@@ -1,6 +1,7 @@
 """Measures this package beside a peer and the hardware: all figures of a table are from one run.
 
-``python scripts/benchmark.py generate`` decodes at batch 1, beside Hugging Face and the bandwidth of the memory.
+``python scripts/benchmark.py generate`` decodes at batch 1, beside Hugging Face, CTranslate2 and the bandwidth of the
+memory; ``widths`` in batches of 16 and 64; ``long`` beyond the window, beside nanoGPT's way; ``prefill`` reads prompts.
 ``python scripts/benchmark.py samples`` makes 64 samples, at a decode width of 1 and of 16, and their records.
 ``python scripts/benchmark.py train`` trains, beside plain PyTorch.
 ``python scripts/benchmark.py --check`` runs all of them and fails where a ratio has fallen, by more than a fifth,
@@ -21,14 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from benchmarks import generate, samples, table, train
+from benchmarks import generate, long, prefill, samples, table, train, widths
 
 COMMANDS = {
     "generate": (generate, "default,d256,d384,gpt2", 128, "tokens/s at batch 1"),
     "train": (train, "default,nanogpt,d256", 0, "tokens/s of training steps"),
     "samples": (samples, "d256", 64, "tokens/s of many samples, by decode width and with records"),
+    "widths": (widths, "d256,gpt2", 64, "tokens/s at decode widths of 16 and 64"),
+    "long": (long, "d256", 0, "tokens/s beyond the window"),
+    "prefill": (prefill, "d256,gpt2", 0, "tokens/s of reading a prompt"),
 }
-CHECKED = {"generate": "default,d256", "train": "default,nanogpt,d256", "samples": "d256"}
+CHECKED = {
+    "generate": "default,d256",
+    "train": "default,nanogpt,d256",
+    "samples": "d256",
+    "widths": "d256",
+    "long": "d256",
+    "prefill": "d256",
+}
 RATIOS = Path(__file__).parent / "benchmarks" / "ratios.json"
 
 _FALL = 0.2

@@ -52,6 +52,7 @@ class Lane:
         self._started = [0] * B
         self._lengths = [0] * B  # the host's copy of the state's
         self._under_way: Drawn | None = None
+        self._last_read: tuple[tuple[int, ...], Any] | None = None
         self._of_rows, self._state = decoding.blank(B, W, model.vocab_size)
         self._cache = kv.empty(model, B, programs.sizes, programs.dtype)
 
@@ -68,6 +69,8 @@ class Lane:
     def admit(self, place: int, index: int, request: events.Request, limit: int) -> events.Event:
         """Gives a free place to a sample and returns the event of its first token.
 
+        Samples of one prompt in a row read it once.
+
         Args:
             place: One of ``free``.
             index: Place of the request among all.
@@ -75,12 +78,23 @@ class Lane:
             limit: Tokens it may have, at least 1.
         """
         programs = self._programs
+        length = min(len(request.prompt_ids), programs.window)
+        longest = length + limit - 1
+        needed = (compiled.bucket(length, programs.window), programs.live(min(longest, programs.window)))
+        with programs.one_thread_compiles(*needed, longest > programs.window, request.generation.top_logprobs > 0):
+            return self._admit(place, index, request, limit)
+
+    def _admit(self, place: int, index: int, request: events.Request, limit: int) -> events.Event:
+        programs = self._programs
         ids = request.prompt_ids[-programs.window :]
         context_1S = np.zeros((1, programs.window), np.int32)
         context_1S[0, : len(ids)] = ids
         seen_1V = np.zeros((1, programs.model.vocab_size), bool)
         seen_1V[0, list(request.prompt_ids)] = True
-        logits_1V, cache = programs.read_prompt(ids)
+        if self._last_read is None or self._last_read[0] != ids:
+            self._last_read = None  # of two prompts' caches one is held
+            self._last_read = ids, programs.read_prompt(ids)
+        logits_1V, cache = self._last_read[1]
         rows, state = programs.begin(
             sampling.key_words(request.generation.seed, request.prompt_ids, request.sample),
             sampling.settings([request.sampling]),

@@ -1,9 +1,11 @@
 """The compiled functions that a sampler drives, and which of them have run."""
 
 import bisect
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -46,24 +48,22 @@ class Programs:
         self.roll_row = jax.jit(functools.partial(_roll_row, roll))
         self.where = jax.jit(decoding.where)
         self.likeliest = jax.jit(facts.likeliest)
-        self._last_read: tuple[tuple[int, ...], Any] | None = None
         self._ran: set[Hashable] = set()
+        self._compiled: set[Hashable] = set()
+        self._compiling = threading.Lock()
 
     def load(self, params: Any) -> None:
         """Takes parameters of the model; other ones than before compile nothing again."""
-        self.params, self._last_read = jax.device_put(transformer.cast(params, self.dtype)), None
+        self.params = jax.device_put(transformer.cast(params, self.dtype))
 
     def read_prompt(self, ids: tuple[int, ...]) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
-        """Returns the logits after a prompt and its cache; samples of one prompt in a row read it once.
+        """Returns the logits after a prompt and its cache.
 
         It is read alone whatever the decode width is, so that no other row's length touches its arithmetic.
         """
-        if self._last_read is None or self._last_read[0] != ids:
-            tokens_1T = np.zeros((1, bucket(len(ids), self.window)), np.int32)
-            tokens_1T[0, : len(ids)] = ids
-            self._last_read = None  # of two prompts' caches one is held
-            self._last_read = ids, self.read(self.params, tokens_1T, np.array([len(ids)], np.int32))
-        return self._last_read[1]
+        tokens_1T = np.zeros((1, bucket(len(ids), self.window)), np.int32)
+        tokens_1T[0, : len(ids)] = ids
+        return self.read(self.params, tokens_1T, np.array([len(ids)], np.int32))
 
     @property
     def platform(self) -> str:
@@ -77,6 +77,16 @@ class Programs:
     def part_of(self, slot: int) -> int:
         """Returns the part that a slot stands in."""
         return bisect.bisect_right(self.starts, slot) - 1
+
+    @contextlib.contextmanager
+    def one_thread_compiles(self, *programs: Hashable) -> Iterator[None]:
+        """Lets no other thread run new programs while this one does; known ones, as they are named, run at once."""
+        if programs in self._compiled:
+            yield
+            return
+        with self._compiling:
+            yield
+            self._compiled.add(programs)
 
     def is_new(self, *program: Hashable) -> bool:
         """Whether this is the first time that a program is named."""

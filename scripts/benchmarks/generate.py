@@ -1,9 +1,8 @@
-"""Decoding at batch 1, beside Hugging Face's and the bandwidth of plain products."""
+"""Decoding at batch 1, beside Hugging Face's, CTranslate2's and the bandwidth of plain products."""
 
 import argparse
 import dataclasses
 import functools
-import importlib
 import time
 import types
 from collections.abc import Sequence
@@ -14,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import table
+from benchmarks import peers, table
 from hipgpt_jax import config
 from hipgpt_jax.generation import decoding, events, sampler, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import weights
 
-STREAM, SCAN, PEER, BOUND = "streaming", "scan", "Hugging Face", "bound"
-RATIOS_TO = (PEER, BOUND, SCAN)
+STREAM, SCAN, PEER, OTHER, BOUND = "streaming", "scan", "Hugging Face", "CTranslate2", "bound"
+RATIOS_TO = (PEER, OTHER, BOUND, SCAN)
 HELD = ((STREAM, PEER), (STREAM, BOUND))
 
 _PROMPT_IDS = tuple(range(8))
@@ -39,7 +38,8 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     return {
         STREAM: [_stream(model, params, num_tokens)],
         SCAN: [_scan(model, params, num_tokens)],
-        PEER: _peer(model, params, num_tokens, directory),
+        PEER: _hugging_face(model, params, num_tokens, directory),
+        OTHER: peers.ctranslate2(model, directory, [_PROMPT_IDS], num_tokens),
         BOUND: [_products(model, params, num_tokens, turned) for turned in (False, True)],
     }
 
@@ -102,25 +102,13 @@ def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Requ
     return request
 
 
-def _peer(model: config.ModelConfig, params: Any, num_tokens: int, directory: Path) -> list[table.Request]:
-    try:
-        torch: Any = importlib.import_module("torch")
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError:
+def _hugging_face(model: config.ModelConfig, params: Any, num_tokens: int, directory: Path) -> list[table.Request]:
+    torch, peer = peers.torch(), peers.hugging_face(model, params, directory)
+    if peer is None:
         return []
-    torch.set_num_threads(table.CORES)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    sizes = {"n_embd": model.embed_dim, "n_layer": model.num_layers, "n_head": model.num_heads}
-    sizes |= {"n_inner": model.ff_hidden_dim, "vocab_size": model.vocab_size, "n_positions": model.max_seq_len}
-    transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None).save_pretrained(directory)
-    peer = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype="float32")
     prompt_1T = torch.tensor([_PROMPT_IDS])
     asked = {"inputs": prompt_1T, "attention_mask": torch.ones_like(prompt_1T), "max_new_tokens": num_tokens}
     asked |= {"do_sample": True, "use_cache": True, "pad_token_id": 0, **dataclasses.asdict(_SAMPLING)}
-    expected = transformer.Transformer(model).bind({"params": params})(jnp.asarray([_PROMPT_IDS]), dropout=0.0)
-    with torch.inference_mode():
-        np.testing.assert_allclose(peer(prompt_1T).logits.numpy(), np.asarray(expected), atol=1e-3)
 
     def request() -> tuple[float, float]:
         times: list[float] = []

@@ -84,7 +84,10 @@ def facts() -> dict[str, str]:
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else [platform.machine()]
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     found = {"cores": str(CORES), "cpu": names[0], "load": f"{os.getloadavg()[0]:.1f}"}
-    return found | {name: installed.get(name, "absent") for name in ("jax", "jaxlib", "flax", "torch", "transformers")}
+    return found | {
+        name: installed.get(name, "absent")
+        for name in ("jax", "jaxlib", "flax", "torch", "transformers", "ctranslate2")
+    }
 
 
 def ratios_of(values: Sequence[float], others: Sequence[float]) -> list[float]:

@@ -1,7 +1,6 @@
 """A training step, beside the same step in plain PyTorch."""
 
 import argparse
-import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import table
+from benchmarks import peers, table
 from hipgpt_jax import config, devices, training_config
 from hipgpt_jax.model import transformer
 from hipgpt_jax.training import mesh, optimizer, step
@@ -62,11 +61,9 @@ def _ours(model: config.ModelConfig, train: training_config.TrainConfig, tokens:
 def _peer(
     model: config.ModelConfig, train: training_config.TrainConfig, tokens: np.ndarray, expected: list[float]
 ) -> list[table.Request]:
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
+    torch = peers.torch()
+    if torch is None:
         return []
-    torch.set_num_threads(table.CORES)
     batches = torch.from_numpy(tokens).long()
     take = _torch_step(torch, model, train)
     losses = [take(batch) for batch in batches]
@@ -83,19 +80,11 @@ def _peer(
 
 def _torch_step(torch: Any, model: config.ModelConfig, train: training_config.TrainConfig) -> Any:
     """Returns a step as nanoGPT takes it: one function of a batch ``[B, T + 1]`` that gives the loss."""
-    functional, N = torch.nn.functional, model.num_heads
-    module = transformer.Transformer(model)
-    adam = optimizer.make(train)
+    functional, adam = torch.nn.functional, optimizer.make(train)
     layout = mesh.Layout.over({"data": 1, "fsdp": 1, "model": 1})
-    start = step.init_on(layout, module, adam, jax.random.key(0)).params
-
-    def parameter(array: Any, *, turned: bool) -> Any:
-        value = np.array(array)
-        return torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(value.T) if turned else value))
-
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, array: parameter(array, turned=path[-1].key == "kernel"), start
-    )
+    start = step.init_on(layout, transformer.Transformer(model), adam, jax.random.key(0)).params
+    params = peers.plain_params(start, torch)
+    forward = peers.plain_forward(model, params, torch)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, torch.nn.Parameter))
     groups = [
         {"params": [leaf for leaf in leaves if leaf.ndim >= 2], "weight_decay": train.weight_decay},
@@ -103,26 +92,10 @@ def _torch_step(torch: Any, model: config.ModelConfig, train: training_config.Tr
     ]
     optimize = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, train.beta2), fused=True)
 
-    def norm(x: Any, p: Any) -> Any:
-        return functional.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], eps=1e-5)
-
-    def linear(x: Any, p: Any) -> Any:
-        return functional.linear(x, p["kernel"], p["bias"])
-
     def take(batch: Any) -> Any:
         inputs, targets = batch[:, :-1], batch[:, 1:]
-        B, T = inputs.shape
-        x = params["wte"]["embedding"][inputs] + params["wpe"]["embedding"][:T]
-        for layer in range(model.num_layers):
-            p = params[f"h_{layer}"]
-            q, k, v = linear(norm(x, p["ln_1"]), p["attn"]["c_attn"]).split(model.embed_dim, dim=2)
-            q, k, v = (part.view(B, T, N, -1).transpose(1, 2) for part in (q, k, v))
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + linear(mixed.transpose(1, 2).reshape(B, T, -1), p["attn"]["c_proj"])
-            hidden = functional.gelu(linear(norm(x, p["ln_2"]), p["mlp"]["c_fc"]), approximate="tanh")
-            x = x + linear(hidden, p["mlp"]["c_proj"])
-        logits = functional.linear(norm(x, params["ln_f"]), params["wte"]["embedding"])
-        loss = functional.cross_entropy(logits.view(B * T, -1), targets.reshape(-1))
+        logits = functional.linear(forward(inputs), params["wte"]["embedding"])
+        loss = functional.cross_entropy(logits.view(targets.numel(), -1), targets.reshape(-1))
         optimize.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(leaves, train.clip)

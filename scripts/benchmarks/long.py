@@ -1,0 +1,76 @@
+"""Texts beyond the window, beside a window that is cropped and read anew at every token, as nanoGPT does in PyTorch."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import generate, peers, table
+from hipgpt_jax import config
+from hipgpt_jax.generation import events, sampler
+
+_STRIDES = (1, 64)
+_SHARE = 4  # of the window's length is made a request, beyond it
+OURS, PEER = "stride", "nanoGPT's crop"
+RATIOS_TO = (PEER,)
+HELD = tuple((f"{OURS} {stride}", PEER) for stride in _STRIDES)
+
+
+def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
+    """Returns the rows of a shape: tokens after a prompt that fills the window."""
+    del options
+    params = generate.random_params(model, directory)
+    prompt = np.random.RandomState(0).randint(0, model.vocab_size, model.max_seq_len)
+    rows = {
+        f"{OURS} {stride}": [_rolling(model, params, prompt, min(stride, model.max_seq_len))] for stride in _STRIDES
+    }
+    return {**rows, PEER: _cropping(model, params, prompt)}
+
+
+def _rolling(model: config.ModelConfig, params: Any, prompt: np.ndarray, stride: int) -> table.Request:
+    engine = sampler.Sampler(model, params, config.DecodingConfig(window_stride=stride))
+    asked = events.Request(
+        prompt_ids=tuple(prompt.tolist()),
+        sample=0,
+        generation=config.GenerationConfig(num_tokens=2**31),
+        sampling=config.SamplingConfig(),
+    )
+    number = max(model.max_seq_len // _SHARE, 2 * stride)
+
+    def request() -> tuple[float, float]:
+        tokens: Iterator[events.Event] = engine.run([asked])
+        next(tokens)
+        began = time.perf_counter()
+        for _ in range(number):
+            next(tokens)
+        return number, time.perf_counter() - began
+
+    return request
+
+
+def _cropping(model: config.ModelConfig, params: Any, prompt: np.ndarray) -> list[table.Request]:
+    """NanoGPT's ``generate``: a forward pass of the last tokens, the head at the last of them, top-k, a draw."""
+    torch = peers.torch()
+    if torch is None:
+        return []
+    theirs = peers.plain_params(params, torch)
+    forward, head = peers.plain_forward(model, theirs, torch), theirs["wte"]["embedding"]
+    number, settings = model.max_seq_len // _SHARE, config.SamplingConfig()
+
+    def request() -> tuple[float, float]:
+        ids = torch.from_numpy(prompt)[None]
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(number):
+                hidden = forward(ids[:, -model.max_seq_len :])[:, -1]
+                logits = torch.nn.functional.linear(hidden, head) / settings.temperature
+                best, _ = torch.topk(logits, settings.top_k)
+                logits[logits < best[:, [-1]]] = -float("inf")
+                drawn = torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
+                ids = torch.cat((ids, drawn), dim=1)
+        return number, time.perf_counter() - began
+
+    return [request]
