@@ -1,7 +1,8 @@
 """Measures this package beside a peer and the hardware: all figures of a table are from one run.
 
 ``python scripts/benchmark.py generate`` decodes at batch 1, beside Hugging Face, CTranslate2 and the bandwidth of the
-memory; ``widths`` in batches of 16 and 64; ``long`` beyond the window, beside nanoGPT's way; ``prefill`` reads prompts.
+memory; ``widths`` in batches of 16 and 64; ``long`` beyond the window, beside nanoGPT's way; ``prefill`` reads prompts;
+``start`` runs whole processes; ``memory`` prints their peak.
 ``python scripts/benchmark.py samples`` makes 64 samples, at a decode width of 1 and of 16, and their records.
 ``python scripts/benchmark.py train`` trains, beside plain PyTorch.
 ``python scripts/benchmark.py --check`` runs all of them and fails where a ratio has fallen, by more than a fifth,
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from benchmarks import generate, long, prefill, samples, table, train, widths
+from benchmarks import generate, long, memory, prefill, samples, start, table, train, widths
 
 COMMANDS = {
     "generate": (generate, "default,d256,d384,gpt2", 128, "tokens/s at batch 1"),
@@ -31,6 +32,8 @@ COMMANDS = {
     "widths": (widths, "d256,gpt2", 64, "tokens/s at decode widths of 16 and 64"),
     "long": (long, "d256", 0, "tokens/s beyond the window"),
     "prefill": (prefill, "d256,gpt2", 0, "tokens/s of reading a prompt"),
+    "start": (start, "shipped", 0, "tokens/s of a whole process that makes 50"),
+    "memory": (memory, "gpt2", 8, "peak resident memory, beside the weights"),
 }
 CHECKED = {
     "generate": "default,d256",
@@ -39,6 +42,7 @@ CHECKED = {
     "widths": "d256",
     "long": "d256",
     "prefill": "d256",
+    "start": "shipped",
 }
 RATIOS = Path(__file__).parent / "benchmarks" / "ratios.json"
 
@@ -60,7 +64,10 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"unknown shape {unknown[0]!r}: choose from {', '.join(table.SHAPES)}")
     if options.rounds < 1 or getattr(options, "num_tokens", 3) < 3:
         parser.error("--rounds must be at least 1 and --num_tokens at least 3")
-    table.run(options, options.module.rows_of, options.module.RATIOS_TO)
+    if options.module is memory:
+        memory.report(options)
+    else:
+        table.run(options, options.module.rows_of, options.module.RATIOS_TO)
 
 
 def hold(ratios: dict[str, Any], *, save: bool) -> None:

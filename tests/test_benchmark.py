@@ -28,30 +28,32 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_generate_prints_the_figures_it_writes(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark.generate, "_peer", lambda *_: [])
+    monkeypatch.setattr(benchmark.generate, "_hugging_face", lambda *_: [])
+    monkeypatch.setattr(benchmark.generate.peers, "ctranslate2", lambda *_: [])
     path = tmp_path / "rates.json"
     benchmark.main(["generate", "--shapes", "tiny", "--rounds", "3", "--seconds", "0.01", "--json", str(path)])
 
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
     cells = {line.split(" | ")[1]: line.strip("| ").split(" | ")[2:] for line in lines}
     tiny = json.loads(path.read_text())["shapes"]["tiny"]
-    assert list(cells) == list(tiny["rates"]) == ["streaming", "scan", "Hugging Face", "bound"]
-    assert cells["Hugging Face"] == [benchmark.table.ABSENT, "–", "–", "–"]
+    assert list(cells) == list(tiny["rates"]) == ["streaming", "scan", "Hugging Face", "CTranslate2", "bound"]
+    assert cells["Hugging Face"] == [benchmark.table.ABSENT, "–", "–", "–", "–"]
     for row in ("streaming", "scan", "bound"):
         rates = tiny["rates"][row]
         assert len(rates) == 3
         assert cells[row][0] == f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})"
         shares = sorted(rate / bound for rate, bound in zip(rates, tiny["rates"]["bound"], strict=True))
-        assert cells[row][2] == "/".join(f"{share:.2f}" for share in shares)
+        assert cells[row][3] == "/".join(f"{share:.2f}" for share in shares)
 
 
 @pytest.mark.peers
 def test_hugging_face_is_measured_with_our_weights(benchmark: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    pytest.importorskip("ctranslate2")
     rows = benchmark.generate.rows_of(TINY, argparse.Namespace(num_tokens=8), tmp_path)
     rates = benchmark.table.measure(rows, rounds=1, seconds=0.0)
-    assert [len(values) for values in rates.values()] == [1, 1, 1, 1]
+    assert [len(values) for values in rates.values()] == [1, 1, 1, 1, 1]
 
 
 @pytest.mark.slow
@@ -66,10 +68,25 @@ def test_samples_are_made_at_both_widths_and_recorded(
     assert all(rate > 0 for rates in tiny["rates"].values() for rate in rates)
 
 
+@pytest.mark.slow
+def test_prompts_and_long_texts_are_measured(benchmark: ModuleType, tmp_path: Path) -> None:
+    options = argparse.Namespace(num_tokens=4)
+    for module, rows in (
+        (benchmark.prefill, ["to the first token", "bare forward pass", "products alone"]),
+        (benchmark.long, ["stride 1", "stride 64"]),
+        (benchmark.widths, ["hipgpt_jax, 16", "hipgpt_jax, 64"]),
+    ):
+        rates = benchmark.table.measure(module.rows_of(TINY, options, tmp_path), rounds=1, seconds=0.0)
+        assert set(rows) <= set(rates)
+        assert all(rates[row][0] > 0 for row in rows)
+
+
 def test_an_unknown_shape_names_those_there_are(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["generate", "--shapes", "huge"])
-    assert "unknown shape 'huge': choose from default, nanogpt, d256, d384, gpt2, tiny" in capsys.readouterr().err
+    assert (
+        "unknown shape 'huge': choose from default, nanogpt, shipped, d256, d384, gpt2, tiny" in capsys.readouterr().err
+    )
 
 
 def test_a_ratio_that_has_fallen_by_more_than_a_fifth_of_its_lowest_is_named(benchmark: ModuleType) -> None:
@@ -110,4 +127,7 @@ def test_the_saved_ratios_are_of_what_is_checked(benchmark: ModuleType) -> None:
 def test_what_to_measure_must_be_said(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main([])
-    assert "what is to be measured? One of generate, train, samples, or --check" in capsys.readouterr().err
+    assert (
+        "what is to be measured? One of generate, train, samples, widths, long, prefill, start, memory, or --check"
+        in capsys.readouterr().err
+    )

@@ -137,6 +137,18 @@ def test_the_file_is_hugging_faces_gpt2(tmp_path: Path, dtype: str, stored: str)
         np.testing.assert_array_equal(file.get_tensor("ln_f.weight"), params["ln_f"]["scale"].astype(dtype))
 
 
+def test_jax_takes_what_was_read_without_a_copy(tmp_path: Path) -> None:
+    """Else the weights would be held twice; and a tensor larger than a part comes back whole."""
+    model = config.ModelConfig(vocab_size=70_001, embed_dim=16, num_heads=2, ff_hidden_dim=8, num_layers=1)
+    params = fakes.random_params(model)
+    weights.write(tmp_path / "run.bin", params, model)
+    read = weights.read(tmp_path / "run.bin", model)
+    assert_same_bits(read, params)
+    for found, on_device in zip(jax.tree.leaves(read), jax.tree.leaves(jax.device_put(read)), strict=True):
+        assert found.ctypes.data % 64 == 0
+        assert on_device.unsafe_buffer_pointer() == found.ctypes.data
+
+
 def test_the_eleventh_block_is_named_by_its_number() -> None:
     assert weights.tensor_name(("h_10", "attn", "c_attn", "kernel")) == "h.10.attn.c_attn.weight"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import generate, peers, table
+from benchmarks import generate, peers, plain, table
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, sampler
 
@@ -52,25 +52,15 @@ def _rolling(model: config.ModelConfig, params: Any, prompt: np.ndarray, stride:
 
 
 def _cropping(model: config.ModelConfig, params: Any, prompt: np.ndarray) -> list[table.Request]:
-    """NanoGPT's ``generate``: a forward pass of the last tokens, the head at the last of them, top-k, a draw."""
     torch = peers.torch()
     if torch is None:
         return []
-    theirs = peers.plain_params(params, torch)
-    forward, head = peers.plain_forward(model, theirs, torch), theirs["wte"]["embedding"]
-    number, settings = model.max_seq_len // _SHARE, config.SamplingConfig()
+    theirs, number = peers.plain_params(params, torch), model.max_seq_len // _SHARE
 
     def request() -> tuple[float, float]:
-        ids = torch.from_numpy(prompt)[None]
         began = time.perf_counter()
-        with torch.inference_mode():
-            for _ in range(number):
-                hidden = forward(ids[:, -model.max_seq_len :])[:, -1]
-                logits = torch.nn.functional.linear(hidden, head) / settings.temperature
-                best, _ = torch.topk(logits, settings.top_k)
-                logits[logits < best[:, [-1]]] = -float("inf")
-                drawn = torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
-                ids = torch.cat((ids, drawn), dim=1)
+        ids = torch.from_numpy(prompt)[None]
+        plain.crop_and_recompute(model, theirs, ids, number, torch, config.SamplingConfig())
         return number, time.perf_counter() - began
 
     return [request]

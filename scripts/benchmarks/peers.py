@@ -6,7 +6,7 @@ import importlib.util
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +38,6 @@ def plain_params(params: Any, of: Any) -> Any:
         return of.nn.Parameter(of.from_numpy(np.ascontiguousarray(value.T) if path[-1].key == "kernel" else value))
 
     return jax.tree_util.tree_map_with_path(parameter, params)
-
-
-def plain_forward(model: config.ModelConfig, params: Any, of: Any) -> Callable[[Any], Any]:
-    """Returns a GPT-2 as nanoGPT writes it: a function of ids ``[B, T]`` that gives what the head multiplies."""
-    functional, N = of.nn.functional, model.num_heads
-
-    def norm(x: Any, p: Any) -> Any:
-        return functional.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], eps=1e-5)
-
-    def linear(x: Any, p: Any) -> Any:
-        return functional.linear(x, p["kernel"], p["bias"])
-
-    def forward(ids: Any) -> Any:
-        B, T = ids.shape
-        x = params["wte"]["embedding"][ids] + params["wpe"]["embedding"][:T]
-        for layer in range(model.num_layers):
-            p = params[f"h_{layer}"]
-            q, k, v = linear(norm(x, p["ln_1"]), p["attn"]["c_attn"]).split(model.embed_dim, dim=2)
-            q, k, v = (part.view(B, T, N, -1).transpose(1, 2) for part in (q, k, v))
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + linear(mixed.transpose(1, 2).reshape(B, T, -1), p["attn"]["c_proj"])
-            hidden = functional.gelu(linear(norm(x, p["ln_2"]), p["mlp"]["c_fc"]), approximate="tanh")
-            x = x + linear(hidden, p["mlp"]["c_proj"])
-        return norm(x, params["ln_f"])
-
-    return forward
 
 
 def hugging_face(model: config.ModelConfig, params: Any, directory: Path) -> Any:

@@ -26,7 +26,7 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
 
     All is timed: reading the prompt, every token, its text, its facts and its record.
     """
-    _write_run(model, directory)
+    write_run(model, directory)
     device = devices.start("cpu", lambda line: None)
     narrow, wide = (
         api.Run(
@@ -42,8 +42,9 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     }
 
 
-def _write_run(model: config.ModelConfig, directory: Path) -> None:
+def write_run(model: config.ModelConfig, directory: Path) -> None:
     """Writes a run of random weights and a vocabulary of made-up words."""
+    directory.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     words = ["".join(draw.choices("bdfgklmnprstvz", k=3)) + draw.choice("aeiou") for _ in range(20_000)]
     vocabulary = tokenizer.Tokenizer.train([" ".join(words)], model.vocab_size)

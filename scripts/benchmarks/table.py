@@ -30,6 +30,7 @@ def shape_of(D: int, L: int, N: int, F: int, V: int, W: int) -> config.ModelConf
 SHAPES = {
     "default": config.ModelConfig(),
     "nanogpt": shape_of(D=128, L=4, N=4, F=512, V=256, W=64),
+    "shipped": shape_of(D=192, L=5, N=6, F=768, V=1024, W=128),
     "d256": shape_of(D=256, L=8, N=8, F=1024, V=5000, W=256),
     "d384": shape_of(D=384, L=6, N=6, F=1536, V=65, W=256),
     "gpt2": shape_of(D=768, L=12, N=12, F=3072, V=50257, W=1024),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import peers, table
+from benchmarks import peers, plain, table
 from hipgpt_jax import config, devices, training_config
 from hipgpt_jax.model import transformer
 from hipgpt_jax.training import mesh, optimizer, step
@@ -84,7 +84,7 @@ def _torch_step(torch: Any, model: config.ModelConfig, train: training_config.Tr
     layout = mesh.Layout.over({"data": 1, "fsdp": 1, "model": 1})
     start = step.init_on(layout, transformer.Transformer(model), adam, jax.random.key(0)).params
     params = peers.plain_params(start, torch)
-    forward = peers.plain_forward(model, params, torch)
+    forward = plain.forward_of(model, params, torch)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, torch.nn.Parameter))
     groups = [
         {"params": [leaf for leaf in leaves if leaf.ndim >= 2], "weight_decay": train.weight_decay},

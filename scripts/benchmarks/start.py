@@ -1,0 +1,48 @@
+"""The whole process: 50 tokens of the run in the package, from ``python`` to the end."""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import plain, table
+from hipgpt_jax import config, devices
+
+OURS, BARE, PEER = "hipgpt-generate", "imports and device", "PyTorch as nanoGPT's sample.py"
+RATIOS_TO = (BARE, PEER)
+HELD = ((OURS, BARE), (OURS, PEER))
+
+_IMPORTS = "import jax, flax.linen, tokenizers; from absl import flags; jax.devices()"
+_TOKENS = 50
+
+
+def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
+    """Returns the rows in tokens a second of whole processes, 50 tokens each; the imports alone count as 50 too.
+
+    The compilation cache is a new one, filled in the round that is not counted.
+    """
+    del model, options
+    ours = [sys.executable, "-m", "hipgpt_jax.cli.generate", "--run-name", "shakespeare"]
+    ours += ["--prompt", "To be, or not to be:", "--num_tokens", str(_TOKENS)]
+    return {
+        OURS: [_process(ours, directory)],
+        BARE: [_process([sys.executable, "-c", _IMPORTS], directory)],
+        PEER: [_process([sys.executable, plain.__file__], directory)] if importlib.util.find_spec("torch") else [],
+    }
+
+
+def _process(command: Sequence[str], cache: Path) -> table.Request:
+    environ = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    environ.pop(devices.CACHE_VARIABLE, None)
+    environ["PYTHONPATH"] = os.pathsep.join([str(Path(config.__file__).parents[1]), environ.get("PYTHONPATH", "")])
+
+    def request() -> tuple[float, float]:
+        began = time.perf_counter()
+        subprocess.run(command, env=environ, capture_output=True, check=True)
+        return _TOKENS, time.perf_counter() - began
+
+    return request
