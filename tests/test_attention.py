@@ -1,5 +1,7 @@
 """Attention in blocks of queries against the whole square in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,3 +57,22 @@ def test_blocks_drop_apart_and_the_mean_stays() -> None:
     np.testing.assert_allclose(mean, whole, atol=0.35)
     assert np.abs(mean - whole).mean() < 0.04
     assert jnp.isfinite(mean).all()
+
+
+def test_cudnns_attention_is_asked_for_where_it_is_chosen_and_nothing_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no cuDNN here, so JAX's own takes its place: the same axes, the same mask, the same result."""
+    asked: list[str] = []
+    reference = jax.nn.dot_product_attention
+
+    def stand_in(*arrays: jax.Array, implementation: str, **settings: Any) -> jax.Array:
+        asked.append(implementation)
+        return reference(*arrays, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    own = attention.attend(*map(jnp.asarray, heads(70)), dropout=0.0, dropout_key=None)
+    found = attention.attend(*map(jnp.asarray, heads(70)), dropout=0.0, dropout_key=None, implementation="cudnn")
+    np.testing.assert_allclose(found, own, atol=1e-5)
+    attention.attend(*map(jnp.asarray, heads(70)), dropout=0.1, dropout_key=jax.random.key(0), implementation="cudnn")
+    assert asked == ["cudnn"]

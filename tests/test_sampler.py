@@ -309,3 +309,12 @@ def test_nothing_compiles_after_the_first_token(stride: int, measure: bool) -> N
     with fakes.compilations() as compiled:
         assert len(list(stream)) == WINDOW + 8
     assert compiled == []
+
+
+def test_two_lanes_compile_no_program_twice() -> None:
+    """Both take in samples at once, from prompts of one bucket in a new sampler."""
+    fresh = sampler.Sampler(MODEL, fakes.random_params(MODEL), config.DecodingConfig(width=16))
+    wanted = [fakes.request(fakes.prompt(3), sample=n, num_tokens=4) for n in range(16)]
+    with fakes.compilations() as names:
+        fakes.tokens_of(fresh, wanted)
+    assert sorted(names) == [f"jit({name})" for name in ("_append", "_begin", "_put", "advance", "read")]

@@ -78,14 +78,6 @@ class Lane:
             limit: Tokens it may have, at least 1.
         """
         programs = self._programs
-        length = min(len(request.prompt_ids), programs.window)
-        longest = length + limit - 1
-        needed = (compiled.bucket(length, programs.window), programs.live(min(longest, programs.window)))
-        with programs.one_thread_compiles(*needed, longest > programs.window, request.generation.top_logprobs > 0):
-            return self._admit(place, index, request, limit)
-
-    def _admit(self, place: int, index: int, request: events.Request, limit: int) -> events.Event:
-        programs = self._programs
         ids = request.prompt_ids[-programs.window :]
         context_1S = np.zeros((1, programs.window), np.int32)
         context_1S[0, : len(ids)] = ids

@@ -1,11 +1,9 @@
 """The compiled functions that a sampler drives, and which of them have run."""
 
 import bisect
-import contextlib
 import functools
 import itertools
-import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -49,8 +47,6 @@ class Programs:
         self.where = jax.jit(decoding.where)
         self.likeliest = jax.jit(facts.likeliest)
         self._ran: set[Hashable] = set()
-        self._compiled: set[Hashable] = set()
-        self._compiling = threading.Lock()
 
     def load(self, params: Any) -> None:
         """Takes parameters of the model; other ones than before compile nothing again."""
@@ -77,16 +73,6 @@ class Programs:
     def part_of(self, slot: int) -> int:
         """Returns the part that a slot stands in."""
         return bisect.bisect_right(self.starts, slot) - 1
-
-    @contextlib.contextmanager
-    def one_thread_compiles(self, *programs: Hashable) -> Iterator[None]:
-        """Lets no other thread run new programs while this one does; known ones, as they are named, run at once."""
-        if programs in self._compiled:
-            yield
-            return
-        with self._compiling:
-            yield
-            self._compiled.add(programs)
 
     def is_new(self, *program: Hashable) -> bool:
         """Whether this is the first time that a program is named."""

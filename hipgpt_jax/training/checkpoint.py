@@ -30,7 +30,7 @@ class Writer:
         train: How it is trained.
         manifest: The data it is trained on.
         weights_dtype: Of the ``.bin`` files.
-        attention: Implementation that the training computes with.
+        attention: As of ``transformer.Transformer``; a step with dropout takes ``xla`` whatever it is.
     """
 
     directory: Path

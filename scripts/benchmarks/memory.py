@@ -27,7 +27,7 @@ _MB = 1024
 
 def report(options: argparse.Namespace) -> None:
     """Prints, for each shape, what the process takes beyond the bare one, as a multiple of its weights."""
-    bare = _peak(["-c", _COUNT.format(run=start._IMPORTS.replace("; ", "\n    "))])
+    bare = _peak(["-c", _COUNT.format(run=start.IMPORTS.replace("; ", "\n    "))])
     print(f"bare process (imports and device): {bare / _MB:.0f} MB")
     for name in options.shapes.split(","):
         with tempfile.TemporaryDirectory() as directory:

@@ -16,7 +16,7 @@ OURS, BARE, PEER = "hipgpt-generate", "imports and device", "PyTorch as nanoGPT'
 RATIOS_TO = (BARE, PEER)
 HELD = ((OURS, BARE), (OURS, PEER))
 
-_IMPORTS = "import jax, flax.linen, tokenizers; from absl import flags; jax.devices()"
+IMPORTS = "import jax, flax.linen, tokenizers; from absl import flags; jax.devices()"
 _TOKENS = 50
 
 
@@ -30,7 +30,7 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     ours += ["--prompt", "To be, or not to be:", "--num_tokens", str(_TOKENS)]
     return {
         OURS: [_process(ours, directory)],
-        BARE: [_process([sys.executable, "-c", _IMPORTS], directory)],
+        BARE: [_process([sys.executable, "-c", IMPORTS], directory)],
         PEER: [_process([sys.executable, plain.__file__], directory)] if importlib.util.find_spec("torch") else [],
     }
 
