@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the quick tests that need neither torch nor a GPU; makes .venv when it is missing or stale. Arguments go to
+# Runs the quick tests that do not need torch; makes .venv when it is missing or stale. Arguments go to
 # pytest: -m slow runs those that take longer.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 environment .venv dev
-exec .venv/bin/python -m pytest -n 2 -m "not slow and not peers and not gpu" "$@"
+exec .venv/bin/python -m pytest -n 2 -m "not slow and not peers" "$@"

@@ -43,16 +43,15 @@ def command(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"hipgpt_jax.cli.{name}", *arguments]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """Returns this process's environment with an XDG cache directory of its own."""
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+def environment(cache: Path, platforms: str = "cpu") -> dict[str, str]:
+    """Returns this process's environment with an XDG cache directory of its own; JAX chooses among no platforms."""
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": platforms}
 
 
-def spawn(name: str, *arguments: str, cwd: Path, cache: Path) -> Result:
+def spawn(name: str, *arguments: str, cwd: Path, cache: Path, platforms: str = "cpu") -> Result:
     """Runs a program in a process of its own."""
-    done = subprocess.run(
-        command(name, *arguments), cwd=cwd, env=environment(cache), capture_output=True, text=True, timeout=300
-    )
+    env = environment(cache, platforms)
+    done = subprocess.run(command(name, *arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

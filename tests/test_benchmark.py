@@ -4,13 +4,18 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
+import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pytest
 
-from hipgpt_jax import config
+from hipgpt_jax import config, devices
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = config.ModelConfig(embed_dim=16, num_layers=2, num_heads=2, ff_hidden_dim=32, vocab_size=300, max_seq_len=16)
@@ -79,6 +84,49 @@ def test_prompts_and_long_texts_are_measured(benchmark: ModuleType, tmp_path: Pa
         rates = benchmark.table.measure(module.rows_of(TINY, options, tmp_path), rounds=1, seconds=0.0)
         assert set(rows) <= set(rates)
         assert all(rates[row][0] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_measured_for_runs_here_too(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once truly; and once with known speeds, of which the shares follow."""
+    gpu, device = importlib.import_module("benchmarks.gpu"), devices.Device("cpu", "cpu")
+    found = gpu.decode(TINY, device, widths=(1, 4), rounds=2, read_bytes=2**20)
+    assert found["width 4"]["tokens_per_s"]["median"] > found["width 1"]["tokens_per_s"]["max"]
+    with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction
+        found = gpu.training(TINY, device, batch_size=4, rounds=2, product_size=64)
+    assert found["losses"][0] == pytest.approx(math.log(300), abs=0.1)
+    assert found["mfu"] is None
+
+    monkeypatch.setattr(gpu, "_read", lambda *_: lambda: (1e9, 1.0))
+    monkeypatch.setattr(gpu, "_product", lambda *_: lambda: (1e12, 1.0))
+    monkeypatch.setattr(gpu, "_sampled", lambda *_: lambda: (1000, 1.0))
+    monkeypatch.setattr(gpu.train, "steps", lambda *_: (lambda: (1000, 1.0), [5.7]))
+    layer = 4 * 16 * 16 + 2 * 16 * 32 + (3 + 1 + 1 + 4) * 16 + 32
+    weights, live = 2 * layer + 300 * 16 + 2 * 16, 2 * 2 * 16 * (8 + 8 / 2)
+    found = gpu.decode(TINY, device, widths=(1, 4))
+    for width in (1, 4):
+        share = found[f"width {width}"]["share_of_bandwidth"]["median"]
+        assert share == pytest.approx(2 * (weights / width + live) * 1000 / 1e9, rel=1e-3)
+    found = gpu.training(TINY, devices.Device("gpu", "NVIDIA H200"))
+    assert found["share_of_products"]["median"] == pytest.approx(
+        (6 * weights + 12 * 2 * 16 * 16) * 1000 / 1e12, rel=1e-3
+    )
+    assert found["mfu"] == 0.0
+    assert found["attention"] == "cudnn"
+
+
+@pytest.mark.slow
+def test_gpu_check_says_in_a_line_that_jax_finds_no_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "gpu_check.py"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[1:] == [
+        "gpu_check: error: JAX computes on the CPU here: install its plugin for the GPU, or try this with --device cpu"
+    ]
 
 
 def test_an_unknown_shape_names_those_there_are(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

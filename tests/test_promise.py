@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, lane, sampler
 
+pytestmark = pytest.mark.gpu
+
 # Width, the window's stride and the type. Prompts of up to 14 tokens lie in both buckets and beyond the window of 11.
 SHAPES: list[Any] = [
     (1, 1, "float32"),

@@ -12,6 +12,8 @@ from hipgpt_jax import config
 from hipgpt_jax.generation import facts
 from hipgpt_jax.runs import record
 
+pytestmark = pytest.mark.gpu
+
 PROMPTS = ["To be, or not to be:", "ROMEO:", "First Citizen:\nBefore we proceed any further, hear me speak." * 4, "O"]
 
 

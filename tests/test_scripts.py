@@ -213,6 +213,27 @@ def test_passes_arguments_on_from_anywhere(repository: Repository, name: str):
     assert (code, out, err) == (3, f"{repository.root}\n<--prompt><a  b><>", "")
 
 
+NO_GPU = "gpu_check: error: no GPU here: nvidia-smi lists none, and there is no /dev/kfd of AMD's driver. "
+
+
+@pytest.mark.skipif(Path("/dev/kfd").exists(), reason="an AMD GPU is here")
+@pytest.mark.parametrize(
+    ("lists", "installed"),
+    [("exit 9", None), ("echo No devices", None), ("echo 'GPU 0: NVIDIA H200'", "pip .[dev,cuda]")],
+)
+def test_gpu_check_needs_a_gpu_and_installs_what_it_needs(repository: Repository, lists: str, installed: str | None):
+    """Without one it is said in a line before anything is installed."""
+    repository.write("bin/nvidia-smi", f"#!/usr/bin/env bash\n{lists}\n")
+    code, out, err = repository.run("PATH=$PWD/bin:$PATH; ./scripts/gpu_check.sh --rounds 1")
+    if installed:
+        assert repository.notes() == ["venv", installed]
+        assert code == 0, err
+    else:
+        assert (code, out, repository.notes()) == (1, "", [])
+        assert err.startswith(NO_GPU)
+        assert err.count("\n") == 1
+
+
 @pytest.fixture
 def text(repository: Repository) -> Path:
     """A text that the repository's download_data.sh takes for tiny Shakespeare."""

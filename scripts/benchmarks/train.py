@@ -33,12 +33,15 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     train = training_config.TrainConfig(batch_size=batch_size, warmup_steps=0, min_lr=1e-3)
     shape = (_STEPS, train.batch_size, model.max_seq_len + 1)
     tokens = np.random.RandomState(0).randint(0, model.vocab_size, shape).astype(np.int32)
-    ours, first_loss = _ours(model, train, tokens)
-    return {OURS: [ours], PEER: _peer(model, train, tokens, first_loss)}
+    ours, losses = steps(transformer.Transformer(model), train, tokens)
+    return {OURS: [ours], PEER: _peer(model, train, tokens, losses)}
 
 
-def _ours(model: config.ModelConfig, train: training_config.TrainConfig, tokens: np.ndarray) -> tuple[Any, list[float]]:
-    module, key = transformer.Transformer(model), jax.random.key(0)
+def steps(
+    module: transformer.Transformer, train: training_config.TrainConfig, tokens: np.ndarray
+) -> tuple[table.Request, list[float]]:
+    """Returns a request that takes a step with each batch of ``[steps, B, T + 1]``, and the losses of the first run."""
+    key = jax.random.key(0)
     layout, adam = mesh.Layout.over({"data": 1, "fsdp": 1, "model": 1}), optimizer.make(train)
     take = step.make(module, adam, train, key, layout)
     state = step.init_on(layout, module, adam, key)

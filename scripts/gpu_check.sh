@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs scripts/gpu_check.py on this machine's GPU, in .venv-gpu, made when it is missing or stale: one JSON object on
+# stdout, all else on stderr. Arguments go to it. Where there is no network to install from, run
+# `python scripts/gpu_check.py` with a Python that has this package, pytest, hypothesis and JAX's plugin.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+if nvidia-smi -L 2>/dev/null | grep -q GPU; then
+  extra=cuda
+elif [[ -e /dev/kfd ]]; then
+  extra=rocm
+else
+  echo "gpu_check: error: no GPU here: nvidia-smi lists none, and there is no /dev/kfd of AMD's driver. Install the" \
+    "driver, or run this on a machine that has one" >&2
+  exit 1
+fi
+environment .venv-gpu "dev,$extra"
+exec .venv-gpu/bin/python scripts/gpu_check.py "$@"

@@ -1,0 +1,95 @@
+"""What only a GPU can show: it agrees with the CPU but for rounding, and another start gives the same bits."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import programs
+import pytest
+
+from hipgpt_jax import devices
+
+pytestmark = pytest.mark.gpu
+
+# Prompts of several buckets and one beyond the window of 128; texts that go beyond it.
+PROMPTS = ["O", "ROMEO:", "To be, or not to be:", "First Citizen: Before we proceed any further, hear me speak. " * 6]
+HEAD_DIM = 32
+
+
+@pytest.fixture(scope="module")
+def gpu() -> devices.Device:
+    """The GPU; without one, nothing here can be tried."""
+    first = jax.devices()[0]
+    if first.platform == "cpu":
+        pytest.skip("no GPU")
+    return devices.Device(first.platform, first.device_kind)
+
+
+def generate(*flags: str, cwd: Path, cache: Path) -> list[dict[str, Any]]:
+    """Makes five samples of each prompt, where JAX would, and returns the records in ``made.jsonl``."""
+    (cwd / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    asked = ["--prompts_file", "prompts.txt", "--num_samples", "5", "--num_tokens", "150", "--output", "made.jsonl"]
+    done = programs.spawn("generate", "--run-name", "shakespeare", *asked, *flags, cwd=cwd, cache=cache, platforms="")
+    assert done.code == 0, done.err
+    return [json.loads(line) for line in (cwd / "made.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("width", ["1", "16"])
+def test_records_of_the_cpu_are_replayed_but_for_rounding(
+    gpu: devices.Device, width: str, tmp_path: Path, cache: Path
+) -> None:
+    """Wherever a token differs, the margins on record say that rounding suffices to change it."""
+    generate("--device", "cpu", "--batch_size", width, cwd=tmp_path, cache=cache)
+    done = programs.spawn("replay", "made.jsonl", cwd=tmp_path, cache=cache, platforms="")
+    assert f"platform: cpu in the record, {gpu.platform} now" in done.out, done.err
+    *_, summary = done.out.splitlines()
+    told = re.fullmatch(
+        r"(\d+) of 20 identical(?:, (\d+) differ \((\d+) within floating-point error\))?, log-.* within (\S+)", summary
+    )
+    assert told, done.out
+    identical, differ, rounding = (int(number or 0) for number in told.groups()[:3])
+    assert identical + differ == 20
+    assert rounding == differ, done.out
+    assert identical > 10, done.out
+    assert float(told[4]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_start_with_a_cold_cache_gives_the_same_bits(gpu: devices.Device, dtype: str, tmp_path: Path) -> None:
+    """Whatever is compiled and tuned anew, and was left in memory, is no part of a record."""
+    flags = ["--dtype", dtype, "--top_logprobs", "2", "--batch_size", "4"]
+    starts = [tmp_path / name for name in ("one", "other")]
+    for start in starts:
+        start.mkdir()
+    one, other = (generate(*flags, cwd=start, cache=start) for start in starts)
+    for made in (*one, *other):
+        del made["timings"], made["started"]
+    assert one == other
+    assert one[0]["numerics"]["attention"] == gpu.attention(dtype, HEAD_DIM)
+    done = programs.spawn("replay", "made.jsonl", cwd=starts[0], cache=starts[1], platforms="")
+    assert done.out.splitlines()[-1] == "20 of 20 identical, log-probabilities equal to the bit", done.out + done.err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_learns_what_it_learns_on_the_cpu(
+    gpu: devices.Device, dtype: str, trained: Path, tmp_path: Path, cache: Path
+) -> None:
+    """The run ``tiny`` once more: it ends at the loss that the CPU ended at, within what half precision costs."""
+    flags = "--run-name tiny --vocab-size 300 --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2 --warmup-steps 5"
+    text = ["--data-path", str(trained / "text.txt"), "--dtype", dtype]
+    done = programs.spawn("train", *text, *flags.split(), cwd=tmp_path, cache=cache, platforms="")
+    assert done.code == 0, done.err
+    on_cpu, on_gpu = (last_loss(directory / "checkpoints" / "tiny") for directory in (trained, tmp_path))
+    assert on_gpu == pytest.approx(on_cpu, rel=0.02)
+    config = json.loads((tmp_path / "checkpoints" / "tiny" / "latest_config.json").read_text())
+    assert config["training"]["attention"] == gpu.attention(
+        dtype, config["model"]["embed_dim"] // config["model"]["num_heads"]
+    )
+
+
+def last_loss(run: Path) -> float:
+    """Returns the last validation loss of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
