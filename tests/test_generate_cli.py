@@ -266,7 +266,7 @@ def test_a_second_start_compiles_nothing_and_says_so(trained: Path, tmp_path: Pa
     assert all(told), first.err + second.err
     (made, how), (read, again_how) = (one.groups() for one in told if one)
     assert made == read
-    assert re.fullmatch(r"compiled, [\d.]+ s", how)
+    assert how == "compiled"
     assert again_how == "from the cache"
     assert programs.spawn("generate", *HI, cwd=trained, cache=tmp_path).out == first.out
 

@@ -82,20 +82,28 @@ def test_another_width_is_counted_and_said(call: Run, made: list[dict[str, Any]]
     assert re.search(r"\d of 6 identical.*, log-probabilities within \d\.\de-0[567]", result.out)
 
 
-def test_the_first_difference_is_shown(call: Run, made: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("margin", "rounding", "verdict"),
+    [({}, 0, "more than floating-point error explains"), ({7: 0.0}, 1, "within floating-point error")],
+)
+def test_the_first_difference_is_shown(
+    call: Run, made: list[dict[str, Any]], margin: dict[int, float], rounding: int, verdict: str
+) -> None:
+    """The record's margin judges it."""
     one = made[0]
     other = (one["ids"][7] + 1) % 300
     changed = {**one, "ids": [*one["ids"][:7], other, *one["ids"][8:]]}
+    changed["margins"] = [margin.get(place, own) for place, own in enumerate(one["margins"])]
     result = call("replay", write("b.jsonl", [changed, made[1]]))
     assert result.code == 1
     first, second, summary = result.out.splitlines()
     assert re.fullmatch(
         rf"differs    first sample 0: token 7 is {other} '.*' in the record, {one['ids'][7]} '.*' now; "
-        rf"margin [\d.e-]+, gap [\d.e-]+: more than floating-point error explains",
+        rf"margin [\d.e-]+, gap [\d.e-]+: {verdict}",
         first,
     )
     assert second.startswith("identical  first sample 1")
-    assert summary.startswith("1 of 2 identical, 1 differ (0 within floating-point error)")
+    assert summary.startswith(f"1 of 2 identical, 1 differ ({rounding} within floating-point error), log")
 
 
 def test_an_end_that_differs_is_shown(call: Run, made: list[dict[str, Any]]) -> None:

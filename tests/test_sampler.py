@@ -317,4 +317,5 @@ def test_two_lanes_compile_no_program_twice() -> None:
     wanted = [fakes.request(fakes.prompt(3), sample=n, num_tokens=4) for n in range(16)]
     with fakes.compilations() as names:
         fakes.tokens_of(fresh, wanted)
-    assert sorted(names) == [f"jit({name})" for name in ("_append", "_begin", "_put", "advance", "read")]
+    assert {"jit(read)", "jit(advance)"} <= set(names)
+    assert len(names) == len(set(names))

@@ -65,7 +65,7 @@ class _Tally:
         return 1 if self.counts["differs"] else 2 if self.counts["not tried"] else 0
 
     def summary(self) -> str:
-        total = sum(self.counts.values())
+        total = sum(self.counts[verdict] for verdict in ("identical", "differs", "not tried"))
         parts = [f"{self.counts['identical']} of {total} identical"]
         if self.counts["differs"]:
             parts.append(f"{self.counts['differs']} differ ({self.counts['rounding']} within floating-point error)")

@@ -89,6 +89,7 @@ def read(
     return logits_BV, kv.split(new, kv.holding(sizes, context_BT.shape[1]))
 
 
+@jax.jit
 def draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
     """Draws the next token of each row from its logits; -1 where its numbers are not finite."""
     key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")

@@ -231,7 +231,7 @@ def _of_candidates(
     V = logits_BV.shape[1]
     sizes = [*(size for size in CANDIDATES if size < V), V]
     needed_B = jnp.where(row.temperature_B < _TINY, 1, jnp.where(row.top_k_B == 0, V, row.top_k_B))
-    tier_B = jnp.searchsorted(jnp.asarray(sizes[:-1], jnp.int32), needed_B)
+    tier_B = (needed_B[:, None] > jnp.asarray(sizes[:-1], jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
 
     def among(size: int) -> Choice:
         # Behind a barrier, since XLA sorts the whole vocabulary for a top_k that is sliced: 6.1 ms instead of 0.1.
@@ -240,7 +240,8 @@ def _of_candidates(
 
     if len(sizes) == 1:
         return among(V)
-    found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: among(V)))
+    none_B = jnp.zeros(len(logits_BV), jnp.float32)
+    found = Choice(none_B.astype(jnp.int32), none_B, none_B)
     for tier, size in enumerate(sizes):
 
         def take(found: Choice, tier: int = tier, size: int = size) -> Choice:
