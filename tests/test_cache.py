@@ -1,6 +1,7 @@
 """The key/value cache: what is written where, and that decoding from it is the full forward pass."""
 
 import functools
+import math
 from typing import Any
 
 import fakes
@@ -89,12 +90,13 @@ def test_split_cuts_and_puts_zeros_behind(sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 11, 32, 63, 64, 65, 100, 128, 257, 1000, 1024])
-def test_parts_are_at_most_four_and_make_up_the_window(window: int) -> None:
+def test_a_step_reads_at_most_twice_the_text_and_a_quarter_more(window: int) -> None:
     sizes = kv.part_sizes(window)
     assert sum(sizes) == window
-    assert len(sizes) <= 4
-    assert len(sizes) == 1 or max(sizes) >= 64
-    assert len(set(sizes[:-1])) <= 1
+    for length in range(1, window + 1):
+        read = sum(kv.holding(sizes, length))
+        assert length <= read <= min(max(64, 2 * length), length + max(64, -(-window // 4)))
+    assert len(sizes) <= 4 + max(0, math.ceil(math.log2(window / 256)))
 
 
 def test_a_part_that_holds_nothing_of_a_row_changes_no_bit(params: dict[str, Any]) -> None:

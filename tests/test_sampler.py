@@ -288,8 +288,9 @@ def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: sampl
 
 def test_lanes_side_by_side_are_each_a_sampler_of_their_rows() -> None:
     """On a CPU a width of 16 is two lanes of 8 rows; their events come in one order whatever the threads do."""
-    assert [lane.count(width, "cpu") for width in (1, 8, 15, 16, 17, 64)] == [1, 1, 1, 2, 1, 2]
-    assert lane.count(64, "gpu") == 1
+    assert [lane.count(width, "cpu", MODEL) for width in (1, 8, 15, 16, 17, 64)] == [1, 1, 1, 2, 1, 2]
+    assert lane.count(64, "gpu", MODEL) == 1
+    assert lane.count(64, "cpu", dataclasses.replace(MODEL, embed_dim=512, ff_hidden_dim=2048)) == 1
     wide = fakes.make_sampler(width=16)
     requests = [fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n % 5 + 6, sample=n) for n in range(40)]
     drawn = fakes.tokens_of(wide, requests)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from absl import flags
 
-from hipgpt_jax import version
+from hipgpt_jax import devices, version
 from hipgpt_jax.text import prompts
 
 # Importing and tracing make many objects and no garbage, and Python looks for it in all of them: of the 1.55 s that
@@ -112,6 +112,12 @@ def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | 
 
 
 _T = TypeVar("_T")
+
+
+def keep_freed_memory() -> None:
+    """Has freed memory kept, and tells of it: see ``devices.keep_freed_memory``."""
+    if devices.keep_freed_memory():
+        note("set glibc's mallopt to keep a step's memory for the next (not with MALLOC_… or GLIBC_TUNABLES)")
 
 
 def note_emulation(platform: str, dtype: str) -> None:

@@ -108,10 +108,7 @@ def _start_device() -> devices.Device:
     if device.platform == "cpu":
         if on_main_thread:
             program.note("set jax_cpu_enable_async_dispatch=False: the main thread takes the steps")
-        if devices.keep_freed_memory():
-            program.note(
-                "set glibc's mallopt to keep a step's memory for the next (not with MALLOC_… or GLIBC_TUNABLES)"
-            )
+        program.keep_freed_memory()
     return device
 
 

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hipgpt_jax import config
 from hipgpt_jax.generation import decoding, events, facts, sampling
 from hipgpt_jax.generation import programs as compiled
 from hipgpt_jax.model import cache as kv
 
 _SMALLEST_DIVIDED = 16
+_PRODUCT_ON_ALL_CORES = 4 * 2**20  # bytes of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,12 +219,16 @@ class Lane:
             programs.where(np.zeros(len(self._rows), bool), programs.roll(programs.params, rows, state), state)
 
 
-def count(width: int, platform: str) -> int:
+def count(width: int, platform: str, model: config.ModelConfig) -> int:
     """Returns the number of lanes that a decode width is divided among; the rows of each are ``width`` over it.
 
     On a CPU two lanes step side by side: XLA's products and attention of up to 64 rows keep one core
     busy. At D256 L8 with 2 cores a step of 16 rows takes 3.7 ms as two lanes and 5.1 as one, and with
-    256 tokens in the cache 7.0 and 11.3; at 8 rows nothing is gained. The number of cores does not
-    enter, because the rows of a lane are part of the arithmetic.
+    256 tokens in the cache 7.0 and 11.3; at 8 rows nothing is gained. Products of 4 MB and more keep
+    both busy, and two lanes read them twice: 16 rows of D512 L8 take 22.6 ms as two and 19.9 as one, of
+    GPT-2 91 and 68, where 64 take 174 and 151. The number of cores does not enter, because the rows of a
+    lane are part of the arithmetic.
     """
-    return 2 if platform == "cpu" and width >= _SMALLEST_DIVIDED and width % 2 == 0 else 1
+    largest = 4 * model.embed_dim * model.ff_hidden_dim
+    divided = width >= _SMALLEST_DIVIDED and width % 2 == 0 and largest < _PRODUCT_ON_ALL_CORES
+    return 2 if platform == "cpu" and divided else 1

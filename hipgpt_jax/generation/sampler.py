@@ -63,7 +63,7 @@ class Sampler:
             ValueError: A request is empty, or cannot fit the window where overflow is an error.
         """
         source = enumerate(requests)
-        count = lane.count(self._decode.width, self._programs.platform)
+        count = lane.count(self._decode.width, self._programs.platform, self.model)
         lanes = [lane.Lane(self._programs, self._decode.width // count, measure=measure) for _ in range(count)]
         with contextlib.ExitStack() as stack:
             # JAX runs what one thread starts on a CPU one after the other, so each lane has a thread of its own.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import generate, peers, table
-from hipgpt_jax import config
+from hipgpt_jax import config, devices
 from hipgpt_jax.generation import events, sampler
 
 _WIDTHS = (16, 64)
@@ -21,6 +21,7 @@ HELD = tuple((f"{OURS}, {width}", f"{peer}, {width}") for width in _WIDTHS for p
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
     """Returns the rows of a shape: as many prompts of 8 ids as the width has rows, the reading of them timed too."""
+    devices.keep_freed_memory()  # as hipgpt-generate does
     num_tokens = min(options.num_tokens, model.max_seq_len - _PROMPT_TOKENS)
     params = generate.random_params(model, directory)
     torch, hugging_face = peers.torch(), peers.hugging_face(model, params, directory)
