@@ -320,3 +320,15 @@ def test_two_lanes_compile_no_program_twice() -> None:
         fakes.tokens_of(fresh, wanted)
     assert {"jit(read)", "jit(advance)"} <= set(names)
     assert len(names) == len(set(names))
+
+
+def test_slots_are_made_when_a_text_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dataclasses.replace(MODEL, max_seq_len=256)
+    engine = sampler.Sampler(model, fakes.random_params(model), config.DecodingConfig())
+    made: list[int] = []
+    empty = cache.empty
+    monkeypatch.setattr(cache, "empty", lambda *args: made.extend(args[2]) or empty(*args))
+    for num_tokens, parts in ((60, 1), (61, 2), (300, 4)):
+        made.clear()
+        assert len(fakes.tokens_of(engine, [fakes.request(fakes.prompt(5), num_tokens=num_tokens)])[0]) == num_tokens
+        assert made == [64] * parts

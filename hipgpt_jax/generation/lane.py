@@ -58,7 +58,7 @@ class Lane:
         self._under_way: Drawn | None = None
         self._last_read: tuple[tuple[int, ...], Any] | None = None
         self._of_rows, self._state = decoding.blank(B, W, model.vocab_size)
-        self._cache = kv.empty(model, B, programs.sizes, programs.dtype)
+        self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
 
     @property
     def free(self) -> list[int]:
@@ -167,7 +167,7 @@ class Lane:
         rolled = programs.roll(params, rows, state) if together else None
         alone = [] if together else [(place, programs.roll_row(params, rows, state, place)) for place in full]
         if cached:
-            self._state, new = programs.advance(params, rows, state, self._cache[: programs.live(max(cached))])
+            self._state, new = programs.advance(params, rows, state, self._parts(programs.live(max(cached))))
             for part in {programs.part_of(length) for length in cached}:
                 self._append(part, new, state.length_B)
         if rolled is not None:
@@ -178,14 +178,21 @@ class Lane:
         for place in wanted:
             lengths[place] = W - programs.stride + 1 if lengths[place] >= W else lengths[place] + 1
 
+    def _parts(self, number: int) -> tuple[kv.Cache, ...]:
+        """Returns the first parts of the cache, those made anew that were never needed before."""
+        programs, missing = self._programs, self._programs.sizes[len(self._cache) : number]
+        self._cache += kv.empty(programs.model, len(self._rows), missing, programs.dtype)
+        return self._cache[:number]
+
     def _append(self, part: int, new: kv.Cache, length_B: Any) -> None:
+        self._parts(part + 1)
         cache = list(self._cache)
         cache[part] = self._programs.append(cache[part], new, length_B, self._programs.starts[part])
         self._cache = tuple(cache)
 
     def _put(self, place: int, one: Any, cache: tuple[kv.Cache, ...]) -> None:
         batch, live = (self._of_rows, self._state), len(cache)
-        (self._of_rows, self._state), parts = self._programs.put(self._cache[:live], batch, place, one, cache)
+        (self._of_rows, self._state), parts = self._programs.put(self._parts(live), batch, place, one, cache)
         self._cache = (*parts, *self._cache[live:])
 
     def _never_run(self, first: int, last: int, request: events.Request) -> list[Callable[[], object]]:
@@ -205,7 +212,7 @@ class Lane:
 
     def _try_advance(self, live: int) -> None:
         programs = self._programs
-        _, new = programs.advance(programs.params, self._of_rows, self._state, self._cache[:live])
+        _, new = programs.advance(programs.params, self._of_rows, self._state, self._parts(live))
         for part in range(live):
             if programs.is_new("append", programs.sizes[part]):
                 self._append(part, new, np.full(len(self._rows), programs.window, np.int32))  # in no part's slots
@@ -214,7 +221,7 @@ class Lane:
         programs, rows, state = self._programs, self._of_rows, self._state
         if programs.stride > 1:
             _, cache = programs.roll_row(programs.params, rows, state, 0)
-            self._put(0, *decoding.take(((rows, state), self._cache[: len(cache)]), 0))  # as it was
+            self._put(0, *decoding.take(((rows, state), self._parts(len(cache))), 0))  # as it was
         else:
             programs.where(np.zeros(len(self._rows), bool), programs.roll(programs.params, rows, state), state)
 
