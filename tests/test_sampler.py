@@ -323,7 +323,7 @@ def test_two_lanes_compile_no_program_twice() -> None:
 
 
 def test_slots_are_made_when_a_text_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = dataclasses.replace(MODEL, max_seq_len=256)
+    model = dataclasses.replace(MODEL, max_seq_len=256, num_layers=1)
     engine = sampler.Sampler(model, fakes.random_params(model), config.DecodingConfig())
     made: list[int] = []
     empty = cache.empty
