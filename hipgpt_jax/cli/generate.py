@@ -11,8 +11,6 @@ from hipgpt_jax.cli import program, writing
 from hipgpt_jax.generation import source
 from hipgpt_jax.runs import directory, output, provenance
 
-_WIDE = 16  # rows whose logits may be more memory than glibc keeps
-
 SUMMARY = """Generate text from a trained run. The text goes to stdout as it is made, the facts to stderr.
 
 The same weights, prompt, settings and seed give the same tokens, whatever --num_tokens, --num_samples and
@@ -22,6 +20,7 @@ streaming are. Examples:
   hipgpt-generate --prompt "Once upon a time" --run-name my_run --step 1500 --temp 0.8 --seed 7"""
 
 FLAGS = flags.FlagValues()
+_WIDE = 16  # rows whose logits may be more memory than glibc keeps
 _SAMPLING, _DECODING, _GENERATION = config.SamplingConfig(), config.DecodingConfig(), config.GenerationConfig()
 
 _PROMPT = flags.DEFINE_string(

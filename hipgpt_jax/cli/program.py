@@ -114,12 +114,6 @@ def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | 
 _T = TypeVar("_T")
 
 
-def keep_freed_memory() -> None:
-    """Has freed memory kept, and tells of it: see ``devices.keep_freed_memory``."""
-    if devices.keep_freed_memory():
-        note("set glibc's mallopt to keep a step's memory for the next (not with MALLOC_… or GLIBC_TUNABLES)")
-
-
 def note_emulation(platform: str, dtype: str) -> None:
     """Tells that a CPU is slower in half precision."""
     if platform == "cpu" and dtype == "bfloat16":
@@ -142,6 +136,12 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> list[prompts.P
     if prompt is None:
         raise ValueError("--prompt is required, or --prompts_file; --help tells of every flag")
     return [prompts.Prompt(text=sys.stdin.buffer.read().decode("utf-8", errors="replace") if prompt == "-" else prompt)]
+
+
+def keep_freed_memory() -> None:
+    """Has freed memory kept, and tells of it: see ``devices.keep_freed_memory``."""
+    if devices.keep_freed_memory():
+        note("set glibc's mallopt to keep a step's memory for the next (not with MALLOC_… or GLIBC_TUNABLES)")
 
 
 def note(line: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from hipgpt_jax import config, devices, processes, training_config
 from hipgpt_jax.cli import program, train_flags, train_report
 from hipgpt_jax.runs import directory
-from hipgpt_jax.text import dataset
+from hipgpt_jax.text import dataset, manifest
 
 SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C or
 SIGTERM finishes the step, saves, and says how to go on. Examples:
@@ -73,13 +73,8 @@ def _train() -> None:
     cost = flops.per_token(model, size)
     if tells:
         _begin(run_directory, model, train)
-        if data.manifest.vocab_size < train_flags.VOCAB_SIZE.value and train_flags.TOKENIZER_PATH.value is None:
-            program.note(f"the text gave {data.manifest.vocab_size} ids, fewer than --vocab-size")
         used = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
-        program.note(
-            f"run {run} on {device}, {used} of {jax.device_count()}: {data.manifest.train_tokens} training and "
-            f"{data.manifest.validation_tokens} validation tokens; {flops.describe(size, cost)}"
-        )
+        _tell_of_run(run, f"{device}, {used} of {jax.device_count()}", data.manifest, flops.describe(size, cost))
     processes.wait_for_all("settings")
     job = loop.Job(
         directory=run_directory,
@@ -98,6 +93,13 @@ def _train() -> None:
             program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
         else:
             program.note(f"stopped and saved at step {end.at}; to go on: {_resume_command(run)}")
+
+
+def _tell_of_run(run: str, where: str, data: manifest.Manifest, size: str) -> None:
+    if data.vocab_size < train_flags.VOCAB_SIZE.value and train_flags.TOKENIZER_PATH.value is None:
+        program.note(f"the text gave {data.vocab_size} ids, fewer than --vocab-size")
+    tokens = f"{data.train_tokens} training and {data.validation_tokens} validation tokens"
+    program.note(f"run {run} on {where}: {tokens}; {size}")
 
 
 def _start_device() -> devices.Device:
@@ -197,6 +199,7 @@ def _prepare(run_directory: Path) -> None:
     if train_flags.RESUME.value:
         return  # _check_start has held it against the flags
     fresh = run_directory.with_name(f".{run_directory.name}.new")
+    is_first = not fresh.parent.exists()
     fresh.mkdir(parents=True, exist_ok=True)
     try:
         with train_report.preparing() as progress:
@@ -204,6 +207,8 @@ def _prepare(run_directory: Path) -> None:
         data.check_length(train_flags.SEQ.value)
     except (ValueError, FileNotFoundError):
         shutil.rmtree(fresh)
+        if is_first:
+            fresh.parent.rmdir()
         raise
     shutil.rmtree(run_directory, ignore_errors=True)
     fresh.rename(run_directory)
