@@ -186,8 +186,9 @@ def test_no_tokens_asked_for_is_an_end_without_work(wide: sampler.Sampler) -> No
     assert list(wide.run([])) == []
 
 
-def test_requests_are_taken_as_they_are_needed(wide: sampler.Sampler) -> None:
-    """So that any number of them runs in constant memory."""
+@pytest.mark.parametrize(("width", "ahead"), [(1, 0), (3, 63)])
+def test_requests_are_taken_as_they_are_needed(width: int, ahead: int) -> None:
+    """So that any number of them runs in constant memory; wide steps read prompts together, so they look ahead."""
     taken = []
 
     def endless() -> Iterator[events.Request]:
@@ -195,12 +196,12 @@ def test_requests_are_taken_as_they_are_needed(wide: sampler.Sampler) -> None:
             taken.append(sample)
             yield fakes.request(num_tokens=2, sample=sample)
 
-    happened = wide.run(endless())
-    for _ in range(6):
+    happened = fakes.make_sampler(width=width).run(endless())
+    for _ in range(2 * width):
         next(happened)
-    assert len(taken) == 3
+    assert len(taken) == width + ahead
     next(happened)
-    assert len(taken) == 4
+    assert len(taken) == width + 1 + ahead
 
 
 def test_bucket_is_tight_monotone_and_within_the_window() -> None:

@@ -18,6 +18,7 @@ class Request:
         sample: Index of the sample among those of its prompt, from 0.
         generation: How many tokens, the seed, and the id that ends the sample.
         sampling: How each token is chosen.
+        begins: Called when the sample's turn has come; it may be taken from its source before.
         ends: Called with each token but the end token as it is drawn; True ends the sample with it.
     """
 
@@ -25,6 +26,7 @@ class Request:
     sample: int
     generation: config.GenerationConfig
     sampling: config.SamplingConfig
+    begins: Callable[[], object] | None = None
     ends: Callable[[int], bool] | None = None
 
 

@@ -1,6 +1,5 @@
 """Rows that one compiled step advances together: samples enter and leave them one by one."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from concurrent import futures
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, events, facts, sampling
+from hipgpt_jax.generation import decoding, events, facts, sampling, waiting
 from hipgpt_jax.generation import programs as compiled
 from hipgpt_jax.model import cache as kv
 
@@ -18,19 +17,10 @@ _SMALLEST_DIVIDED = 16
 _PRODUCT_ON_ALL_CORES = 4 * 2**20  # bytes of float32
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A sample in a row: its request, the request's place among all, and the tokens it may have."""
-
-    index: int
-    request: events.Request
-    limit: int
-
-
 class Drawn(NamedTuple):
     """A step's tokens: which rows drew one and whether it is their last, the tokens, and the facts if measured."""
 
-    rows: dict[int, tuple[_Row, bool]]
+    rows: dict[int, tuple[waiting.Sample, bool]]
     token_B: Any
     facts: Any
 
@@ -52,11 +42,10 @@ class Lane:
         model, B, W = programs.model, width, programs.window
         self._programs = programs
         self._measured = measure
-        self._rows: list[_Row | None] = [None] * B
+        self._rows: list[waiting.Sample | None] = [None] * B
         self._started = [0] * B
         self._lengths = [0] * B  # the host's copy of the state's
         self._under_way: Drawn | None = None
-        self._last_read: tuple[tuple[int, ...], Any] | None = None
         self._of_rows, self._state = decoding.blank(B, W, model.vocab_size)
         self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
 
@@ -70,49 +59,43 @@ class Lane:
         """Whether it holds a sample."""
         return any(self._rows)
 
-    def admit(self, place: int, index: int, request: events.Request, limit: int) -> events.Event:
+    def admit(self, place: int, sample: waiting.Sample, group: waiting.Group) -> events.Event:
         """Gives a free place to a sample and returns the event of its first token.
-
-        Samples of one prompt in a row read it once.
 
         Args:
             place: One of ``free``.
-            index: Place of the request among all.
-            request: Its prompt is read.
-            limit: Tokens it may have, at least 1.
+            sample: It may have a token.
+            group: Its prompt is read with this one's.
         """
-        length = min(len(request.prompt_ids), self._programs.window)
+        length, limit, request = len(sample.ids), sample.limit, sample.request
         # Beside the prompt's, of which some is not Python's: a start with a hot cache takes 1.05 s instead of 1.13.
         with futures.ThreadPoolExecutor(1) as thread:
             never_run = self._never_run(length, length + limit - 1, request) if limit > 1 else ()
             under_way = [thread.submit(program) for program in never_run]
-            (rows, state), cache = self._begin(request)
+            logits_BV, cache = group.read()
+            row = group.row_of[sample.ids]
+            rows, state = self._begin(sample, logits_BV, row)
             for program in under_way:
                 program.result()
         measured = self._facts(state, [request])
-        row = self._rows[place] = _Row(index, request, limit)
+        self._rows[place] = sample
         self._started[place], self._lengths[place] = 1, length
         if limit > 1:
-            self._put(place, (rows, state), cache)
-        drawn = Drawn({0: (row, limit == 1)}, *jax.device_get((state.token_B, measured)))
+            self._put(place, (rows, state), cache, row)
+        drawn = Drawn({0: (sample, limit == 1)}, *jax.device_get((state.token_B, measured)))
         return self._event(place, drawn, 0)
 
-    def _begin(self, request: events.Request) -> tuple[Any, tuple[kv.Cache, ...]]:
-        """Reads a prompt and draws its first token; returns its row of the batch and its cache."""
-        programs = self._programs
-        ids = request.prompt_ids[-programs.window :]
+    def _begin(self, sample: waiting.Sample, logits_BV: jax.Array, row: int) -> tuple[decoding.Rows, decoding.State]:
+        """Draws a sample's first token from the logits after its prompt; returns its row of the batch."""
+        programs, request = self._programs, sample.request
         context_1S = np.zeros((1, programs.window), np.int32)
-        context_1S[0, : len(ids)] = ids
+        context_1S[0, : len(sample.ids)] = sample.ids
         seen_1V = np.zeros((1, programs.model.vocab_size), bool)
         seen_1V[0, list(request.prompt_ids)] = True
-        if self._last_read is None or self._last_read[0] != ids:
-            self._last_read = None  # of two prompts' caches one is held
-            self._last_read = ids, programs.read_prompt(ids)
-        logits_1V, cache = self._last_read[1]
         words_3 = sampling.key_words(request.generation.seed, request.prompt_ids, request.sample)
-        length_1 = np.array([len(ids)], np.int32)
+        length_1 = np.array([len(sample.ids)], np.int32)
         settings = sampling.settings([request.sampling])
-        return programs.begin(words_3, settings, length_1, context_1S, seen_1V, logits_1V), cache
+        return programs.begin(words_3, settings, length_1, context_1S, seen_1V, logits_BV, row)
 
     def step(self) -> Drawn | None:
         """Starts the next token of every row that wants one, and fetches those started before it, if any were."""
@@ -136,7 +119,7 @@ class Lane:
         return event
 
     def _start(self) -> Drawn | None:
-        wanted: dict[int, tuple[_Row, bool]] = {}
+        wanted: dict[int, tuple[waiting.Sample, bool]] = {}
         for place, row in enumerate(self._rows):
             if row is not None and self._started[place] < row.limit:
                 self._started[place] += 1
@@ -190,9 +173,9 @@ class Lane:
         cache[part] = self._programs.append(cache[part], new, length_B, self._programs.starts[part])
         self._cache = tuple(cache)
 
-    def _put(self, place: int, one: Any, cache: tuple[kv.Cache, ...]) -> None:
+    def _put(self, place: int, one: Any, cache: tuple[kv.Cache, ...], row: int = 0) -> None:
         batch, live = (self._of_rows, self._state), len(cache)
-        (self._of_rows, self._state), parts = self._programs.put(self._parts(live), batch, place, one, cache)
+        (self._of_rows, self._state), parts = self._programs.put(self._parts(live), batch, place, one, cache, row)
         self._cache = (*parts, *self._cache[live:])
 
     def _never_run(self, first: int, last: int, request: events.Request) -> list[Callable[[], object]]:

@@ -3,7 +3,7 @@
 import bisect
 import functools
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -52,14 +52,23 @@ class Programs:
         """Takes parameters of the model; other ones than before compile nothing again."""
         self.params = jax.device_put(transformer.cast(params, self.dtype))
 
-    def read_prompt(self, ids: tuple[int, ...]) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
-        """Returns the logits after a prompt and its cache.
+    def read_prompts(self, prompts: Sequence[tuple[int, ...]], rows: int) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
+        """Returns the logits after each prompt, and their cache.
 
-        It is read alone whatever the decode width is, so that no other row's length touches its arithmetic.
+        The program follows from the bucket and ``rows`` alone, and there a row's numbers from its own ids.
+
+        Args:
+            prompts: Ids of one bucket.
+            rows: To be read, at least as many as there are prompts; the rest is padding.
         """
-        tokens_1T = np.zeros((1, bucket(len(ids), self.window)), np.int32)
-        tokens_1T[0, : len(ids)] = ids
-        return self.read(self.params, tokens_1T, np.array([len(ids)], np.int32))
+        tokens_BT, length_B = np.zeros((rows, self.bucket(prompts[0])), np.int32), np.ones(rows, np.int32)
+        for row, ids in enumerate(prompts):
+            tokens_BT[row, : len(ids)], length_B[row] = ids, len(ids)
+        return self.read(self.params, tokens_BT, length_B)
+
+    def bucket(self, ids: tuple[int, ...]) -> int:
+        """Returns the slots read for a prompt."""
+        return bucket(len(ids), self.window)
 
     @property
     def platform(self) -> str:
@@ -102,9 +111,11 @@ def _begin(
     length_1: jax.Array,
     context_1S: jax.Array,
     seen_1V: jax.Array,
-    logits_1V: jax.Array,
+    logits_BV: jax.Array,
+    row: jax.Array,
 ) -> tuple[decoding.Rows, decoding.State]:
-    """Draws the first token of a sample; returns its row of the batch."""
+    """Draws the first token of a sample from a row of ``logits_BV``; returns its row of the batch."""
+    logits_1V = decoding.take(logits_BV, row)
     rows = decoding.Rows(jax.random.key_data(sampling.sample_key(words_3))[None], settings)
     zero_1 = jnp.zeros_like(length_1)
     none_14 = jnp.zeros((1, 4), jnp.float32)
@@ -113,10 +124,10 @@ def _begin(
 
 
 def _put(
-    cache: tuple[kv.Cache, ...], batch: Any, place: jax.Array, one: Any, cache_1: tuple[kv.Cache, ...]
+    cache: tuple[kv.Cache, ...], batch: Any, place: jax.Array, one: Any, read: tuple[kv.Cache, ...], row: jax.Array
 ) -> tuple[Any, tuple[kv.Cache, ...]]:
-    """Replaces a row of the batch and of as many parts of the cache as ``cache_1`` has."""
-    return decoding.put(batch, place, one), decoding.put(cache, place, cache_1)
+    """Replaces a row of the batch by ``one``, and of as many parts of the cache as ``read`` has by a row of that."""
+    return decoding.put(batch, place, one), decoding.put(cache, place, decoding.take(read, row))
 
 
 def _append(part: kv.Cache, new: kv.Cache, length_B: jax.Array, start: jax.Array) -> kv.Cache:

@@ -79,6 +79,10 @@ class _Draft:
         self._decoder = vocabulary.decoder()
         self._stops = stops.StopFilter(job.request.generation.stop)
         self._passed = ""
+        self.begin()
+
+    def begin(self) -> None:
+        """Has the sample's time start now."""
         self._began = time.perf_counter()
 
     def draw(self, token: int) -> bool:
@@ -128,7 +132,7 @@ def make(
     Args:
         engine: The sampler.
         vocabulary: Its model's tokenizer.
-        jobs: Taken as they are needed.
+        jobs: Taken as ``Sampler.run`` takes requests.
         measure: Whether tokens are measured; it changes none.
 
     Raises:
@@ -138,8 +142,8 @@ def make(
 
     def requests() -> Iterator[events.Request]:
         for index, job in enumerate(jobs):
-            drafts[index] = _Draft(job, vocabulary)
-            yield dataclasses.replace(job.request, ends=drafts[index].draw)
+            draft = drafts[index] = _Draft(job, vocabulary)
+            yield dataclasses.replace(job.request, begins=draft.begin, ends=draft.draw)
 
     for event in engine.run(requests(), measure=measure):
         update = drafts[event.index].update(event)
