@@ -11,7 +11,6 @@ import pytest
 from hipgpt_jax import config
 from hipgpt_jax.generation import decoding, programs
 from hipgpt_jax.model import cache as kv
-from hipgpt_jax.model import transformer
 
 MODEL = config.ModelConfig(vocab_size=700, max_seq_len=256, embed_dim=96, num_heads=3, ff_hidden_dim=352, num_layers=2)
 KERNEL = MODEL.embed_dim * MODEL.embed_dim  # elements of the smallest
@@ -26,7 +25,7 @@ def moved(compiled: Any) -> list[int]:
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
-    made = programs.Programs(transformer.Transformer(MODEL), MODEL.max_seq_len, 1)
+    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla")
     made.load(fakes.random_params(MODEL))
     of_rows, state = decoding.blank(rows, MODEL.max_seq_len, MODEL.vocab_size)
     cache = kv.empty(MODEL, rows, made.sizes, made.dtype)

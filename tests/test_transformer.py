@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config, training_config
-from hipgpt_jax.model import attention, transformer
+from hipgpt_jax.model import attention, parameters, transformer
 from hipgpt_jax.model import cache as kv
 
 MODEL = fakes.MODEL
@@ -220,7 +220,7 @@ def decode_of(model: transformer.Transformer) -> Callable[..., Any]:
 def test_a_step_in_half_precision_keeps_softmax_and_logits_in_float32(params: dict[str, Any], dtype: str) -> None:
     model = transformer.Transformer(MODEL, dtype)
     cache = kv.empty(MODEL, 2, (4, 4), dtype)
-    narrow = transformer.cast(params, dtype)
+    narrow = parameters.cast(params, dtype)
     program = jax.make_jaxpr(decode_of(model))(narrow, jnp.asarray([1, 2]), cache, jnp.asarray([3, 5]))
     taken: dict[str, set[str]] = {}
     for equation in fakes.equations(program.jaxpr):
@@ -235,7 +235,7 @@ def test_cast_parameters_give_the_bits_of_whole_ones(params: dict[str, Any]) -> 
     model = transformer.Transformer(MODEL, "bfloat16")
     whole, narrow = (
         jax.jit(lambda params: model.bind({"params": params})(jnp.asarray(TOKENS_BT), dropout=0.0))(given)
-        for given in (params, transformer.cast(params, "bfloat16"))
+        for given in (params, parameters.cast(params, "bfloat16"))
     )
     np.testing.assert_array_equal(whole, narrow)
     exact = forward(params, TOKENS_BT)
@@ -243,10 +243,10 @@ def test_cast_parameters_give_the_bits_of_whole_ones(params: dict[str, Any]) -> 
 
 
 def test_cast_narrows_all_but_layer_norms_and_copies_nothing_that_fits(params: dict[str, Any]) -> None:
-    narrow = transformer.cast(params, "bfloat16")
+    narrow = parameters.cast(params, "bfloat16")
     kinds = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(narrow)}
     assert all((dtype == np.float32) == ("ln_" in name) for name, dtype in kinds.items())
-    same = transformer.cast(params, "float32")
+    same = parameters.cast(params, "float32")
     assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True))
 
 

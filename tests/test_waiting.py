@@ -53,11 +53,11 @@ def asked_for(lengths: Sequence[int], samples: int = 1) -> list[events.Request]:
         (WIDTH, asked_for([3, 4, 5]), [(3, 6)]),
         (WIDTH, asked_for([2 + n % 7 for n in range(14)]), [(6, 6), (6, 6), (2, 6)]),
         (WIDTH, asked_for([3, 9] * 6), [(6, 6), (5, 5), (1, 5)]),
-        (WIDTH, asked_for([4, 20, 11, 30, 9, 2]), [(2, 6), (4, 5)]),
+        pytest.param(WIDTH, asked_for([4, 20, 11, 30, 9, 2]), [(2, 6), (4, 5)], marks=pytest.mark.slow),
         (WIDTH, asked_for([3, 4, 5], samples=4), [(3, 6)]),
         (WIDTH, asked_for([3], samples=100), [(1, 6)]),
         (WIDTH, [fakes.request((5,), num_tokens=0), *asked_for([3, 4])], [(2, 6)]),
-        (16, asked_for([3] * 16), [(8, 8)] * 2),
+        pytest.param(16, asked_for([3] * 16), [(8, 8)] * 2, marks=pytest.mark.slow),
     ],
 )
 def test_prompts_of_one_bucket_are_read_together_and_once(

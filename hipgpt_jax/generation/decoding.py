@@ -5,7 +5,7 @@ from its own first token, so its arithmetic is the same in any company.
 """
 
 import itertools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ import numpy as np
 from hipgpt_jax import config
 from hipgpt_jax.generation import facts, sampling
 from hipgpt_jax.model import cache as kv
-from hipgpt_jax.model import transformer
+
+if TYPE_CHECKING:
+    from hipgpt_jax.model import transformer
 
 
 class Rows(NamedTuple):
@@ -51,13 +53,13 @@ class State(NamedTuple):
     logits_BV: jax.Array
 
 
-def blank(B: int, W: int, V: int) -> tuple[Rows, State]:
-    """Returns rows without a sample; their numbers mean nothing, and compile nothing."""
+def blank(B: int, W: int, V: int, device: Any = None) -> tuple[Rows, State]:
+    """Returns rows without a sample, on a device; their numbers mean nothing, and compile nothing."""
 
     def zeros(*shape: int, dtype: Any = np.int32) -> jax.Array:
-        return jax.device_put(np.zeros(shape, dtype), may_alias=False)
+        return jax.device_put(np.zeros(shape, dtype), device, may_alias=False)
 
-    rows = Rows(zeros(B, 2, dtype=np.uint32), jax.device_put(sampling.settings([config.SamplingConfig()] * B)))
+    rows = Rows(zeros(B, 2, dtype=np.uint32), jax.device_put(sampling.settings([config.SamplingConfig()] * B), device))
     state = State(
         index_B=zeros(B),
         token_B=zeros(B),
@@ -71,7 +73,7 @@ def blank(B: int, W: int, V: int) -> tuple[Rows, State]:
 
 
 def read(
-    model: transformer.Transformer, params: Any, context_BT: jax.Array, length_B: jax.Array, *, sizes: tuple[int, ...]
+    model: "transformer.Transformer", params: Any, context_BT: jax.Array, length_B: jax.Array, *, sizes: tuple[int, ...]
 ) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
     """Reads contexts from their start.
 
@@ -104,7 +106,7 @@ def draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
 
 
 def advance(
-    model: transformer.Transformer, params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
+    model: "transformer.Transformer", params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
 ) -> tuple[State, kv.Cache]:
     """Takes the newest token into a context that is not full and draws the one after it.
 
@@ -127,7 +129,7 @@ def advance(
 
 
 def decode_step(
-    model: transformer.Transformer, params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
+    model: "transformer.Transformer", params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
 ) -> tuple[State, tuple[kv.Cache, ...]]:
     """One token, whole: ``advance`` over all parts of the cache, and its keys and values appended."""
     next_state, new = advance(model, params, rows, state, cache)
@@ -137,7 +139,7 @@ def decode_step(
 
 
 def roll(
-    model: transformer.Transformer, params: Any, rows: Rows, state: State, *, stride: int, sizes: tuple[int, ...]
+    model: "transformer.Transformer", params: Any, rows: Rows, state: State, *, stride: int, sizes: tuple[int, ...]
 ) -> tuple[State, tuple[kv.Cache, ...]]:
     """Takes the newest token into a context that is full, reads that anew and draws the token after it.
 

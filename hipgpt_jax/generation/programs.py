@@ -4,15 +4,19 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hipgpt_jax.generation import decoding, facts, sampling
+from hipgpt_jax import config
+from hipgpt_jax.generation import decoding, exported, facts, sampling
 from hipgpt_jax.model import cache as kv
-from hipgpt_jax.model import transformer
+from hipgpt_jax.model import parameters
+
+if TYPE_CHECKING:
+    from hipgpt_jax.model import transformer
 
 _SMALLEST_BUCKET = 8
 
@@ -24,33 +28,65 @@ class Programs:
         model: Shape of the model.
         dtype: Type of its arithmetic.
         params: Its parameters, in that type, on the device.
+        device: What computes.
         window: Tokens that the model sees.
         stride: Tokens dropped at a time where the window is full.
         sizes: Slots of each part of the cache.
         starts: The first slot of each part, and the window.
     """
 
-    def __init__(self, model: transformer.Transformer, window: int, stride: int) -> None:
-        self.model, self.dtype = model.config, model.dtype
+    def __init__(self, model: config.ModelConfig, window: int, stride: int, dtype: str, attention: str) -> None:
+        self.model, self.dtype, self._attention = model, dtype, attention
         self.params: Any = None
+        self.device: Any = None
         self.window, self.stride = window, stride
         self.sizes = kv.part_sizes(window)
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
-        self.read = jax.jit(functools.partial(decoding.read, model, sizes=self.sizes))
-        self.begin = jax.jit(_begin)
-        self.put = jax.jit(_put, donate_argnums=0)
-        self.advance = jax.jit(functools.partial(decoding.advance, model))
-        self.append = jax.jit(_append, donate_argnums=0)
-        roll = functools.partial(decoding.roll, model, stride=stride, sizes=self.sizes)
-        self.roll = jax.jit(lambda params, rows, state: roll(params, rows, state)[0])
-        self.roll_row = jax.jit(functools.partial(_roll_row, roll))
-        self.where = jax.jit(decoding.where)
-        self.likeliest = jax.jit(facts.likeliest)
+        module = functools.partial(_module, model, dtype, attention)
+        sizes, settings = self.sizes, repr((model, dtype, attention, window, stride, self.sizes))
+
+        def read(params: Any, context_BT: jax.Array, length_B: jax.Array) -> Any:
+            return decoding.read(module(), params, context_BT, length_B, sizes=sizes)
+
+        def advance(params: Any, rows: decoding.Rows, state: decoding.State, cache: tuple[kv.Cache, ...]) -> Any:
+            return decoding.advance(module(), params, rows, state, cache)
+
+        def roll(params: Any, rows: decoding.Rows, state: decoding.State) -> decoding.State:
+            return decoding.roll(module(), params, rows, state, stride=stride, sizes=sizes)[0]
+
+        def roll_row(params: Any, rows: decoding.Rows, state: decoding.State, place: jax.Array) -> Any:
+            """Rolls one row alone; returns its row of the batch and its cache."""
+            row = decoding.take(rows, place)
+            own = decoding.take(state, place)
+            state, cache = decoding.roll(module(), params, row, own, stride=stride, sizes=sizes)
+            return (row, state), cache
+
+        def program(function: Callable[..., Any], donate_argnums: int | tuple[int, ...] = ()) -> Any:
+            return jax.jit(exported.kept(function, settings), donate_argnums=donate_argnums)
+
+        # None of them refers to this object, so that it goes, and all code with it, as soon as it is not used.
+        self.read = program(read)
+        self.begin = program(_begin)
+        self.put = program(_put, donate_argnums=0)
+        self.advance = program(advance)
+        self.append = program(_append, donate_argnums=0)
+        self.roll = program(roll)
+        self.roll_row = program(roll_row)
+        self.where = program(decoding.where)
+        self.likeliest = program(facts.likeliest)
         self._ran: set[Hashable] = set()
+
+    @property
+    def module(self) -> "transformer.Transformer":
+        """The model."""
+        return _module(self.model, self.dtype, self._attention)
 
     def load(self, params: Any) -> None:
         """Takes parameters of the model; other ones than before compile nothing again."""
-        self.params = jax.device_put(transformer.cast(params, self.dtype))
+        there = jax.device_put(parameters.cast(params, self.dtype))
+        self.device = next(iter(jax.tree.leaves(there)[0].devices()))
+        # Bound to it, as what a kept program returns is: to other arguments a program is lowered again.
+        self.params = jax.device_put(there, self.device)
 
     def read_prompts(self, prompts: Sequence[tuple[int, ...]], rows: int) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
         """Returns the logits after each prompt, and their cache.
@@ -70,11 +106,6 @@ class Programs:
         """Returns the slots read for a prompt."""
         return bucket(len(ids), self.window)
 
-    @property
-    def platform(self) -> str:
-        """Where it runs: ``cpu``, ``gpu`` and so on."""
-        return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
-
     def live(self, length: int) -> int:
         """Returns the number of parts that hold the first ``length`` tokens."""
         return bisect.bisect_left(self.starts, length)
@@ -88,6 +119,14 @@ class Programs:
         known = program in self._ran
         self._ran.add(program)
         return not known
+
+
+@functools.cache
+def _module(model: config.ModelConfig, dtype: str, attention: str) -> "transformer.Transformer":
+    """Returns the model; only where a program is traced, because importing Flax takes 0.15 s of a start."""
+    from hipgpt_jax.model import transformer
+
+    return transformer.Transformer(model, dtype, attention=attention, exact=True)
 
 
 def bucket(length: int, window: int) -> int:
@@ -132,16 +171,3 @@ def _put(
 
 def _append(part: kv.Cache, new: kv.Cache, length_B: jax.Array, start: jax.Array) -> kv.Cache:
     return kv.append(part, new, length_B - start)
-
-
-def _roll_row(
-    roll: Callable[..., tuple[decoding.State, tuple[kv.Cache, ...]]],
-    params: Any,
-    rows: decoding.Rows,
-    state: decoding.State,
-    place: jax.Array,
-) -> tuple[tuple[decoding.Rows, decoding.State], tuple[kv.Cache, ...]]:
-    """Rolls one row alone; returns its row of the batch and its cache."""
-    row = decoding.take(rows, place)
-    state, cache = roll(params, row, decoding.take(state, place))
-    return (row, state), cache

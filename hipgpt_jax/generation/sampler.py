@@ -3,11 +3,13 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, lane, programs, waiting
-from hipgpt_jax.model import transformer
+
+if TYPE_CHECKING:
+    from hipgpt_jax.model import transformer
 
 
 class Sampler:
@@ -34,11 +36,15 @@ class Sampler:
             ValueError: The window or the stride does not fit the model.
         """
         self.model = model
-        self.module = transformer.Transformer(model, decode.dtype, attention=attention, exact=True)
         self.window = decode.resolve_window(model)
         self._decode = decode
-        self._programs = programs.Programs(self.module, self.window, decode.window_stride)
+        self._programs = programs.Programs(model, self.window, decode.window_stride, decode.dtype, attention)
         self._programs.load(params)
+
+    @property
+    def module(self) -> "transformer.Transformer":
+        """The model as a Flax module."""
+        return self._programs.module
 
     @property
     def params(self) -> Any:
@@ -62,7 +68,7 @@ class Sampler:
         Raises:
             ValueError: A request is empty, or cannot fit the window where overflow is an error.
         """
-        count = lane.count(self._decode.width, self._programs.platform, self.model)
+        count = lane.count(self._decode.width, self._programs.device.platform, self.model)
         rows = self._decode.width // count
         lanes = [lane.Lane(self._programs, rows, measure=measure) for _ in range(count)]
         queue = waiting.Queue(self._programs, rows, self._samples(requests))

@@ -1,7 +1,7 @@
 """The key/value cache of a decode step, as a value of fixed shape, in parts of which a step reads the live ones."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,14 @@ def part_sizes(window: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def empty(model: config.ModelConfig, rows: int, sizes: tuple[int, ...], dtype: str) -> tuple[Cache, ...]:
-    """Returns a cache of zeros, in parts of these sizes."""
+def empty(
+    model: config.ModelConfig, rows: int, sizes: tuple[int, ...], dtype: str, device: Any = None
+) -> tuple[Cache, ...]:
+    """Returns a cache of zeros, in parts of these sizes, on a device."""
 
     def layers(size: int) -> tuple[jax.Array, ...]:
         zeros_BNSH = np.zeros((rows, model.num_heads, size, model.head_dim), jnp.dtype(dtype))
-        return tuple(jax.device_put(zeros_BNSH, may_alias=False) for _ in range(model.num_layers))
+        return tuple(jax.device_put(zeros_BNSH, device, may_alias=False) for _ in range(model.num_layers))
 
     return tuple(Cache(layers(size), layers(size)) for size in sizes)
 

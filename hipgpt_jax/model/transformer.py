@@ -149,19 +149,3 @@ class Transformer(nn.Module):
         """Head tied to the embedding, contracted as it is stored: ``x @ wte.T`` copied it every token."""
         head_VD = self.wte.embedding.astype(self.dtype)
         return jnp.einsum("MD,VD->MV", block.normalize(self.ln_f, x_MD), head_VD, preferred_element_type=jnp.float32)
-
-
-def cast(params: Any, dtype: str) -> Any:
-    """Returns parameters as a ``Transformer`` of ``dtype`` multiplies them; LayerNorm's stay as they are.
-
-    No bit of its results changes, and the memory they are read from is that of ``dtype``.
-
-    Args:
-        params: Parameters, arrays of NumPy's or JAX's.
-        dtype: As of ``Transformer``.
-    """
-
-    def narrow(path: tuple[Any, ...], x: Any) -> Any:
-        return x if path[-2].key.startswith("ln_") else x.astype(dtype, copy=False)
-
-    return jax.tree_util.tree_map_with_path(narrow, params)
