@@ -287,6 +287,7 @@ def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: sampl
         assert fakes.tokens_of(narrow, asked) == expected
 
 
+@pytest.mark.slow
 def test_lanes_side_by_side_are_each_a_sampler_of_their_rows() -> None:
     """On a CPU a width of 16 is two lanes of 8 rows; their events come in one order whatever the threads do."""
     assert [lane.count(width, "cpu", MODEL) for width in (1, 8, 15, 16, 17, 64)] == [1, 1, 1, 2, 1, 2]
@@ -323,6 +324,7 @@ def test_two_lanes_compile_no_program_twice() -> None:
     assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_slots_are_made_when_a_text_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dataclasses.replace(MODEL, max_seq_len=256, num_layers=1)
     engine = sampler.Sampler(model, fakes.random_params(model), config.DecodingConfig())
