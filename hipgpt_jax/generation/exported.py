@@ -42,35 +42,43 @@ def kept(function: Callable[..., Any], settings: str) -> Callable[..., Any]:
     name = function.__name__.strip("_")
 
     def traced(*args: Any) -> Any:  # once for each shape of its arguments
-        if (directory := _directory()) is None:
+        if (directory := _directory(settings)) is None:
             return function(*args)
         shapes = jax.tree.map(_shape, args)
-        path = directory / f"{name}-{_key(name, settings, shapes)}"
+        path = directory / f"{name}-{_digest(shapes)}"
         program = _read(path)
         if program is None:
-            program = jax.export.export(jax.jit(function))(*shapes)
-            _write(path, bytes(program.serialize()))
-        return program.call(*args)
+            program = bytes(jax.export.export(jax.jit(function))(*shapes).serialize())
+            _write(path, program)
+        return jax.export.deserialize(bytearray(program)).call(*args)
 
     traced.__name__ = name
     return traced
 
 
-def _directory() -> Path | None:
-    directory = jax.config.values["jax_compilation_cache_dir"]
-    on_disk = directory and "://" not in directory and jax.config.values["jax_enable_compilation_cache"]
-    return Path(directory) / "programs" if on_disk and jax.default_backend() == "cpu" else None
+def any_kept(settings: str) -> bool:
+    """Returns whether any program of these settings is on disk."""
+    directory = _directory(settings)
+    return directory is not None and directory.is_dir()
+
+
+def _directory(settings: str) -> Path | None:
+    place = jax.config.values["jax_compilation_cache_dir"]
+    on_disk = place and "://" not in place and jax.config.values["jax_enable_compilation_cache"]
+    if not on_disk or jax.default_backend() != "cpu":
+        return None
+    # A context manager's setting is the attribute's; not every setting has one.
+    jax_settings = sorted((name, str(getattr(jax.config, name, value))) for name, value in jax.config.values.items())
+    return Path(place) / "programs" / _digest((settings, jax_settings, _code()))
+
+
+def _digest(follows_from: Any) -> str:
+    return hashlib.sha256(repr(follows_from).encode()).hexdigest()
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
     abstract: Any = jax.typeof(x)
     return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, weak_type=abstract.weak_type)
-
-
-def _key(*follows_from: Any) -> str:
-    # A context manager's setting is the attribute's; not every setting has one.
-    jax_settings = sorted((name, str(getattr(jax.config, name, value))) for name, value in jax.config.values.items())
-    return hashlib.sha256(repr((follows_from, jax_settings, _code())).encode()).hexdigest()
 
 
 @functools.cache
@@ -84,14 +92,14 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> jax.export.Exported | None:
+def _read(path: Path) -> bytes | None:
     """Returns a program, or None where there is none or its file is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     digest, program = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return jax.export.deserialize(bytearray(program)) if hashlib.sha256(program).digest() == digest else None
+    return program if hashlib.sha256(program).digest() == digest else None
 
 
 def _write(path: Path, program: bytes) -> None:

@@ -75,6 +75,8 @@ class Programs:
         self.where = program(decoding.where)
         self.likeliest = program(facts.likeliest)
         self._ran: set[Hashable] = set()
+        if not exported.any_kept(settings):
+            module()  # Flax brings along what JAX 0.12 traces anew for, if it comes while a program is traced
 
     @property
     def module(self) -> "transformer.Transformer":
