@@ -46,8 +46,10 @@ def write_run(model: config.ModelConfig, directory: Path) -> None:
     """Writes a run of random weights and a vocabulary of made-up words."""
     directory.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
-    words = ["".join(draw.choices("bdfgklmnprstvz", k=3)) + draw.choice("aeiou") for _ in range(20_000)]
+    words = ["".join(draw.choices("bdfgklmnprstvz", k=6)) + draw.choice("aeiou") for _ in range(30_000)]
     vocabulary = tokenizer.Tokenizer.train([" ".join(words)], model.vocab_size)
+    if vocabulary.vocab_size < model.vocab_size:
+        raise ValueError(f"the made-up words hold {vocabulary.vocab_size} tokens, {model.vocab_size} are needed")
     model = dataclasses.replace(model, vocab_size=vocabulary.vocab_size)
     generate.random_params(model, directory)
     files.write_text(directory / "tokenizer.json", vocabulary.to_json())
