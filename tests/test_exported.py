@@ -19,7 +19,7 @@ import pytest
 from hipgpt_jax import config
 from hipgpt_jax.generation import decoding, exported, programs, sampler
 
-OURS = {f"jit({name})" for name in ("read", "begin", "put", "advance", "append", "roll", "roll_row", "where")}
+OURS = {f"jit({name})" for name in ("read", "begin", "put", "step", "advance", "append", "roll", "roll_row", "where")}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import fakes
 import jax
+import numpy as np
 import pytest
 
 from hipgpt_jax import config
@@ -41,3 +42,34 @@ def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
     memory, part_bytes = append.memory_analysis(), sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0]))
     assert memory.alias_size_in_bytes == part_bytes, "it is written where it lies"
     assert memory.temp_size_in_bytes < part_bytes / 16
+
+
+def test_a_lone_row_s_step_copies_no_weights_and_no_cache_and_writes_it_where_it_lies() -> None:
+    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla")
+    made.load(fakes.random_params(MODEL))
+    rows, state = decoding.blank(1, MODEL.max_seq_len, MODEL.vocab_size)
+    *before, last = kv.empty(MODEL, 1, made.sizes, made.dtype)
+    step: Any = made.step.lower(made.params, rows, state, tuple(before), last).compile()
+    assert max(moved(step)) < min(KERNEL, last.keys[0].size)
+    memory = step.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(last))
+    assert memory.temp_size_in_bytes < 10 * 4 * MODEL.vocab_size
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_lone_row_s_step_gives_the_bits_of_the_two_programs(dtype: str) -> None:
+    """XLA must not write a slot before what was in the buffer is read: the caches are the same at a full window."""
+    window = 96
+    made = programs.Programs(MODEL, window, 1, dtype, "xla")
+    made.load(fakes.random_params(MODEL))
+    rows, state = decoding.blank(1, window, MODEL.vocab_size, made.device)
+    caches = [list(kv.empty(MODEL, 1, made.sizes, dtype, made.device)) for _ in range(2)]
+    states = [state, state]
+    for length in range(window):
+        part = made.part_of(length)
+        before = states[0]
+        states[0], new = made.advance(made.params, rows, before, tuple(caches[0][: part + 1]))
+        caches[0][part] = made.append(caches[0][part], new, before.length_B, made.starts[part])
+        *others, last = caches[1][: part + 1]
+        states[1], caches[1][part] = made.step(made.params, rows, states[1], tuple(others), last)
+    jax.tree.map(np.testing.assert_array_equal, (states[1], caches[1]), (states[0], caches[0]))

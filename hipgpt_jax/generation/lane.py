@@ -46,6 +46,7 @@ class Lane:
         self._started = [0] * B
         self._lengths = [0] * B  # the host's copy of the state's
         self._under_way: Drawn | None = None
+        self._is_lone = width == 1 and programs.device.platform == "cpu"
         self._of_rows, self._state = decoding.blank(B, W, model.vocab_size, programs.device)
         self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
 
@@ -150,9 +151,8 @@ class Lane:
         rolled = programs.roll(params, rows, state) if together else None
         alone = [] if together else [(place, programs.roll_row(params, rows, state, place)) for place in full]
         if cached:
-            self._state, new = programs.advance(params, rows, state, self._parts(programs.live(max(cached))))
-            for part in {programs.part_of(length) for length in cached}:
-                self._append(part, new, state.length_B)
+            written = {programs.part_of(length) for length in cached}
+            self._state = self._advance(state, max(written) + 1, written)
         if rolled is not None:
             is_full_B = np.isin(np.arange(len(self._rows)), full)
             self._state = programs.where(is_full_B, rolled, self._state) if cached else rolled
@@ -161,17 +161,30 @@ class Lane:
         for place in wanted:
             lengths[place] = W - programs.stride + 1 if lengths[place] >= W else lengths[place] + 1
 
+    def _advance(self, state: decoding.State, live: int, written: Iterable[int]) -> decoding.State:
+        """Returns the state after ``state``, and appends to the parts ``written`` of the ``live`` ones that are read.
+
+        One program for a lone row on a CPU: a token takes 1.10 times less than with two (1.68 and 1.85 ms at
+        D256 L8), to the same bits. The slots of several rows may be in several parts.
+        """
+        programs, rows = self._programs, self._of_rows
+        *before, last = self._parts(live)
+        if self._is_lone:
+            after, last = programs.step(programs.params, rows, state, tuple(before), last)
+            self._cache = (*before, last, *self._cache[live:])
+            return after
+        after, new = programs.advance(programs.params, rows, state, (*before, last))
+        cache = list(self._cache)
+        for part in written:
+            cache[part] = programs.append(cache[part], new, state.length_B, programs.starts[part])
+        self._cache = tuple(cache)
+        return after
+
     def _parts(self, number: int) -> tuple[kv.Cache, ...]:
         """Returns the first parts of the cache, those made anew that were never needed before."""
         programs, missing = self._programs, self._programs.sizes[len(self._cache) : number]
         self._cache += kv.empty(programs.model, len(self._rows), missing, programs.dtype, programs.device)
         return self._cache[:number]
-
-    def _append(self, part: int, new: kv.Cache, length_B: Any) -> None:
-        self._parts(part + 1)
-        cache = list(self._cache)
-        cache[part] = self._programs.append(cache[part], new, length_B, self._programs.starts[part])
-        self._cache = tuple(cache)
 
     def _put(self, place: int, one: Any, cache: tuple[kv.Cache, ...], row: int = 0) -> None:
         batch, live = (self._of_rows, self._state), len(cache)
@@ -184,9 +197,10 @@ class Lane:
         So nothing compiles after the first token of a sample. They leave the batch and its cache as they are.
         """
         programs, found = self._programs, []
-        for live in range(programs.live(first), programs.live(min(last, programs.window) - 1) + 1):
-            if programs.is_new("advance", live) and first < programs.window:
-                found.append(functools.partial(self._try_advance, live))
+        if first < programs.window:
+            for live in range(programs.part_of(first) + 1, programs.part_of(min(last, programs.window) - 1) + 2):
+                if programs.is_new("advance", live):
+                    found.append(functools.partial(self._try_advance, live))
         if last > programs.window and programs.is_new("roll"):
             found.append(self._try_roll)
         if self._measured and request.generation.top_logprobs and programs.is_new("likeliest"):
@@ -195,11 +209,9 @@ class Lane:
 
     def _try_advance(self, live: int) -> None:
         programs = self._programs
-        _, new = programs.advance(programs.params, self._of_rows, self._state, self._parts(live))
         nowhere_B = jax.device_put(np.full(len(self._rows), programs.window, np.int32), programs.device)
-        for part in range(live):
-            if programs.is_new("append", programs.sizes[part]):
-                self._append(part, new, nowhere_B)
+        written = [part for part in range(live) if programs.is_new("append", programs.sizes[part])]
+        self._advance(self._state._replace(length_B=nowhere_B), live, written)
 
     def _try_roll(self) -> None:
         programs, rows, state = self._programs, self._of_rows, self._state

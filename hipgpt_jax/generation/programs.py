@@ -18,6 +18,9 @@ from hipgpt_jax.model import parameters
 if TYPE_CHECKING:
     from hipgpt_jax.model import transformer
 
+# XLA runs what reads a buffer before what writes it, and so need not copy it.
+IN_PLACE = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
 _SMALLEST_BUCKET = 8
 
 
@@ -51,6 +54,9 @@ class Programs:
         def advance(params: Any, rows: decoding.Rows, state: decoding.State, cache: tuple[kv.Cache, ...]) -> Any:
             return decoding.advance(module(), params, rows, state, cache)
 
+        def step(params: Any, rows: decoding.Rows, state: decoding.State, before: Any, last: kv.Cache) -> Any:
+            return decoding.step(module(), params, rows, state, before, last)
+
         def roll(params: Any, rows: decoding.Rows, state: decoding.State) -> decoding.State:
             return decoding.roll(module(), params, rows, state, stride=stride, sizes=sizes)[0]
 
@@ -61,8 +67,8 @@ class Programs:
             state, cache = decoding.roll(module(), params, row, own, stride=stride, sizes=sizes)
             return (row, state), cache
 
-        def program(function: Callable[..., Any], donate_argnums: int | tuple[int, ...] = ()) -> Any:
-            return jax.jit(exported.kept(function, settings), donate_argnums=donate_argnums)
+        def program(function: Callable[..., Any], **of_jit: Any) -> Any:
+            return jax.jit(exported.kept(function, settings), **of_jit)
 
         # None of them refers to this object, so that it goes, and all code with it, as soon as it is not used.
         self.read = program(read)
@@ -70,6 +76,7 @@ class Programs:
         self.put = program(_put, donate_argnums=0)
         self.advance = program(advance)
         self.append = program(_append, donate_argnums=0)
+        self.step = program(step, donate_argnums=4, compiler_options=IN_PLACE)  # on a CPU alone
         self.roll = program(roll)
         self.roll_row = program(roll_row)
         self.where = program(decoding.where)
@@ -107,10 +114,6 @@ class Programs:
     def bucket(self, ids: tuple[int, ...]) -> int:
         """Returns the slots read for a prompt."""
         return bucket(len(ids), self.window)
-
-    def live(self, length: int) -> int:
-        """Returns the number of parts that hold the first ``length`` tokens."""
-        return bisect.bisect_left(self.starts, length)
 
     def part_of(self, slot: int) -> int:
         """Returns the part that a slot stands in."""
