@@ -302,12 +302,14 @@ def test_lanes_side_by_side_are_each_a_sampler_of_their_rows() -> None:
     assert events_of[0] == events_of[1]
 
 
-@pytest.mark.parametrize("stride", [1, 4])
-@pytest.mark.parametrize("measure", [False, True])
-def test_nothing_compiles_after_the_first_token(stride: int, measure: bool) -> None:
-    """Not where the text fills another part of the cache, nor where the window rolls."""
-    source = sampler.Sampler(MODEL, PARAMS, config.DecodingConfig(window=WINDOW, window_stride=stride, width=2))
-    stream = source.run([fakes.request(fakes.prompt(2), num_tokens=WINDOW + 9)], measure=measure)
+@pytest.mark.parametrize(
+    ("width", "length", "stride", "measure"),
+    [(1, 2, 1, False), (2, 2, 4, True), (1, WINDOW - 1, 9, False), (2, WINDOW, 9, False), (2, WINDOW, 1, True)],
+)
+def test_nothing_compiles_after_the_first_token(width: int, length: int, stride: int, measure: bool) -> None:
+    """Not where the text fills another part of the cache, nor where the window rolls, nor where it falls back to."""
+    source = fakes.make_sampler.__wrapped__(width=width, window_stride=stride)
+    stream = source.run([fakes.request(fakes.prompt(length), num_tokens=WINDOW + 9)], measure=measure)
     next(stream)
     with fakes.compilations() as compiled:
         assert len(list(stream)) == WINDOW + 8

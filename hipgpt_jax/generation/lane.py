@@ -197,11 +197,14 @@ class Lane:
         So nothing compiles after the first token of a sample. They leave the batch and its cache as they are.
         """
         programs, found = self._programs, []
-        if first < programs.window:
-            for live in range(programs.part_of(first) + 1, programs.part_of(min(last, programs.window) - 1) + 2):
-                if programs.is_new("advance", live):
-                    found.append(functools.partial(self._try_advance, live))
-        if last > programs.window and programs.is_new("roll"):
+        W, again = programs.window, programs.window - programs.stride + 1
+        stepped = {*range(first, min(last, W))}
+        if last > W and programs.stride > 1:  # and what a full window falls back to
+            stepped |= {*range(again, min(again + last - W - 1, W))}
+        for live in sorted({programs.part_of(length) + 1 for length in stepped}):
+            if programs.is_new("advance", live):
+                found.append(functools.partial(self._try_advance, live))
+        if last > W and programs.is_new("roll"):
             found.append(self._try_roll)
         if self._measured and request.generation.top_logprobs and programs.is_new("likeliest"):
             found.append(functools.partial(self._facts, self._state, [request]))
