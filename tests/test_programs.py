@@ -56,6 +56,13 @@ def test_a_lone_row_s_step_copies_no_weights_and_no_cache_and_writes_it_where_it
     assert memory.temp_size_in_bytes < 10 * 4 * MODEL.vocab_size
 
 
+def test_a_user_s_own_xla_flag_decides() -> None:
+    ((flag, _),) = programs.in_place({}).items()
+    assert programs.in_place({"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}) == {flag: True}
+    for value in ("true", "false"):
+        assert programs.in_place({"XLA_FLAGS": f"--{flag}={value}"}) == {}
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_lone_row_s_step_gives_the_bits_of_the_two_programs(dtype: str) -> None:
     """XLA must not write a slot before what was in the buffer is read: the caches are the same at a full window."""

@@ -302,6 +302,24 @@ def test_lanes_side_by_side_are_each_a_sampler_of_their_rows() -> None:
     assert events_of[0] == events_of[1]
 
 
+@pytest.fixture
+def debug_nans() -> Iterator[None]:
+    """Has JAX stop at a NaN in all threads: its context manager is of one alone."""
+    jax.config.update("jax_debug_nans", True)
+    yield
+    jax.config.update("jax_debug_nans", False)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.usefixtures("debug_nans")
+def test_a_full_row_has_no_position_left_and_yet_no_nan(width: int) -> None:
+    """Beside rows that are not full, and where the programs to come are tried: a user's own check finds nothing."""
+    W = MODEL.max_seq_len
+    source = fakes.make_sampler.__wrapped__(width=width, window=W, window_stride=4)
+    requests = [fakes.request(fakes.prompt(length), num_tokens=W + 5) for length in (W, 3)]
+    assert len(list(source.run(requests))) == 2 * (W + 5)
+
+
 @pytest.mark.parametrize(
     ("width", "length", "stride", "measure"),
     [(1, 2, 1, False), (2, 2, 4, True), (1, WINDOW - 1, 9, False), (2, WINDOW, 9, False), (2, WINDOW, 1, True)],

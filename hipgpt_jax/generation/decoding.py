@@ -136,19 +136,9 @@ def step(
     before: tuple[kv.Cache, ...],
     last: kv.Cache,
 ) -> tuple[State, kv.Cache]:
-    """``advance`` and its keys and values appended, for rows whose next slots are all in one part.
+    """``advance``, and its keys and values appended to ``last``: the part, behind those ``before``, of all rows' slots.
 
-    Args:
-        model: The model.
-        params: Its parameters.
-        rows: Keys and settings.
-        state: Its newest token is taken in.
-        before: The parts before that one.
-        last: That part.
-
-    Returns:
-        The new state and the new ``last``. Where that is to lie where the old one lay, XLA has to be told: see
-        ``programs.IN_PLACE``.
+    The new ``last`` lies where the old one lay if XLA is told that it may: see ``programs.in_place``.
     """
     start = sum(part.keys[0].shape[2] for part in before)
     next_state, new = advance(model, params, rows, state, (*before, last))

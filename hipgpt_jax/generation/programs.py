@@ -3,7 +3,8 @@
 import bisect
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,8 +19,7 @@ from hipgpt_jax.model import parameters
 if TYPE_CHECKING:
     from hipgpt_jax.model import transformer
 
-# XLA runs what reads a buffer before what writes it, and so need not copy it.
-IN_PLACE = {"xla_cpu_copy_insertion_use_region_analysis": True}
+_REGION_ANALYSIS = "xla_cpu_copy_insertion_use_region_analysis"
 
 _SMALLEST_BUCKET = 8
 
@@ -76,7 +76,7 @@ class Programs:
         self.put = program(_put, donate_argnums=0)
         self.advance = program(advance)
         self.append = program(_append, donate_argnums=0)
-        self.step = program(step, donate_argnums=4, compiler_options=IN_PLACE)  # on a CPU alone
+        self.step = program(step, donate_argnums=4, compiler_options=in_place(os.environ))  # on a CPU alone
         self.roll = program(roll)
         self.roll_row = program(roll_row)
         self.where = program(decoding.where)
@@ -132,6 +132,14 @@ def _module(model: config.ModelConfig, dtype: str, attention: str) -> "transform
     from hipgpt_jax.model import transformer
 
     return transformer.Transformer(model, dtype, attention=attention, exact=True)
+
+
+def in_place(environ: Mapping[str, str]) -> dict[str, bool]:
+    """Returns the options by which XLA lets a program read a buffer and write it where it lies.
+
+    It then runs what reads before what writes, and copies nothing. Where ``XLA_FLAGS`` decides this, it does.
+    """
+    return {} if _REGION_ANALYSIS in environ.get("XLA_FLAGS", "") else {_REGION_ANALYSIS: True}
 
 
 def bucket(length: int, window: int) -> int:

@@ -102,12 +102,13 @@ class Transformer(nn.Module):
         Args:
             token_B: The newest id of each row.
             past: Parts of the cache of the tokens before it, from the first slot on; as many as hold one.
-            length_B: Number of those, below the model's positions.
+            length_B: Number of those. A row of as many as the model has positions takes the last one anew: what
+                comes of it means nothing, but is finite.
 
         Returns:
             Logits ``[B, V]``, and the token's own keys and values ``[B, N, 1, H]`` of each layer.
         """
-        x_BD = self.wte(token_B) + self.wpe(length_B)
+        x_BD = self.wte(token_B) + self.wpe(jnp.minimum(length_B, self.config.max_seq_len - 1))
         decode, new = self._block("decode"), []
         with self._precision():
             for index, layer in enumerate(self.h):
