@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import programs
@@ -233,6 +234,15 @@ def test_a_closed_pipe_ends_quietly(trained: Path, cache: Path) -> None:
     assert "BrokenPipe" not in done.stderr
 
 
+@pytest.fixture
+def ctrl_c_heeded() -> Iterator[None]:
+    """What a shell's background job starts ignores Ctrl-C, as a test run put in the background would here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_heeded")
 def test_ctrl_c_ends_quietly(trained: Path, cache: Path) -> None:
     with subprocess.Popen(
         programs.command("generate", *HI, "--num_tokens", "1000000"),
