@@ -5,4 +5,4 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 environment .venv dev
-exec .venv/bin/python -m pytest -n 2 -m "not slow and not peers" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not peers" "$@"

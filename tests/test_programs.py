@@ -1,5 +1,6 @@
 """The compiled programs of a step: what XLA made of them."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -54,6 +55,22 @@ def test_a_lone_row_s_step_copies_no_weights_and_no_cache_and_writes_it_where_it
     memory = step.memory_analysis()
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(last))
     assert memory.temp_size_in_bytes < 10 * 4 * MODEL.vocab_size
+
+
+def test_a_prompt_is_read_without_the_head() -> None:
+    """Nor is what the last block's feed-forward makes of it: the first step takes in the last token."""
+    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla")
+    made.load(fakes.random_params(MODEL))
+    fill = made.fill.lower(made.params, np.zeros((2, 12), np.int32)).compile().as_text()
+    logits, hidden = f"[2,{MODEL.vocab_size}]", f"[24,{MODEL.ff_hidden_dim}]"
+    assert fill.count(logits) == 0
+    assert fill.count(hidden) > 0
+    one_layer = dataclasses.replace(MODEL, num_layers=1)
+    least = programs.Programs(one_layer, MODEL.max_seq_len, 1, "float32", "xla")
+    least.load(fakes.random_params(one_layer))
+    assert least.fill.lower(least.params, np.zeros((2, 12), np.int32)).compile().as_text().count(hidden) == 0
+    step = made.advance.lower(made.params, *decoding.blank(2, 256, 700), kv.empty(MODEL, 2, (64,), "float32"))
+    assert step.compile().as_text().count(logits) > 0
 
 
 def test_a_user_s_own_xla_flag_decides() -> None:

@@ -125,7 +125,7 @@ def test_tokens_come_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> Non
     step = lane.Lane._next
     monkeypatch.setattr(lane.Lane, "_next", lambda *args: steps.append(1) or step(*args))
     for drawn, event in enumerate(source.run([fakes.request(num_tokens=30)])):
-        assert len(steps) <= drawn + 1
+        assert len(steps) <= (drawn + 2 if drawn else 1)
         assert event.token is not None or drawn == 30
 
 
@@ -137,7 +137,7 @@ def test_another_sampler_gives_the_same_and_compiles_for_one_group_alone() -> No
     """
     params = jax.tree.map(np.copy, fakes.random_params(fakes.MODEL))
     fresh = sampler.Sampler(fakes.MODEL, params, config.DecodingConfig(window=11, width=3))
-    first = [fakes.request(fakes.prompt(n), num_tokens=10) for n in (3, 9, 4)]
+    first = [fakes.request(fakes.prompt(n), num_tokens=10) for n in (3, 10, 4)]
     drawn = fakes.tokens_of(fresh, first)
     settings: list[dict[str, Any]] = [
         {"temperature": 0.0, "seed": 5},

@@ -77,7 +77,7 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
 
     programs = wide._engine._programs
     monkeypatch.setattr(programs, "likeliest", listen)
-    monkeypatch.setattr(programs, "is_new", lambda *program: False)  # nothing is run ahead of its turn
+    monkeypatch.setattr(programs, "is_new", lambda *program: False)  # what listens cannot be lowered
     (ask,) = wide.source.ask_all(
         [hipgpt_jax.Prompt(text=PROMPTS[0])],
         config.SamplingConfig(),
@@ -93,8 +93,7 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
     for row, jobs in enumerate(([job], [rest[2], job], [rest[2], rest[0], job, rest[3]], [rest[1], job, job, job])):
         seen.clear()
         list(wide.make(jobs))
-        place, firsts = jobs.index(job), len(jobs)  # each sample's first token is drawn by itself
-        told[row] = np.stack([seen[place][0], *(logits_BV[place] for logits_BV in seen[firsts : firsts + 24])])
+        told[row] = np.stack([logits_BV[jobs.index(job)] for logits_BV in seen[:25]])
     for other in told.values():
         np.testing.assert_array_equal(told[0], other)
 

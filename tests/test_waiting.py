@@ -19,15 +19,15 @@ WIDTH = 6  # rows of a bucket of 8; one of 11 has 5
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Prompts and rows of each program that read some."""
+    """Contexts and rows of each program that read some."""
     found: list[tuple[int, int]] = []
-    read = programs.Programs.read_prompts
+    read = programs.Programs.read_contexts
 
-    def spy(self: programs.Programs, prompts: Sequence[tuple[int, ...]], rows: int) -> object:
-        found.append((len(prompts), rows))
-        return read(self, prompts, rows)
+    def spy(self: programs.Programs, contexts: Sequence[tuple[int, ...]], rows: int) -> object:
+        found.append((len(contexts), rows))
+        return read(self, contexts, rows)
 
-    monkeypatch.setattr(programs.Programs, "read_prompts", spy)
+    monkeypatch.setattr(programs.Programs, "read_contexts", spy)
     return found
 
 
@@ -52,11 +52,13 @@ def asked_for(lengths: Sequence[int], samples: int = 1) -> list[events.Request]:
         (1, asked_for([3, 4], samples=3), [(1, 1)] * 2),
         (WIDTH, asked_for([3, 4, 5]), [(3, 6)]),
         (WIDTH, asked_for([2 + n % 7 for n in range(14)]), [(6, 6), (6, 6), (2, 6)]),
-        (WIDTH, asked_for([3, 9] * 6), [(6, 6), (5, 5), (1, 5)]),
-        pytest.param(WIDTH, asked_for([4, 20, 11, 30, 9, 2]), [(2, 6), (4, 5)], marks=pytest.mark.slow),
+        (WIDTH, asked_for([3, 10] * 6), [(6, 6), (5, 5), (1, 5)]),
+        pytest.param(WIDTH, asked_for([4, 20, 11, 30, 10, 2]), [(2, 6), (4, 5)], marks=pytest.mark.slow),
         (WIDTH, asked_for([3, 4, 5], samples=4), [(3, 6)]),
         (WIDTH, asked_for([3], samples=100), [(1, 6)]),
         (WIDTH, [fakes.request((5,), num_tokens=0), *asked_for([3, 4])], [(2, 6)]),
+        (1, [fakes.request((5, 6, last), num_tokens=2) for last in (7, 8)], [(1, 1)]),
+        (WIDTH, [fakes.request((5,), num_tokens=2), *asked_for([3, 4])], [(3, 6)]),
         pytest.param(16, asked_for([3] * 16), [(8, 8)] * 2, marks=pytest.mark.slow),
     ],
 )
@@ -66,6 +68,16 @@ def test_prompts_of_one_bucket_are_read_together_and_once(
     """The rows of a program follow from the width and the bucket, however many prompts are at hand."""
     run(width, asked)
     assert sorted(reads) == sorted(expected)
+
+
+@pytest.mark.parametrize("width", [1, WIDTH])
+def test_a_prompt_of_one_token_is_not_read(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step takes it in; of what an earlier sample left in the row nothing is seen."""
+    engine = fakes.make_sampler(width=width)
+    (expected,) = fakes.tokens_of(engine, [fakes.request((5,), num_tokens=9)])
+    run(width, asked_for([9] * width))
+    monkeypatch.setattr(engine._programs, "fill", None)
+    assert fakes.tokens_of(engine, [fakes.request((5,), num_tokens=9)]) == [expected]
 
 
 @functools.cache
@@ -93,7 +105,7 @@ def test_samples_keep_their_order_and_their_groups() -> None:
     """Prompts of two buckets in turn: each sample keeps its group until it has its row."""
     engine = fakes.make_sampler(width=WIDTH)
     samples = (
-        waiting.Sample(n, one, 2, one.prompt_ids) for n, one in enumerate(asked_for([3, 9, 4, 10, 5, 11, 6, 7, 8, 2]))
+        waiting.Sample(n, one, 2, one.prompt_ids) for n, one in enumerate(asked_for([3, 10, 4, 11, 5, 11, 6, 7, 8, 2]))
     )
     queue = waiting.Queue(engine._programs, WIDTH, samples)
     taken = list(itertools.takewhile(bool, iter(queue.take, None)))
@@ -102,7 +114,7 @@ def test_samples_keep_their_order_and_their_groups() -> None:
     assert groups[0] is groups[2] is groups[4] is groups[6] is groups[7] is groups[8] is not groups[9]
     assert groups[1] is groups[3] is groups[5]
     assert queue.take() is None
-    assert all(group is not None and sample.ids in group.row_of for sample, group in taken)
+    assert all(group is not None and sample.context in group.row_of for sample, group in taken)
 
 
 def test_a_sample_begins_when_its_turn_comes_and_not_when_it_is_taken_ahead() -> None:
@@ -114,6 +126,6 @@ def test_a_sample_begins_when_its_turn_comes_and_not_when_it_is_taken_ahead() ->
         fakes.MODEL, fakes.random_params(fakes.MODEL), config.DecodingConfig(window=11, width=2)
     ).run(asked)
     next(happened)
-    assert begun == [0]
+    assert begun == [0, 1]
     list(happened)
     assert begun == [0, 1, 2, 3, 4]

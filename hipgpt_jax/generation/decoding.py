@@ -91,6 +91,14 @@ def read(
     return logits_BV, kv.split(new, kv.holding(sizes, context_BT.shape[1]))
 
 
+def fill(
+    model: "transformer.Transformer", params: Any, context_BT: jax.Array, *, sizes: tuple[int, ...]
+) -> tuple[kv.Cache, ...]:
+    """Returns the cache that ``read`` does; what the last block and the head make of it is not computed."""
+    _, cache = read(model, params, context_BT, jnp.ones(len(context_BT), jnp.int32), sizes=sizes)
+    return cache
+
+
 @jax.jit
 def draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
     """Draws the next token of each row from its logits; -1 where its numbers are not finite."""

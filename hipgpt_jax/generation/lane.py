@@ -1,7 +1,6 @@
 """Rows that one compiled step advances together: samples enter and leave them one by one."""
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -60,59 +59,62 @@ class Lane:
         """Whether it holds a sample."""
         return any(self._rows)
 
-    def admit(self, place: int, sample: waiting.Sample, group: waiting.Group) -> events.Event:
-        """Gives a free place to a sample and returns the event of its first token.
+    def admit(self, place: int, sample: waiting.Sample, group: waiting.Group) -> None:
+        """Gives a free place to a sample; the next step draws its first token.
+
+        The prompt is read but for its last token, which that step takes in like any other, so all tokens are drawn
+        by one program. Where a program of its own drew the first, a start with a cold cache took 5.0 s for 3.1.
 
         Args:
             place: One of ``free``.
             sample: It may have a token.
             group: Its prompt is read with this one's.
         """
-        length, limit, request = len(sample.ids), sample.limit, sample.request
-        # Beside the prompt's: XLA compiles in its own threads. A start with a cold cache takes 4.4 s instead of 4.9.
-        with futures.ThreadPoolExecutor(1) as thread:
-            never_run = self._never_run(length, length + limit - 1, request) if limit > 1 else ()
-            under_way = [thread.submit(program) for program in never_run]
-            logits_BV, cache = group.read()
-            row = group.row_of[sample.ids]
-            rows, state = self._begin(sample, logits_BV, row)
-            for program in under_way:
-                program.result()
-        measured = self._facts(state, [request])
-        self._rows[place] = sample
-        self._started[place], self._lengths[place] = 1, length
-        if limit > 1:
-            self._put(place, (rows, state), cache, row)
-        drawn = Drawn({0: (sample, limit == 1)}, *jax.device_get((state.token_B, measured)))
-        return self._event(place, drawn, 0)
+        first = len(sample.context)
+        with futures.ThreadPoolExecutor() as threads:
+            # One is lowered while XLA compiles or loads the ones before: only lowering holds Python's lock.
+            needed = self._needed(first, first + sample.limit, sample.request)
+            under_way = [threads.submit(program.lower(*args).compile) for program, args in needed]
+            read = group.read()
+            self._rows[place] = sample
+            self._started[place], self._lengths[place] = 0, first
+            self._enter(place, sample, read, group.row_of[sample.context])
+            for compilation in under_way:
+                compilation.result()
 
-    def _begin(self, sample: waiting.Sample, logits_BV: jax.Array, row: int) -> tuple[decoding.Rows, decoding.State]:
-        """Draws a sample's first token from the logits after its prompt; returns its row of the batch."""
+    def _enter(self, place: int, sample: waiting.Sample, read: tuple[kv.Cache, ...], row: int) -> None:
+        """Gives a row of the batch to a sample, and to its cache the contents of a row of ``read``."""
         programs, request = self._programs, sample.request
         context_1S = np.zeros((1, programs.window), np.int32)
-        context_1S[0, : len(sample.ids)] = sample.ids
+        context_1S[0, : len(sample.context)] = sample.context
         seen_1V = np.zeros((1, programs.model.vocab_size), bool)
         seen_1V[0, list(request.prompt_ids)] = True
         words_3 = sampling.key_words(request.generation.seed, request.prompt_ids, request.sample)
-        length_1 = np.array([len(sample.ids)], np.int32)
-        settings = sampling.settings([request.sampling])
-        return programs.begin(words_3, settings, length_1, context_1S, seen_1V, logits_BV, row)
+        length_1, token_1 = np.array([len(sample.context)], np.int32), np.array([sample.ids[-1]], np.int32)
+        one = words_3, sampling.settings([request.sampling]), length_1, token_1, context_1S, seen_1V
+        self._put(programs.enter, place, one, read, row)
 
     def step(self) -> Drawn | None:
-        """Starts the next token of every row that wants one, and fetches those started before it, if any were."""
-        drawn, self._under_way = self._under_way, self._start()
-        return drawn and drawn._replace(token_B=np.asarray(drawn.token_B), facts=jax.tree.map(np.asarray, drawn.facts))
+        """Starts the next token of every row that wants one, and fetches those started before it.
+
+        First tokens are fetched before others are started: a CPU may run a program as it is started.
+        """
+        drawn, self._under_way = self._under_way or self._start(), None
+        if drawn is None:
+            return None
+        if any(self._started[place] > 1 for place in drawn.rows):
+            self._under_way = self._start()
+        return drawn._replace(token_B=np.asarray(drawn.token_B), facts=jax.tree.map(np.asarray, drawn.facts))
 
     def settle(self, drawn: Drawn) -> list[events.Event]:
         """Returns the events of fetched tokens; a sample that ends with one leaves its place free."""
         live = [place for place, (row, _) in drawn.rows.items() if self._rows[place] is row]
-        return [self._event(place, drawn, place) for place in live]
+        return [self._event(place, drawn) for place in live]
 
-    def _event(self, place: int, drawn: Drawn, of: int) -> events.Event:
-        """The event of the token that stands at row ``of`` of ``drawn``, for the sample at ``place``."""
-        row, last = drawn.rows[of]
-        found = None if drawn.facts is None else events.TokenFacts(drawn.facts, of)
-        event = events.event_of(row.index, int(drawn.token_B[of]), found, row.request, last=last)
+    def _event(self, place: int, drawn: Drawn) -> events.Event:
+        row, last = drawn.rows[place]
+        found = None if drawn.facts is None else events.TokenFacts(drawn.facts, place)
+        event = events.event_of(row.index, int(drawn.token_B[place]), found, row.request, last=last)
         if event.finish_reason is not None:
             self._rows[place] = None
         if event.finish_reason == "error":  # what it left is multiplied by 0 for the next sample, which NaN outlives
@@ -157,7 +159,7 @@ class Lane:
             is_full_B = np.isin(np.arange(len(self._rows)), full)
             self._state = programs.where(is_full_B, rolled, self._state) if cached else rolled
         for place, (one, cache) in alone:
-            self._put(place, one, cache)
+            self._put(programs.put, place, one, cache)
         for place in wanted:
             lengths[place] = W - programs.stride + 1 if lengths[place] >= W else lengths[place] + 1
 
@@ -186,43 +188,54 @@ class Lane:
         self._cache += kv.empty(programs.model, len(self._rows), missing, programs.dtype, programs.device)
         return self._cache[:number]
 
-    def _put(self, place: int, one: Any, cache: tuple[kv.Cache, ...], row: int = 0) -> None:
-        batch, live = (self._of_rows, self._state), len(cache)
-        (self._of_rows, self._state), parts = self._programs.put(self._parts(live), batch, place, one, cache, row)
+    def _put(self, program: Any, place: int, one: Any, cache: tuple[kv.Cache, ...], row: int = 0) -> None:
+        """Replaces a row by ``put`` or ``enter`` of the programs."""
+        live = len(cache)
+        old = self._replaced(() if len(self._rows) == 1 else self._parts(live))
+        (self._of_rows, self._state), parts = program(*old, place, one, cache, row)
         self._cache = (*parts, *self._cache[live:])
 
-    def _never_run(self, first: int, last: int, request: events.Request) -> list[Callable[[], object]]:
-        """Returns runs, for nothing, of what contexts of ``first`` to ``last`` tokens need for the first time.
+    def _replaced(self, cache: tuple[kv.Cache, ...]) -> tuple[tuple[kv.Cache, ...], Any]:
+        """Returns what a row is replaced in: nothing where it is the only one."""
+        return ((), None) if len(self._rows) == 1 else (cache, (self._of_rows, self._state))
 
-        So nothing compiles after the first token of a sample. They leave the batch and its cache as they are.
+    def _needed(self, first: int, last: int, request: events.Request) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        """Yields, with arguments, what steps from contexts of ``first`` tokens up to ``last`` need for the first time.
+
+        So nothing compiles after the first token of a sample.
         """
-        programs, found = self._programs, []
-        W, again = programs.window, programs.window - programs.stride + 1
+        programs, rows, state = self._programs, self._of_rows, self._state
+        params, W, again = programs.params, programs.window, programs.window - programs.stride + 1
         stepped = {*range(first, min(last, W))}
         if last > W and programs.stride > 1:  # and what a full window falls back to
             stepped |= {*range(again, min(again + last - W - 1, W))}
+        cache, (new,) = (programs.shapes(len(self._rows), sizes) for sizes in (programs.sizes, (1,)))
         for live in sorted({programs.part_of(length) + 1 for length in stepped}):
-            if programs.is_new("advance", live):
-                found.append(functools.partial(self._try_advance, live))
+            if not programs.is_new("advance", live):
+                continue
+            if self._is_lone:
+                yield programs.step, (params, rows, state, cache[: live - 1], cache[live - 1])
+                continue
+            yield programs.advance, (params, rows, state, cache[:live])
+            for part in range(live):
+                if programs.is_new("append", programs.sizes[part]):
+                    yield programs.append, (cache[part], new, state.length_B, programs.starts[part])
         if last > W and programs.is_new("roll"):
-            found.append(self._try_roll)
+            yield from self._rolling(cache)
         if self._measured and request.generation.top_logprobs and programs.is_new("likeliest"):
-            found.append(functools.partial(self._facts, self._state, [request]))
-        return found
+            yield programs.likeliest, (state.logits_BV,)
 
-    def _try_advance(self, live: int) -> None:
-        programs = self._programs
-        nowhere_B = jax.device_put(np.full(len(self._rows), programs.window, np.int32), programs.device)
-        written = [part for part in range(live) if programs.is_new("append", programs.sizes[part])]
-        self._advance(self._state._replace(length_B=nowhere_B), live, written)
-
-    def _try_roll(self) -> None:
+    def _rolling(self, cache: tuple[kv.Cache, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        """Yields what a full window needs, with arguments."""
         programs, rows, state = self._programs, self._of_rows, self._state
         if programs.stride > 1:
-            _, cache = programs.roll_row(programs.params, rows, state, 0)
-            self._put(0, *decoding.take(((rows, state), self._parts(len(cache))), 0))  # as it was
+            row = programs.params, rows, state, 0
+            yield programs.roll_row, row
+            one, read = programs.on_device(jax.eval_shape(programs.roll_row, *row))
+            yield programs.put, (*self._replaced(cache[: len(read)]), 0, one, read, 0)
         else:
-            programs.where(np.zeros(len(self._rows), bool), programs.roll(programs.params, rows, state), state)
+            yield programs.roll, (programs.params, rows, state)
+            yield programs.where, (np.zeros(len(self._rows), bool), state, state)
 
 
 def count(width: int, platform: str, model: config.ModelConfig) -> int:

@@ -4,9 +4,9 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from hipgpt_jax.generation import events, programs
+from hipgpt_jax.model import cache as kv
 
 _TOGETHER = 64  # tokens
 _AHEAD = 64  # samples
@@ -28,26 +28,31 @@ class Sample:
     limit: int
     ids: tuple[int, ...]
 
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What is read before its first step, which takes in the last of the ids."""
+        return self.ids[:-1]
+
 
 class Group:
-    """Prompts of one bucket, read by one program, once, when the first of them is wanted.
+    """Contexts of one bucket, read by one program, once, when the first of them is wanted.
 
     Attributes:
-        row_of: Each prompt's row.
+        row_of: Each context's row.
     """
 
-    def __init__(self, compiled: programs.Programs, prompts: Sequence[tuple[int, ...]], rows: int) -> None:
-        """Prepares a group of ``rows``, those beyond the prompts padding; nothing is read yet."""
-        self.row_of = {ids: row for row, ids in enumerate(prompts)}
+    def __init__(self, compiled: programs.Programs, contexts: Sequence[tuple[int, ...]], rows: int) -> None:
+        """Prepares a group of ``rows``, those beyond the contexts padding; nothing is read yet."""
+        self.row_of = {ids: row for row, ids in enumerate(contexts)}
         self._programs, self._rows = compiled, rows
         self._lock = threading.Lock()
-        self._found: Any = None
+        self._found: tuple[kv.Cache, ...] | None = None
 
-    def read(self) -> Any:
-        """Returns what ``Programs.read_prompts`` does; lanes may ask at once."""
+    def read(self) -> tuple[kv.Cache, ...]:
+        """Returns what ``Programs.read_contexts`` does; lanes may ask at once."""
         with self._lock:
             if self._found is None:
-                self._found = self._programs.read_prompts(tuple(self.row_of), self._rows)
+                self._found = self._programs.read_contexts(tuple(self.row_of), self._rows)
             return self._found
 
 
@@ -87,20 +92,21 @@ class Queue:
         if not self._ahead:
             return None
         if self._ahead[0].group is None and self._ahead[0].sample.limit:
-            self._group(self._ahead[0].sample.ids)
+            self._group(self._ahead[0].sample.context)
         first = self._ahead.popleft()
         if first.sample.request.begins is not None:
             first.sample.request.begins()
         return first.sample, first.group
 
-    def _group(self, ids: tuple[int, ...]) -> None:
-        """Gives the sample that waits first a group, and all others whose prompts are in it."""
+    def _group(self, context: tuple[int, ...]) -> None:
+        """Gives the sample that waits first a group, and all others whose contexts are in it."""
         alone = [each for each in self._ahead if each.group is None and each.sample.limit]
-        if self._last is None or ids not in self._last.row_of:
-            size = self._programs.bucket(ids)
+        if self._last is None or context not in self._last.row_of:
+            size = self._programs.bucket(context)
             rows = max(1, min(self._rows, _TOGETHER // size))
-            alike = dict.fromkeys(each.sample.ids for each in alone if self._programs.bucket(each.sample.ids) == size)
-            self._last = Group(self._programs, list(alike)[:rows], rows)
+            alike = dict.fromkeys(each.sample.context for each in alone)
+            contexts = [ids for ids in alike if self._programs.bucket(ids) == size]
+            self._last = Group(self._programs, contexts[:rows], rows)
         for each in alone:
-            if each.sample.ids in self._last.row_of:
+            if each.sample.context in self._last.row_of:
                 each.group = self._last

@@ -46,16 +46,26 @@ def part_sizes(window: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def shapes(model: config.ModelConfig, rows: int, sizes: tuple[int, ...], dtype: str) -> tuple[Cache, ...]:
+    """Returns the shapes of a cache, in parts of these sizes."""
+
+    def layers(size: int) -> Any:
+        shape_BNSH = jax.ShapeDtypeStruct((rows, model.num_heads, size, model.head_dim), jnp.dtype(dtype))
+        return (shape_BNSH,) * model.num_layers
+
+    return tuple(Cache(layers(size), layers(size)) for size in sizes)
+
+
 def empty(
     model: config.ModelConfig, rows: int, sizes: tuple[int, ...], dtype: str, device: Any = None
 ) -> tuple[Cache, ...]:
     """Returns a cache of zeros, in parts of these sizes, on a device."""
+    of_shape = {x: np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes(model, rows, sizes, dtype))}
 
-    def layers(size: int) -> tuple[jax.Array, ...]:
-        zeros_BNSH = np.zeros((rows, model.num_heads, size, model.head_dim), jnp.dtype(dtype))
-        return tuple(jax.device_put(zeros_BNSH, device, may_alias=False) for _ in range(model.num_layers))
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(of_shape[x], device, may_alias=False)
 
-    return tuple(Cache(layers(size), layers(size)) for size in sizes)
+    return jax.tree.map(zeros, shapes(model, rows, sizes, dtype))
 
 
 def holding(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
