@@ -260,6 +260,7 @@ def test_ctrl_c_ends_quietly(trained: Path, cache: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_says_so(trained: Path, tmp_path: Path) -> None:
     first = programs.spawn("generate", *HI, cwd=trained, cache=tmp_path)
     directory = tmp_path / "hipgpt_jax" / "xla"

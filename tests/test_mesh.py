@@ -134,7 +134,12 @@ def test_every_parameter_has_a_row_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "opened"), [("data=8", "data=1"), ("data=1", "fsdp=4,model=2"), ("fsdp=8", "model=4")]
+    ("saved", "opened"),
+    [
+        pytest.param("data=8", "data=1", marks=pytest.mark.slow),
+        ("data=1", "fsdp=4,model=2"),
+        pytest.param("fsdp=8", "model=4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_state_opens_on_another_mesh(tmp_path: Path, saved: str, opened: str) -> None:
     model, tx = parts_of(TRAIN)

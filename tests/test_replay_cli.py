@@ -58,6 +58,7 @@ def test_what_was_made_is_made_again(call: Run, made: list[dict[str, Any]]) -> N
     assert (chosen.code, chosen.out.splitlines()) == (0, [*names[:2], *names[4:], lines[-1].replace("6", "4")])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_on_the_record_and_made_again(call: Run) -> None:
     flags = "--run-name tiny --prompt king --num_samples 3 --num_tokens 40 --dtype bfloat16 --output a.jsonl"
     assert call("generate", *flags.split()).code == 0

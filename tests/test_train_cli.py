@@ -144,6 +144,7 @@ def test_a_directory_that_is_no_run_is_left_alone(run, work: Path) -> None:
     assert (work / "checkpoints/mine/thesis.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_best_step_stands_beside_the_latest(
     run, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path, cache: Path) -> N
     assert metrics(work, "part") == metrics(work, "whole")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_stop_cuts_short_is_made_when_the_run_goes_on(
     run, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +249,7 @@ def test_an_evaluation_that_a_stop_cuts_short_is_made_when_the_run_goes_on(
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_an_extended_run_says_what_changes(run, work: Path) -> None:
     flags = (*TINY, "--run-name", "more", "--ckpt-every", "2")
     assert run(*flags, "--steps", "4").code == 0
@@ -260,6 +263,7 @@ def test_an_extended_run_says_what_changes(run, work: Path) -> None:
     assert run(*flags, "--steps", "8", "--resume").code == 0
 
 
+@pytest.mark.slow
 def test_longer_runs_compile_no_more(run) -> None:
     """So nothing compiles after the first step, its evaluation and its checkpoint."""
     flags = (*TINY, "--log-every", "1", "--eval-every", "1", "--ckpt-every", "1", "--grad-accum", "2")
@@ -272,11 +276,13 @@ def test_longer_runs_compile_no_more(run) -> None:
     assert counts[2] == counts[1]
 
 
+@pytest.mark.slow
 def test_samples_of_text_are_shown(run) -> None:
     result = run(*TINY, "--run-name", "tells", "--steps", "4", "--sample-every", "2", "--sample-prompt", "the king")
     assert len(re.findall(r"\[Step [24]\] Sample: 'the king.+'", result.out)) == 2
 
 
+@pytest.mark.slow
 def test_keep_last_goes_by_step_number_and_spares_the_latest(run, work: Path) -> None:
     assert run(*TINY, "--run-name", "few", "--steps", "12", "--ckpt-every", "2", "--keep-last", "2").code == 0
     directory = work / "checkpoints/few"
@@ -379,6 +385,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_opens(work: Path, cache: Path) -
     assert opened == 4
 
 
+@pytest.mark.slow
 def test_damaged_metrics_are_told_by_their_line(run, work: Path) -> None:
     assert run(*TINY, "--run-name", "a", "--steps", "4", "--log-every", "1").code == 0
     path = work / "checkpoints/a/metrics.jsonl"
