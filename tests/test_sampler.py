@@ -323,7 +323,13 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("width", "length", "stride", "measure"),
-    [(1, 2, 1, False), (2, 2, 4, True), (1, WINDOW - 1, 9, False), (2, WINDOW, 9, False), (2, WINDOW, 1, True)],
+    [
+        (1, 2, 1, False),
+        pytest.param(2, 2, 4, True, marks=pytest.mark.slow),
+        (1, WINDOW - 1, 9, False),
+        (2, WINDOW, 9, False),
+        (2, WINDOW, 1, True),
+    ],
 )
 def test_nothing_compiles_after_the_first_token(width: int, length: int, stride: int, measure: bool) -> None:
     """Not where the text fills another part of the cache, nor where the window rolls, nor where it falls back to."""

@@ -125,6 +125,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run, work: Path, monkeypatc
     assert metrics(work, "parts") == metrics(work, "whole")
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_its_state_and_its_weights_gets_them_when_it_resumes(run, work: Path) -> None:
     flags = (*TINY, "--run-name", "late", "--steps", "4", "--ckpt-every", "2")
     assert run(*flags).code == 0
@@ -401,6 +402,7 @@ def test_damaged_metrics_are_told_by_their_line(run, work: Path) -> None:
     assert [line["step"] for line in metrics(work, "a") if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_says_what_is_unknown(
     run, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
