@@ -63,7 +63,7 @@ class Lane:
         """Gives a free place to a sample; the next step draws its first token.
 
         The prompt is read but for its last token, which that step takes in like any other, so all tokens are drawn
-        by one program. Where a program of its own drew the first, a start with a cold cache took 5.0 s for 3.1.
+        by one program. Where a program of its own drew the first, a start with a cold cache took 5.0 s for 3.3.
 
         Args:
             place: One of ``free``.
@@ -235,7 +235,8 @@ class Lane:
             yield programs.put, (*self._replaced(cache[: len(read)]), 0, one, read, 0)
         else:
             yield programs.roll, (programs.params, rows, state)
-            yield programs.where, (np.zeros(len(self._rows), bool), state, state)
+            if len(self._rows) > 1:  # beside rows that are not full
+                yield programs.where, (np.zeros(len(self._rows), bool), state, state)
 
 
 def count(width: int, platform: str, model: config.ModelConfig) -> int:
