@@ -38,14 +38,16 @@ def random_params(model: config.ModelConfig, seed: int = 4, stddev: float = 0.5)
 
 
 @functools.cache
-def make_sampler(**settings: Any) -> sampler.Sampler:
+def make_sampler(platform: str | None = None, **settings: Any) -> sampler.Sampler:
     """Returns a sampler of ``MODEL`` with a window of 11; one for each setting, because they are slow to compile.
 
-    Its cache has the parts of a larger model's: of 4, 4 and 3 slots.
+    Its cache has the parts of a larger model's: of 4, 4 and 3 slots on a CPU, of 4 and 7 on a GPU.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "SMALLEST_PART", 4)
-        return sampler.Sampler(MODEL, random_params(MODEL), config.DecodingConfig(**{"window": 11, **settings}))
+        patch.setattr(cache, "SMALLEST_PART_ON_GPU", 4)
+        decode = config.DecodingConfig(**{"window": 11, **settings})
+        return sampler.Sampler(MODEL, random_params(MODEL), decode, platform=platform)
 
 
 def request(

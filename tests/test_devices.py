@@ -15,7 +15,7 @@ from hipgpt_jax import devices
 OFF = "--xla_gpu_enable_command_buffer="
 
 
-EXACT = "--xla_gpu_deterministic_ops=true"
+EXACT = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ EXACT = "--xla_gpu_deterministic_ops=true"
         (False, True, {}, {"XLA_FLAGS": EXACT}),
         (False, True, {"XLA_FLAGS": "--xla_gpu_deterministic_ops=false"}, {}),
         (False, True, {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops"}, {}),
+        (False, True, {"XLA_FLAGS": EXACT.split()[1]}, {"XLA_FLAGS": " ".join(reversed(EXACT.split()))}),
         (False, False, {}, {}),
     ],
 )

@@ -27,7 +27,7 @@ def moved(compiled: Any) -> list[int]:
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
-    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla")
+    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     made.load(fakes.random_params(MODEL))
     of_rows, state = decoding.blank(rows, MODEL.max_seq_len, MODEL.vocab_size)
     cache = kv.empty(MODEL, rows, made.sizes, made.dtype)
@@ -46,7 +46,7 @@ def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
 
 
 def test_a_lone_row_s_step_copies_no_weights_and_no_cache_and_writes_it_where_it_lies() -> None:
-    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla")
+    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     made.load(fakes.random_params(MODEL))
     rows, state = decoding.blank(1, MODEL.max_seq_len, MODEL.vocab_size)
     *before, last = kv.empty(MODEL, 1, made.sizes, made.dtype)
@@ -59,14 +59,14 @@ def test_a_lone_row_s_step_copies_no_weights_and_no_cache_and_writes_it_where_it
 
 def test_a_prompt_is_read_without_the_head() -> None:
     """Nor is what the last block's feed-forward makes of it: the first step takes in the last token."""
-    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla")
+    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     made.load(fakes.random_params(MODEL))
     fill = made.fill.lower(made.params, np.zeros((2, 12), np.int32)).compile().as_text()
     logits, hidden = f"[2,{MODEL.vocab_size}]", f"[24,{MODEL.ff_hidden_dim}]"
     assert fill.count(logits) == 0
     assert fill.count(hidden) > 0
     one_layer = dataclasses.replace(MODEL, num_layers=1)
-    least = programs.Programs(one_layer, MODEL.max_seq_len, 1, "float32", "xla")
+    least = programs.Programs(one_layer, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     least.load(fakes.random_params(one_layer))
     assert least.fill.lower(least.params, np.zeros((2, 12), np.int32)).compile().as_text().count(hidden) == 0
     step = made.advance.lower(made.params, *decoding.blank(2, 256, 700), kv.empty(MODEL, 2, (64,), "float32"))
@@ -84,7 +84,7 @@ def test_a_user_s_own_xla_flag_decides() -> None:
 def test_a_lone_row_s_step_gives_the_bits_of_the_two_programs(dtype: str) -> None:
     """XLA must not write a slot before what was in the buffer is read: the caches are the same at a full window."""
     window = 70
-    made = programs.Programs(MODEL, window, 1, dtype, "xla")
+    made = programs.Programs(MODEL, window, 1, dtype, "xla", "cpu")
     made.load(fakes.random_params(MODEL))
     rows, state = decoding.blank(1, window, MODEL.vocab_size, made.device)
     caches = [list(kv.empty(MODEL, 1, made.sizes, dtype, made.device)) for _ in range(2)]

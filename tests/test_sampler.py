@@ -308,11 +308,11 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
     full = []
     advance = lane.Lane._advance
 
-    def spy(self: lane.Lane, state: decoding.State, *args: Any) -> decoding.State:
-        after = advance(self, state, *args)
+    def spy(self: lane.Lane, state: decoding.State, *args: Any) -> tuple[decoding.State, Any]:
+        after, told = advance(self, state, *args)
         full.append(max(np.asarray(state.length_B)) == 8)
         assert np.isfinite(after.logits_BV).all()
-        return after
+        return after, told
 
     monkeypatch.setattr(lane.Lane, "_advance", spy)
     decode = config.DecodingConfig(width=2, window_stride=4)

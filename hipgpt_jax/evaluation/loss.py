@@ -48,6 +48,32 @@ class Score:
         return self.nats_per_byte / math.log(2)
 
 
+@jax.custom_vjp
+def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Returns the loss of each target in nats, ``[B, T]``, of logits in float32.
+
+    Its gradient, ``softmax - one_hot``, is one expression, which XLA makes where it is multiplied; as JAX derives
+    it, the one is scattered into an array of float32 as large as the logits.
+    """
+    return _losses(logits_BTV, targets_BT)[0]
+
+
+def _losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return total_BT - picked_BT, (logits_BTV, targets_BT, total_BT)
+
+
+def _gradients(saved: tuple[jax.Array, jax.Array, jax.Array], of_loss_BT: jax.Array) -> tuple[jax.Array, None]:
+    logits_BTV, targets_BT, total_BT = saved
+    share_BTV = jnp.exp(logits_BTV - total_BT[..., None])
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
+    return (share_BTV - is_target_BTV.astype(share_BTV.dtype)) * of_loss_BT[..., None], None
+
+
+negative_log_likelihood.defvjp(_losses, _gradients)
+
+
 def sum_tokens(logits_BTV: jax.Array, targets_BT: jax.Array, kept_BT: jax.Array | None = None) -> TokenSums:
     """Sums the loss and the correct predictions of the targets kept, all by default; log-softmax in float32.
 
@@ -55,8 +81,8 @@ def sum_tokens(logits_BTV: jax.Array, targets_BT: jax.Array, kept_BT: jax.Array 
     step of the documented default takes 7.4 ms on a CPU instead of 6.0.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
+    nll_BT = negative_log_likelihood(logits_BTV, targets_BT)
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
     correct_BT = picked_BT == logits_BTV.max(axis=-1)
     return TokenSums(jnp.sum(nll_BT, where=kept_BT), jnp.sum(correct_BT, where=kept_BT))
 

@@ -4,6 +4,7 @@ A state is a batch of rows that never affect one another. A row's slots and posi
 from its own first token, so its arithmetic is the same in any company.
 """
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +41,7 @@ class State(NamedTuple):
         numbers_B4: What is said of it, see ``facts.numbers``. No step reads them.
         length_B: Tokens in the context.
         context_BS: The ids that the model has read, from slot 0; nothing stands at ``length`` and after.
-        seen_BV: Whether a token stands in the prompt or the output.
+        seen_BV: Whether a token stands in the prompt or the output, but for the newest of that.
         logits_BV: What the newest token was drawn from; no step reads it.
     """
 
@@ -73,7 +74,13 @@ def blank(B: int, W: int, V: int, device: Any = None) -> tuple[Rows, State]:
 
 
 def read(
-    model: "transformer.Transformer", params: Any, context_BT: jax.Array, length_B: jax.Array, *, sizes: tuple[int, ...]
+    model: "transformer.Transformer",
+    params: Any,
+    context_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    sizes: tuple[int, ...],
+    stacked: bool = False,
 ) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
     """Reads contexts from their start.
 
@@ -83,38 +90,48 @@ def read(
         context_BT: Ids, padded behind each row's length to one ``T``. Changing that compiles again.
         length_B: Tokens of each context, at least 1.
         sizes: Slots of each part of the cache.
+        stacked: Whether all layers of it are one array.
 
     Returns:
         Logits ``[B, V]`` of the next token, and those parts of the cache that hold one of ``T`` tokens.
     """
     logits_BV, new = model.bind({"params": params}).prefill(context_BT, length_B)
-    return logits_BV, kv.split(new, kv.holding(sizes, context_BT.shape[1]))
+    return logits_BV, kv.split(kv.stack(new) if stacked else new, kv.holding(sizes, context_BT.shape[1]))
 
 
 def fill(
-    model: "transformer.Transformer", params: Any, context_BT: jax.Array, *, sizes: tuple[int, ...]
+    model: "transformer.Transformer", params: Any, context_BT: jax.Array, *, sizes: tuple[int, ...], stacked: bool
 ) -> tuple[kv.Cache, ...]:
     """Returns the cache that ``read`` does; what the last block and the head make of it is not computed."""
-    _, cache = read(model, params, context_BT, jnp.ones(len(context_BT), jnp.int32), sizes=sizes)
-    return cache
+    length_B = jnp.ones(len(context_BT), jnp.int32)
+    return read(model, params, context_BT, length_B, sizes=sizes, stacked=stacked)[1]
 
 
-@jax.jit
-def draw(rows: Rows, state: State, logits_BV: jax.Array) -> State:
+@functools.partial(jax.jit, static_argnames="search")
+def draw(rows: Rows, state: State, logits_BV: jax.Array, search: sampling.Search | None = None) -> State:
     """Draws the next token of each row from its logits; -1 where its numbers are not finite."""
     key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")
     uniform_B = jax.vmap(sampling.uniform)(key_B, state.index_B)
-    choice = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform_B)
+    choice = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform_B, search)
     numbers_B4 = facts.numbers(logits_BV, choice)
     token_B = jnp.where(jnp.isfinite(numbers_B4[:, 0]), choice.token_B, -1)
-    seen_BV = state.seen_BV | (jnp.arange(state.seen_BV.shape[1])[None] == token_B[:, None])
-    return state._replace(
-        index_B=state.index_B + 1, token_B=token_B, numbers_B4=numbers_B4, seen_BV=seen_BV, logits_BV=logits_BV
-    )
+    return state._replace(index_B=state.index_B + 1, token_B=token_B, numbers_B4=numbers_B4, logits_BV=logits_BV)
+
+
+def redraw(rows: Rows, state: State, search: sampling.Search) -> State:
+    """Draws the newest token again where the row's settings need more candidates than ``search`` has."""
+    before = state._replace(index_B=state.index_B - 1)
+    again = draw(rows, before, state.logits_BV, sampling.whole(state.logits_BV.shape[1]))
+    return where(sampling.needs_more(rows.settings, search, state.logits_BV.shape[1]), again, state)
 
 
 def advance(
-    model: "transformer.Transformer", params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
+    model: "transformer.Transformer",
+    params: Any,
+    rows: Rows,
+    state: State,
+    cache: tuple[kv.Cache, ...],
+    search: sampling.Search | None = None,
 ) -> tuple[State, kv.Cache]:
     """Takes the newest token into a context that is not full and draws the one after it.
 
@@ -124,6 +141,7 @@ def advance(
         rows: Keys and settings.
         state: Its newest token is taken in.
         cache: The parts that hold a token of any row, or its next slot. Another number of them compiles again.
+        search: How candidates are found; as on a CPU, by default.
 
     Returns:
         The new state, and the token's own keys and values, to be appended at the old state's length.
@@ -132,8 +150,15 @@ def advance(
     """
     logits_BV, new = model.bind({"params": params}).decode(state.token_B, cache, state.length_B)
     put = jax.vmap(lambda context_S, token, slot: context_S.at[slot].set(token))
-    state = state._replace(context_BS=put(state.context_BS, state.token_B, state.length_B), length_B=state.length_B + 1)
-    return draw(rows, state, logits_BV), new
+    context_BS = put(state.context_BS, state.token_B, state.length_B)
+    state = _seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1)
+    return draw(rows, state, logits_BV, search), new
+
+
+def _seen(state: State) -> State:
+    """Adds the newest token to those seen."""
+    is_newest_BV = jnp.arange(state.seen_BV.shape[1])[None] == state.token_B[:, None]
+    return state._replace(seen_BV=state.seen_BV | is_newest_BV)
 
 
 def step(
@@ -148,23 +173,37 @@ def step(
 
     The new ``last`` lies where the old one lay if XLA is told that it may: see ``programs.in_place``.
     """
-    start = sum(part.keys[0].shape[2] for part in before)
+    start = sum(part.slots for part in before)
     next_state, new = advance(model, params, rows, state, (*before, last))
     return next_state, kv.append(last, new, state.length_B - start)
 
 
 def decode_step(
-    model: "transformer.Transformer", params: Any, rows: Rows, state: State, cache: tuple[kv.Cache, ...]
+    model: "transformer.Transformer",
+    params: Any,
+    rows: Rows,
+    state: State,
+    cache: tuple[kv.Cache, ...],
+    search: sampling.Search | None = None,
 ) -> tuple[State, tuple[kv.Cache, ...]]:
-    """One token, whole: ``advance`` over all parts of the cache, and its keys and values appended."""
-    next_state, new = advance(model, params, rows, state, cache)
-    starts = itertools.accumulate((part.keys[0].shape[2] for part in cache), initial=0)
+    """One token, whole: ``advance``, and its keys and values appended to the parts of the cache."""
+    next_state, new = advance(model, params, rows, state, cache, search)
+    next_state, new = jax.lax.optimization_barrier((next_state, new))  # written when all is read, so where it lies
+    starts = itertools.accumulate((part.slots for part in cache), initial=0)
     slots = (state.length_B - start for start in starts)
     return next_state, tuple(kv.append(part, new, slot_B) for part, slot_B in zip(cache, slots, strict=False))
 
 
 def roll(
-    model: "transformer.Transformer", params: Any, rows: Rows, state: State, *, stride: int, sizes: tuple[int, ...]
+    model: "transformer.Transformer",
+    params: Any,
+    rows: Rows,
+    state: State,
+    *,
+    stride: int,
+    sizes: tuple[int, ...],
+    stacked: bool = False,
+    search: sampling.Search | None = None,
 ) -> tuple[State, tuple[kv.Cache, ...]]:
     """Takes the newest token into a context that is full, reads that anew and draws the token after it.
 
@@ -173,8 +212,9 @@ def roll(
     """
     state = slide(state, stride=stride)
     length = state.context_BS.shape[1] - stride + 1
-    logits_BV, cache = read(model, params, state.context_BS[:, :length], state.length_B, sizes=sizes)
-    return draw(rows, state, logits_BV), cache
+    context_BT = state.context_BS[:, :length]
+    logits_BV, cache = read(model, params, context_BT, state.length_B, sizes=sizes, stacked=stacked)
+    return draw(rows, state, logits_BV, search), cache
 
 
 def slide(state: State, *, stride: int) -> State:
@@ -184,7 +224,7 @@ def slide(state: State, *, stride: int) -> State:
     """
     W = state.context_BS.shape[1]
     context_BS = jnp.concatenate([state.context_BS[:, stride:], state.token_B[:, None]], axis=1)
-    return state._replace(
+    return _seen(state)._replace(
         context_BS=jnp.pad(context_BS, ((0, 0), (0, stride - 1))),
         length_B=jnp.full_like(state.length_B, W - stride + 1),
     )

@@ -45,8 +45,9 @@ class Lane:
         self._started = [0] * B
         self._lengths = [0] * B  # the host's copy of the state's
         self._under_way: Drawn | None = None
-        self._is_lone = width == 1 and programs.device.platform == "cpu"
+        self._is_lone = width == 1 and not programs.on_gpu
         self._of_rows, self._state = decoding.blank(B, W, model.vocab_size, programs.device)
+        self._is_redrawn = [False] * B  # places whose settings need more candidates than a step has
         self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
 
     @property
@@ -91,7 +92,9 @@ class Lane:
         seen_1V[0, list(request.prompt_ids)] = True
         words_3 = sampling.key_words(request.generation.seed, request.prompt_ids, request.sample)
         length_1, token_1 = np.array([len(sample.context)], np.int32), np.array([sample.ids[-1]], np.int32)
-        one = words_3, sampling.settings([request.sampling]), length_1, token_1, context_1S, seen_1V
+        settings = sampling.settings([request.sampling])
+        (self._is_redrawn[place],) = sampling.needs_more(settings, programs.search, programs.model.vocab_size, of=np)
+        one = words_3, settings, length_1, token_1, context_1S, seen_1V
         self._put(programs.enter, place, one, read, row)
 
     def step(self) -> Drawn | None:
@@ -129,21 +132,21 @@ class Lane:
                 wanted[place] = row, self._started[place] == row.limit
         if not wanted:
             return None
-        self._next(wanted)
-        measured = self._facts(self._state, [row.request for row, _ in wanted.values()])
-        return Drawn(wanted, self._state.token_B, measured)
-
-    def _facts(self, state: decoding.State, of: Iterable[events.Request]) -> facts.Facts | None:
+        token_B, numbers_B4 = self._next(wanted)
         if not self._measured:
-            return None
-        wanted = any(request.generation.top_logprobs for request in of)
-        return facts.Facts(state.numbers_B4, self._programs.likeliest(state.logits_BV) if wanted else None)
+            return Drawn(wanted, token_B, None)
+        asked = any(row.request.generation.top_logprobs for row, _ in wanted.values())
+        likeliest = self._programs.likeliest(self._state.logits_BV) if asked else None
+        return Drawn(wanted, token_B, facts.Facts(numbers_B4, likeliest))
 
-    def _next(self, wanted: Iterable[int]) -> None:
+    def _next(self, wanted: Iterable[int]) -> tuple[jax.Array, jax.Array]:
         """Takes the state a token on for the rows wanted: from the cache, or read anew where a window is full.
 
         With a stride of 1 a full row is read anew at every token, so all rows are, together; with a
         larger one rows fill up at different steps, and each is read alone.
+
+        Returns:
+            The new tokens and their numbers.
         """
         programs, rows, state = self._programs, self._of_rows, self._state
         params, lengths, W = programs.params, self._lengths, programs.window
@@ -152,9 +155,10 @@ class Lane:
         together = full and programs.stride == 1
         rolled = programs.roll(params, rows, state) if together else None
         alone = [] if together else [(place, programs.roll_row(params, rows, state, place)) for place in full]
+        told = None
         if cached:
             written = {programs.part_of(length) for length in cached}
-            self._state = self._advance(state, max(written) + 1, written)
+            self._state, told = self._advance(state, max(written) + 1, written)
         if rolled is not None:
             is_full_B = np.isin(np.arange(len(self._rows)), full)
             self._state = programs.where(is_full_B, rolled, self._state) if cached else rolled
@@ -162,30 +166,39 @@ class Lane:
             self._put(programs.put, place, one, cache)
         for place in wanted:
             lengths[place] = W - programs.stride + 1 if lengths[place] >= W else lengths[place] + 1
+        if any(self._is_redrawn[place] for place in wanted):
+            self._state, told = programs.redraw(rows, self._state)
+            return told
+        return programs.told(self._state) if full or told is None else told
 
-    def _advance(self, state: decoding.State, live: int, written: Iterable[int]) -> decoding.State:
+    def _advance(self, state: decoding.State, live: int, written: Iterable[int]) -> tuple[decoding.State, Any]:
         """Returns the state after ``state``, and appends to the parts ``written`` of the ``live`` ones that are read.
 
         One program for a lone row on a CPU: a token of D256 L8 takes 1.68 ms, 1.85 with two, to the same bits.
-        The slots of several rows may be in several parts.
+        The slots of several rows may be in several parts. One program for all of that on a GPU, which also gives
+        what is told of the state.
         """
         programs, rows = self._programs, self._of_rows
+        if programs.on_gpu:
+            after, cache, told = programs.whole(programs.params, rows, state, self._parts(live))
+            self._cache = (*cache, *self._cache[live:])
+            return after, told
         *before, last = self._parts(live)
         if self._is_lone:
             after, last = programs.step(programs.params, rows, state, tuple(before), last)
             self._cache = (*before, last, *self._cache[live:])
-            return after
+            return after, None
         after, new = programs.advance(programs.params, rows, state, (*before, last))
         cache = list(self._cache)
         for part in written:
             cache[part] = programs.append(cache[part], new, state.length_B, programs.starts[part])
         self._cache = tuple(cache)
-        return after
+        return after, None
 
     def _parts(self, number: int) -> tuple[kv.Cache, ...]:
         """Returns the first parts of the cache, those made anew that were never needed before."""
         programs, missing = self._programs, self._programs.sizes[len(self._cache) : number]
-        self._cache += kv.empty(programs.model, len(self._rows), missing, programs.dtype, programs.device)
+        self._cache += programs.empty(len(self._rows), missing)
         return self._cache[:number]
 
     def _put(self, program: Any, place: int, one: Any, cache: tuple[kv.Cache, ...], row: int = 0) -> None:
@@ -213,6 +226,9 @@ class Lane:
         for live in sorted({programs.part_of(length) + 1 for length in stepped}):
             if not programs.is_new("advance", live):
                 continue
+            if programs.on_gpu:
+                yield programs.whole, (params, rows, state, cache[:live])
+                continue
             if self._is_lone:
                 yield programs.step, (params, rows, state, cache[: live - 1], cache[live - 1])
                 continue
@@ -220,6 +236,8 @@ class Lane:
             for part in range(live):
                 if programs.is_new("append", programs.sizes[part]):
                     yield programs.append, (cache[part], new, state.length_B, programs.starts[part])
+        if programs.on_gpu and programs.is_new("redraw"):  # whatever this request's settings: others compile nothing
+            yield programs.redraw, (rows, state)
         if last > W and programs.is_new("roll"):
             yield from self._rolling(cache)
         if self._measured and request.generation.top_logprobs and programs.is_new("likeliest"):
@@ -228,6 +246,8 @@ class Lane:
     def _rolling(self, cache: tuple[kv.Cache, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         """Yields what a full window needs, with arguments."""
         programs, rows, state = self._programs, self._of_rows, self._state
+        if programs.on_gpu:
+            yield programs.told, (state,)
         if programs.stride > 1:
             row = programs.params, rows, state, 0
             yield programs.roll_row, row

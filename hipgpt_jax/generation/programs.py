@@ -36,20 +36,26 @@ class Programs:
         stride: Tokens dropped at a time where the window is full.
         sizes: Slots of each part of the cache.
         starts: The first slot of each part, and the window.
+        platform: What the functions suit, ``cpu`` or a GPU's.
+        search: How a step finds candidates.
     """
 
-    def __init__(self, model: config.ModelConfig, window: int, stride: int, dtype: str, attention: str) -> None:
-        self.model, self.dtype, self._attention = model, dtype, attention
+    def __init__(
+        self, model: config.ModelConfig, window: int, stride: int, dtype: str, attention: str, platform: str
+    ) -> None:
+        self.model, self.dtype, self._attention, self.platform = model, dtype, attention, platform
         self.params: Any = None
         self.device: Any = None
         self.window, self.stride = window, stride
-        self.sizes = kv.part_sizes(window)
+        stacked = self.on_gpu
+        self.sizes = sizes = kv.part_sizes_on_gpu(window) if stacked else kv.part_sizes(window)
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
-        module = functools.partial(_module, model, dtype, attention)
-        sizes, settings = self.sizes, repr((model, dtype, attention, window, stride, self.sizes))
+        self.search = search = sampling.search_on(model.vocab_size, platform)
+        module = functools.partial(_module, model, dtype, attention, stacked)
+        settings = repr((model, dtype, attention, window, stride, sizes, search))
 
         def fill(params: Any, context_BT: jax.Array) -> Any:
-            return decoding.fill(module(), params, context_BT, sizes=sizes)
+            return decoding.fill(module(), params, context_BT, sizes=sizes, stacked=stacked)
 
         def advance(params: Any, rows: decoding.Rows, state: decoding.State, cache: tuple[kv.Cache, ...]) -> Any:
             return decoding.advance(module(), params, rows, state, cache)
@@ -57,18 +63,28 @@ class Programs:
         def step(params: Any, rows: decoding.Rows, state: decoding.State, before: Any, last: kv.Cache) -> Any:
             return decoding.step(module(), params, rows, state, before, last)
 
+        def whole(params: Any, rows: decoding.Rows, state: decoding.State, cache: tuple[kv.Cache, ...]) -> Any:
+            state, cache = decoding.decode_step(module(), params, rows, state, cache, search)
+            return state, cache, _told(state)
+
+        def redraw(rows: decoding.Rows, state: decoding.State) -> Any:
+            state = decoding.redraw(rows, state, search)
+            return state, _told(state)
+
+        rolled = functools.partial(decoding.roll, stride=stride, sizes=sizes, stacked=stacked, search=search)
+
         def roll(params: Any, rows: decoding.Rows, state: decoding.State) -> decoding.State:
-            return decoding.roll(module(), params, rows, state, stride=stride, sizes=sizes)[0]
+            return rolled(module(), params, rows, state)[0]
 
         def roll_row(params: Any, rows: decoding.Rows, state: decoding.State, place: jax.Array) -> Any:
             """Rolls one row alone; returns its row of the batch and its cache."""
             row = decoding.take(rows, place)
             own = decoding.take(state, place)
-            state, cache = decoding.roll(module(), params, row, own, stride=stride, sizes=sizes)
+            state, cache = rolled(module(), params, row, own)
             return (row, state), cache
 
         def program(function: Callable[..., Any], **of_jit: Any) -> Any:
-            return jax.jit(exported.kept(function, settings), **of_jit)
+            return jax.jit(function if stacked else exported.kept(function, settings), **of_jit)
 
         # None of them refers to this object, so that it goes, and all code with it, as soon as it is not used.
         self.fill = program(fill)
@@ -77,25 +93,36 @@ class Programs:
         self.advance = program(advance)
         self.append = program(_append, donate_argnums=0)
         self.step = program(step, donate_argnums=4, compiler_options=in_place(os.environ))  # on a CPU alone
+        # All that a step writes lies where it lay: what CUDA captured of a step is then launched again as it is. A
+        # step of GPT-2 on an H200 whose buffers move takes the host 0.85 ms, more than the GPU.
+        self.whole = program(whole, donate_argnums=(2, 3))
+        self.redraw = program(redraw, donate_argnums=1)
+        self.told = program(_told) if stacked else _newest
         self.roll = program(roll)
         self.roll_row = program(roll_row)
         self.where = program(decoding.where)
         self.likeliest = program(facts.likeliest)
         self._ran: set[Hashable] = set()
-        if not exported.any_kept(settings):
+        if stacked or not exported.any_kept(settings):
             module()  # Flax brings along what JAX 0.12 traces anew for, if it comes while a program is traced
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the functions suit a GPU: ``whole`` takes all steps within the window."""
+        return self.platform != "cpu"
 
     @property
     def module(self) -> "transformer.Transformer":
         """The model."""
-        return _module(self.model, self.dtype, self._attention)
+        return _module(self.model, self.dtype, self._attention, self.on_gpu)
 
     def load(self, params: Any) -> None:
         """Takes parameters of the model; other ones than before compile nothing again."""
         there = jax.device_put(parameters.cast(params, self.dtype))
         self.device = next(iter(jax.tree.leaves(there)[0].devices()))
         # Bound to it, as what a kept program returns is: to other arguments a program is lowered again.
-        self.params = jax.device_put(there, self.device)
+        there = jax.device_put(there, self.device)
+        self.params = parameters.turned(there) if self.on_gpu else there
 
     def read_contexts(self, contexts: Sequence[tuple[int, ...]], rows: int) -> tuple[kv.Cache, ...]:
         """Returns the cache that contexts leave, in the parts that hold them.
@@ -115,7 +142,11 @@ class Programs:
 
     def shapes(self, rows: int, sizes: tuple[int, ...]) -> tuple[kv.Cache, ...]:
         """Returns a cache to lower a program by: shapes on the device, in parts of these sizes."""
-        return self.on_device(kv.shapes(self.model, rows, sizes, self.dtype))
+        return self.on_device(kv.shapes(self.model, rows, sizes, self.dtype, stacked=self.on_gpu))
+
+    def empty(self, rows: int, sizes: tuple[int, ...]) -> tuple[kv.Cache, ...]:
+        """Returns an empty cache on the device, in parts of these sizes."""
+        return kv.empty(self.model, rows, sizes, self.dtype, self.device, stacked=self.on_gpu)
 
     def on_device(self, shapes: Any) -> Any:
         """Returns shapes as they are of arrays on the device; those of others are lowered again."""
@@ -138,11 +169,11 @@ class Programs:
 
 
 @functools.cache
-def _module(model: config.ModelConfig, dtype: str, attention: str) -> "transformer.Transformer":
+def _module(model: config.ModelConfig, dtype: str, attention: str, on_gpu: bool) -> "transformer.Transformer":
     """Returns the model; only where a program is traced, because importing Flax takes 0.15 s of a start."""
     from hipgpt_jax.model import transformer
 
-    return transformer.Transformer(model, dtype, attention=attention, exact=True)
+    return transformer.Transformer(model, dtype, attention=attention, exact=True, sum_head=on_gpu)
 
 
 def in_place(environ: Mapping[str, str]) -> dict[str, bool]:
@@ -166,6 +197,15 @@ def bucket(length: int, window: int) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return min(size, window)
+
+
+def _newest(state: decoding.State) -> tuple[jax.Array, jax.Array]:
+    return state.token_B, state.numbers_B4
+
+
+def _told(state: decoding.State) -> tuple[jax.Array, jax.Array]:
+    """Returns copies of what is fetched of a state, whose own the next step takes over."""
+    return jax.tree.map(jnp.copy, _newest(state))
 
 
 def _enter(

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from hipgpt_jax import config
 from hipgpt_jax.generation import events, lane, programs, waiting
 
@@ -22,7 +24,12 @@ class Sampler:
     """
 
     def __init__(
-        self, model: config.ModelConfig, params: Any, decode: config.DecodingConfig, attention: str = "xla"
+        self,
+        model: config.ModelConfig,
+        params: Any,
+        decode: config.DecodingConfig,
+        attention: str = "xla",
+        platform: str | None = None,
     ) -> None:
         """Prepares a sampler; nothing is compiled until the first token.
 
@@ -31,6 +38,7 @@ class Sampler:
             params: Its parameters.
             decode: Window, stride, overflow rule, width and type.
             attention: As of ``transformer.Transformer``.
+            platform: What the step is made to suit, ``cpu`` or a GPU's; by default what JAX computes on.
 
         Raises:
             ValueError: The window or the stride does not fit the model.
@@ -38,7 +46,9 @@ class Sampler:
         self.model = model
         self.window = decode.resolve_window(model)
         self._decode = decode
-        self._programs = programs.Programs(model, self.window, decode.window_stride, decode.dtype, attention)
+        platform = platform or jax.default_backend()
+        stride, dtype = decode.window_stride, decode.dtype
+        self._programs = programs.Programs(model, self.window, stride, dtype, attention, platform)
         self._programs.load(params)
 
     @property
@@ -68,7 +78,7 @@ class Sampler:
         Raises:
             ValueError: A request is empty, or cannot fit the window where overflow is an error.
         """
-        count = lane.count(self._decode.width, self._programs.device.platform, self.model)
+        count = lane.count(self._decode.width, self._programs.platform, self.model)
         rows = self._decode.width // count
         lanes = [lane.Lane(self._programs, rows, measure=measure) for _ in range(count)]
         queue = waiting.Queue(self._programs, rows, self._samples(requests))

@@ -18,6 +18,11 @@ from hipgpt_jax import config
 # Enough for the default top_k, and for every documented one. With V 50257 on a CPU, top_k(128) takes 0.2 ms and a
 # sort 18 ms; with V 5000 and 16 rows, top_k(16) takes 0.12 ms and top_k(128) 0.62.
 CANDIDATES = (16, 128)
+# On a GPU a condition is looked at by the host, which waits for it: three of them made a step of GPT-2 on an H200 take
+# 1.6 ms instead of 1.1. So a step has one number of candidates there, and rows that need more draw again.
+CANDIDATES_ON_GPU = (64,)
+# A GPU sorts for a top_k of more than 16: 65 of 50257 it sorts out among 1571 chunks' maxima, then in the 65 chunks.
+_CHUNK = 32
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -133,6 +138,47 @@ def draw(cumulative_BK: jax.Array, kept_B: jax.Array, uniform_B: jax.Array) -> j
     return jnp.argmax(cumulative_BK > threshold_B[:, None], axis=-1)
 
 
+class Search(NamedTuple):
+    """How the likeliest candidates of a row are found: what suits a platform; its results are the same.
+
+    Attributes:
+        tiers: Numbers of candidates. A row gets the smallest that its settings need; where the largest is less than
+            that, what is chosen means nothing.
+        in_chunks: Whether the vocabulary is narrowed down to chunks with the largest maxima before it is sorted.
+    """
+
+    tiers: tuple[int, ...]
+    in_chunks: bool
+
+
+def search_on(V: int, platform: str) -> Search:
+    """Returns how a step on a platform searches ``V`` logits."""
+    if platform == "cpu":
+        return Search((*(size for size in CANDIDATES if size < V), V), in_chunks=False)
+    return Search(tuple(min(size, V) for size in CANDIDATES_ON_GPU), in_chunks=True)
+
+
+def whole(V: int) -> Search:
+    """Returns a search that any settings are content with."""
+    return Search((V,), in_chunks=False)
+
+
+def needs_more(row: Settings, search: Search, V: int, of: Any = jnp) -> Any:
+    """Returns which rows, bools ``[B]``, need more of ``V`` candidates than a search has.
+
+    Args:
+        row: Sampling settings.
+        search: The search.
+        V: Size of the vocabulary.
+        of: The module ``jax.numpy``, or ``numpy`` for settings on the host.
+    """
+    return _needs(row, V, of) > search.tiers[-1]
+
+
+def _needs(row: Settings, V: int, of: Any = jnp) -> Any:
+    return of.where(row.temperature_B < _TINY, 1, of.where(row.top_k_B == 0, V, of.minimum(row.top_k_B, V)))
+
+
 class Choice(NamedTuple):
     """The token of each row, and how safe it is: how much must change before it is another. Arrays ``[B]``.
 
@@ -151,7 +197,9 @@ class Choice(NamedTuple):
     gap_B: jax.Array
 
 
-def choose(logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: jax.Array) -> Choice:
+def choose(
+    logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: jax.Array, search: Search | None = None
+) -> Choice:
     """Chooses a token for each row; a row's choice depends on nothing but that row.
 
     The margins are found here, where the candidates stand sorted, and not by a program of their own,
@@ -162,6 +210,7 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: j
         seen_BV: Tokens of the prompt and the output so far.
         row: Sampling settings.
         uniform_B: Uniform numbers in [0, 1).
+        search: How candidates are found; as on a CPU, by default.
     """
 
     def pick(sorted_BK: jax.Array, id_BK: jax.Array, candidates: int) -> Choice:
@@ -175,7 +224,7 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: j
         gap_B = _gap(sorted_BK, rank_B)
         return Choice(at_rank(id_BK, rank_B), jnp.where(is_greedy_B, gap_B, margin_B), gap_B)
 
-    return _of_candidates(pick, logits_BV, seen_BV, row)
+    return _of_candidates(pick, logits_BV, seen_BV, row, search or search_on(logits_BV.shape[1], "cpu"))
 
 
 def _margin(
@@ -219,7 +268,11 @@ def at_rank(x_BK: jax.Array, rank_B: jax.Array) -> jax.Array:
 
 
 def _of_candidates(
-    pick: Callable[[jax.Array, jax.Array, int], Choice], logits_BV: jax.Array, seen_BV: jax.Array, row: Settings
+    pick: Callable[[jax.Array, jax.Array, int], Choice],
+    logits_BV: jax.Array,
+    seen_BV: jax.Array,
+    row: Settings,
+    search: Search,
 ) -> Choice:
     """Applies ``pick`` to the penalized logits and their ids, best first, and to how many of them are candidates.
 
@@ -228,24 +281,40 @@ def _of_candidates(
     """
     logits_BV = penalize(logits_BV.astype(jnp.float32), seen_BV, row.penalty_B)
     logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
-    V = logits_BV.shape[1]
-    sizes = [*(size for size in CANDIDATES if size < V), V]
-    needed_B = jnp.where(row.temperature_B < _TINY, 1, jnp.where(row.top_k_B == 0, V, row.top_k_B))
-    tier_B = (needed_B[:, None] > jnp.asarray(sizes[:-1], jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
+    V, tiers = logits_BV.shape[1], search.tiers
+    find = top_in_chunks if search.in_chunks else jax.lax.top_k
 
     def among(size: int) -> Choice:
         # Behind a barrier, since XLA sorts the whole vocabulary for a top_k that is sliced: 6.1 ms instead of 0.1.
-        sorted_BK, id_BK = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, min(size + 1, V)))
+        sorted_BK, id_BK = jax.lax.optimization_barrier(find(logits_BV, min(size + 1, V)))
         return pick(sorted_BK, id_BK, size)
 
-    if len(sizes) == 1:
-        return among(V)
+    if len(tiers) == 1:
+        return among(tiers[0])
+    tier_B = (_needs(row, V)[:, None] > jnp.asarray(tiers[:-1], jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
     none_B = jnp.zeros(len(logits_BV), jnp.float32)
     found = Choice(none_B.astype(jnp.int32), none_B, none_B)
-    for tier, size in enumerate(sizes):
+    for tier, size in enumerate(tiers):
 
         def take(found: Choice, tier: int = tier, size: int = size) -> Choice:
             return jax.tree.map(lambda own, other: jnp.where(tier_B == tier, own, other), among(size), found)
 
         found = jax.lax.cond(jnp.any(tier_B == tier), take, lambda found: found, found)
     return found
+
+
+def top_in_chunks(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns what ``lax.top_k`` does, by two small sorts: values and indices ``[B, k]``, ties by the lower index.
+
+    No element of the ``k`` largest lies outside of the ``k`` chunks with the largest maxima: each of those holds
+    one that comes before it.
+    """
+    B, V = x_BV.shape
+    chunks = -(-V // _CHUNK)
+    padded_BV = jnp.pad(x_BV, ((0, 0), (0, chunks * _CHUNK - V)), constant_values=-jnp.inf)
+    x_BCX = padded_BV.reshape(B, chunks, _CHUNK)
+    _, best_BK = jax.lax.top_k(x_BCX.max(axis=-1), min(k, chunks))
+    few = jnp.take_along_axis(x_BCX, best_BK[:, :, None], axis=1).reshape(B, -1)
+    index = (best_BK[:, :, None] * _CHUNK + jnp.arange(_CHUNK)[None, None]).reshape(B, -1)
+    descending, index = jax.lax.sort((-few, index), num_keys=2)
+    return -descending[:, :k], index[:, :k]

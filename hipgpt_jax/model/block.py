@@ -125,6 +125,25 @@ def normalize(norm: nn.LayerNorm, x_MD: jax.Array) -> jax.Array:
     return norm(x_MD.astype(jnp.float32)).astype(x_MD.dtype)
 
 
+@jax.custom_vjp
+def head(x_MD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Logits ``[M, V]`` in float32, of a head tied to the embedding, contracted as that is stored.
+
+    ``x @ wte.T`` copied it every token. Its gradients are products in the type of ``x``, like those of all other
+    layers: as JAX derives them, the logits' gradient, float32 as they are, would be multiplied in float32.
+    """
+    return jnp.einsum("MD,VD->MV", x_MD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _head_gradients(saved: tuple[jax.Array, jax.Array], of_logits_MV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_MD, head_VD = saved
+    of_logits_MV = of_logits_MV.astype(x_MD.dtype)
+    return jnp.einsum("MV,VD->MD", of_logits_MV, head_VD), jnp.einsum("MV,MD->VD", of_logits_MV, x_MD)
+
+
+head.defvjp(lambda x_MD, head_VD: (head(x_MD, head_VD), (x_MD, head_VD)), _head_gradients)
+
+
 def _at_last(x_BT: jax.Array, length_B: jax.Array) -> jax.Array:
     """Returns what stands at each row's last token, ``[B, ...]`` of ``[B, T, ...]``."""
     return jnp.take_along_axis(x_BT, jnp.expand_dims(length_B - 1, tuple(range(1, x_BT.ndim))), axis=1)[:, 0]
