@@ -173,7 +173,7 @@ def _module(model: config.ModelConfig, dtype: str, attention: str, on_gpu: bool)
     """Returns the model; only where a program is traced, because importing Flax takes 0.15 s of a start."""
     from hipgpt_jax.model import transformer
 
-    return transformer.Transformer(model, dtype, attention=attention, exact=True, sum_head=on_gpu)
+    return transformer.Transformer(model, dtype, attention=attention, exact=True, turned=on_gpu)
 
 
 def in_place(environ: Mapping[str, str]) -> dict[str, bool]:

@@ -22,11 +22,12 @@ class Attention(nn.Module):
     config: config.ModelConfig
     dtype: str
     attention: str
+    turned: bool
 
     def setup(self) -> None:
         model = self.config
-        self.c_attn = _dense(3 * model.embed_dim, self.dtype)
-        self.c_proj = _dense(model.embed_dim, self.dtype, residual_of=model)
+        self.c_attn = Linear(3 * model.embed_dim, self.dtype, self.turned)
+        self.c_proj = Linear(model.embed_dim, self.dtype, self.turned, _residual(model))
 
     def _heads(self, x_MD: jax.Array) -> list[jax.Array]:
         """Returns queries, keys and values, each ``[M, N, H]``."""
@@ -65,10 +66,11 @@ class Mlp(nn.Module):
 
     config: config.ModelConfig
     dtype: str
+    turned: bool
 
     def setup(self) -> None:
-        self.c_fc = _dense(self.config.ff_hidden_dim, self.dtype)
-        self.c_proj = _dense(self.config.embed_dim, self.dtype, residual_of=self.config)
+        self.c_fc = Linear(self.config.ff_hidden_dim, self.dtype, self.turned)
+        self.c_proj = Linear(self.config.embed_dim, self.dtype, self.turned, _residual(self.config))
 
     def __call__(self, x_MD: jax.Array) -> jax.Array:
         return self.c_proj(nn.gelu(self.c_fc(x_MD), approximate=True))
@@ -80,12 +82,13 @@ class Block(nn.Module):
     config: config.ModelConfig
     dtype: str
     attention: str
+    turned: bool = False
 
     def setup(self) -> None:
         self.ln_1 = LayerNorm()
-        self.attn = Attention(self.config, self.dtype, self.attention)
+        self.attn = Attention(self.config, self.dtype, self.attention, self.turned)
         self.ln_2 = LayerNorm()
-        self.mlp = Mlp(self.config, self.dtype)
+        self.mlp = Mlp(self.config, self.dtype, self.turned)
 
     def _drop(self, x_MD: jax.Array, dropout: float) -> jax.Array:
         return attention.drop(x_MD, dropout, self.make_rng("dropout")) if dropout else x_MD
@@ -110,13 +113,15 @@ class Block(nn.Module):
 
 
 @functools.cache
-def function(model: config.ModelConfig, dtype: str, attention: str, method: str, **fixed: Any) -> Callable[..., Any]:
+def function(
+    model: config.ModelConfig, dtype: str, attention: str, turned: bool, method: str, **fixed: Any
+) -> Callable[..., Any]:
     """Returns a method of a block as a function of its variables and the arguments that are not ``fixed``.
 
     Layers differ in their variables alone, so it is traced once for all of them: where all is traced, the first
     token of the run in the package, of 5 layers, comes after 0.61 s instead of 0.75. XLA gets the same program.
     """
-    block = Block(model, dtype, attention, parent=None)
+    block = Block(model, dtype, attention, turned, parent=None)
     return jax.jit(functools.partial(block.apply, method=method, **fixed))
 
 
@@ -149,7 +154,30 @@ def _at_last(x_BT: jax.Array, length_B: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BT, jnp.expand_dims(length_B - 1, tuple(range(1, x_BT.ndim))), axis=1)[:, 0]
 
 
-def _dense(features: int, dtype: str, residual_of: config.ModelConfig | None = None) -> nn.Dense:
-    """A biased linear layer; one that writes to the residual stream starts smaller, by its depth."""
-    depth = 2 * residual_of.num_layers if residual_of else 1
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(INIT_STDDEV / math.sqrt(depth)))
+class Linear(nn.Module):
+    """A biased linear layer on rows ``[M, K]``.
+
+    Attributes:
+        features: Width of its output, ``F``.
+        dtype: Type of its arithmetic.
+        turned: Whether its kernel is ``[F, K]``, as ``parameters.turned`` makes it, and not ``[K, F]``.
+        stddev: Of the kernel that ``init`` makes.
+    """
+
+    features: int
+    dtype: str
+    turned: bool
+    stddev: float = INIT_STDDEV
+
+    @nn.compact
+    def __call__(self, x_MK: jax.Array) -> jax.Array:
+        shape = (x_MK.shape[1], self.features)
+        init = nn.initializers.normal(self.stddev)
+        kernel = self.param("kernel", init, shape[::-1] if self.turned else shape).astype(self.dtype)
+        bias_F = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return jnp.einsum("MK,FK->MF" if self.turned else "MK,KF->MF", x_MK, kernel) + bias_F[None]
+
+
+def _residual(model: config.ModelConfig) -> float:
+    """Standard deviation of a kernel that writes to the residual stream: it starts smaller, by the model's depth."""
+    return INIT_STDDEV / math.sqrt(2 * model.num_layers)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-from jax.experimental import layout
 
 
 def cast(params: Any, dtype: str) -> Any:
@@ -23,15 +22,13 @@ def cast(params: Any, dtype: str) -> Any:
 
 
 def turned(params: Any) -> Any:
-    """Returns parameters on a device with their kernels ``[in, out]`` laid out as ``[out, in]``.
+    """Returns parameters on a device with their kernels ``[in, out]`` turned to ``[out, in]``.
 
     So a GPU sums the products of a single row along what lies together: a step of GPT-2 on an H200 takes 0.58 ms
     instead of 0.91.
     """
 
     def turn(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        if path[-1].key != "kernel":
-            return x
-        return jax.device_put(x, layout.Format(layout.Layout((1, 0)), x.sharding))
+        return x.T if path[-1].key == "kernel" else x
 
     return jax.tree_util.tree_map_with_path(turn, params)
