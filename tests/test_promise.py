@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import events, lane, sampler
+from hipgpt_jax.generation import batch, events, sampler
 
 pytestmark = pytest.mark.gpu
 
@@ -122,8 +122,8 @@ def test_streams_may_be_read_by_turns_and_left(width: int, stride: int, dtype: s
 def test_tokens_come_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a token is yielded, at most the next one is under way."""
     source, steps = sampler_of(1, 1), []
-    step = lane.Lane._next
-    monkeypatch.setattr(lane.Lane, "_next", lambda *args: steps.append(1) or step(*args))
+    step = batch.Batch.step
+    monkeypatch.setattr(batch.Batch, "step", lambda *args: steps.append(1) or step(*args))
     for drawn, event in enumerate(source.run([fakes.request(num_tokens=30)])):
         assert len(steps) <= (drawn + 2 if drawn else 1)
         assert event.token is not None or drawn == 30

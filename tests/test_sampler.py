@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import fakes
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, events, lane, sampler, sampling
+from hipgpt_jax.generation import batch, decoding, events, lane, sampler, sampling
 from hipgpt_jax.generation import programs as compiled
 from hipgpt_jax.model import cache, transformer
 
@@ -165,8 +165,8 @@ def test_work_stops_after_eos(length: int, narrow: sampler.Sampler, monkeypatch:
     (tokens,) = fakes.tokens_of(narrow, [fakes.request(fakes.prompt(length), num_tokens=30)])
     drawn = next(t for t in range(4, 30) if tokens[t] not in tokens[:t])
     steps = []
-    start = lane.Lane._next
-    monkeypatch.setattr(lane.Lane, "_next", lambda *args: steps.append(1) or start(*args))
+    start = batch.Batch.step
+    monkeypatch.setattr(batch.Batch, "step", lambda *args: steps.append(1) or start(*args))
     happened = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
     assert len(happened) == drawn + 1
     assert len(steps) <= drawn + 2
@@ -240,8 +240,8 @@ def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyP
     """Long and short samples in three rows: every one is what it is alone, in as few steps as three rows need."""
     source = fakes.make_sampler(width=3)
     steps: list[int] = []
-    following = lane.Lane._next
-    monkeypatch.setattr(lane.Lane, "_next", lambda self, wanted: steps.append(len(wanted)) or following(self, wanted))
+    following = batch.Batch.step
+    monkeypatch.setattr(batch.Batch, "step", lambda self, wanted: steps.append(len(wanted)) or following(self, wanted))
     lengths = [9, 2, 2, 2, 2, 1, 3, 8, 2]
     requests = [fakes.request(fakes.prompt(n), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
     assert fakes.tokens_of(source, requests) == [naive(one, WINDOW, 1) for one in requests]
@@ -306,15 +306,14 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
     """It steps beside one that is not full, for nothing: a user's own check for NaN finds none."""
     model = dataclasses.replace(MODEL, max_seq_len=8, num_layers=1)
     full = []
-    advance = lane.Lane._advance
+    take_step = batch.Batch._take_step
 
-    def spy(self: lane.Lane, state: decoding.State, *args: Any) -> tuple[decoding.State, Any]:
-        after, told = advance(self, state, *args)
-        full.append(max(np.asarray(state.length_B)) == 8)
-        assert np.isfinite(after.logits_BV).all()
-        return after, told
+    def spy(self: batch.Batch, wanted: Collection[int]) -> None:
+        full.append(max(np.asarray(self._state.length_B)) == 8)
+        take_step(self, wanted)
+        assert np.isfinite(self._state.logits_BV).all()
 
-    monkeypatch.setattr(lane.Lane, "_advance", spy)
+    monkeypatch.setattr(batch.Batch, "_take_step", spy)
     decode = config.DecodingConfig(width=2, window_stride=4)
     requests = [fakes.request(fakes.prompt(length), num_tokens=13) for length in (8, 3)]
     assert len(list(sampler.Sampler(model, fakes.random_params(model), decode).run(requests))) == 2 * 13

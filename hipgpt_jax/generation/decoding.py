@@ -54,6 +54,25 @@ class State(NamedTuple):
     logits_BV: jax.Array
 
 
+class Told(NamedTuple):
+    """What is fetched of the newest token of each row, or of several steps, with their number as first axis.
+
+    Attributes:
+        token_B: As in ``State``.
+        numbers_B4: Likewise.
+        logits_BV: Likewise.
+    """
+
+    token_B: jax.Array
+    numbers_B4: jax.Array
+    logits_BV: jax.Array
+
+    @classmethod
+    def of(cls, state: State) -> "Told":
+        """Returns what is told of a state."""
+        return cls(state.token_B, state.numbers_B4, state.logits_BV)
+
+
 def blank(B: int, W: int, V: int, device: Any = None) -> tuple[Rows, State]:
     """Returns rows without a sample, on a device; their numbers mean nothing, and compile nothing."""
 
@@ -118,13 +137,6 @@ def draw(rows: Rows, state: State, logits_BV: jax.Array, search: sampling.Search
     return state._replace(index_B=state.index_B + 1, token_B=token_B, numbers_B4=numbers_B4, logits_BV=logits_BV)
 
 
-def redraw(rows: Rows, state: State, search: sampling.Search) -> State:
-    """Draws the newest token again where the row's settings need more candidates than ``search`` has."""
-    before = state._replace(index_B=state.index_B - 1)
-    again = draw(rows, before, state.logits_BV, sampling.whole(state.logits_BV.shape[1]))
-    return where(sampling.needs_more(rows.settings, search, state.logits_BV.shape[1]), again, state)
-
-
 def advance(
     model: "transformer.Transformer",
     params: Any,
@@ -185,13 +197,53 @@ def decode_step(
     state: State,
     cache: tuple[kv.Cache, ...],
     search: sampling.Search | None = None,
+    live_B: jax.Array | None = None,
 ) -> tuple[State, tuple[kv.Cache, ...]]:
-    """One token, whole: ``advance``, and its keys and values appended to the parts of the cache."""
+    """One token, whole: ``advance``, and its keys and values appended to the parts of the cache.
+
+    Args:
+        model: As of ``advance``, like the arguments that follow.
+        params: Likewise.
+        rows: Likewise.
+        state: Likewise.
+        cache: Likewise.
+        search: Likewise.
+        live_B: Whether a row takes the step; all do by default. The others are left as they are.
+    """
     next_state, new = advance(model, params, rows, state, cache, search)
     next_state, new = jax.lax.optimization_barrier((next_state, new))  # written when all is read, so where it lies
+    slot_B = state.length_B
+    if live_B is not None:
+        slot_B, next_state = jnp.where(live_B, slot_B, -1), where(live_B, next_state, state)
     starts = itertools.accumulate((part.slots for part in cache), initial=0)
-    slots = (state.length_B - start for start in starts)
-    return next_state, tuple(kv.append(part, new, slot_B) for part, slot_B in zip(cache, slots, strict=False))
+    parts = (kv.append(part, new, slot_B - start) for part, start in zip(cache, starts, strict=False))
+    return next_state, tuple(parts)
+
+
+def steps(
+    model: "transformer.Transformer",
+    params: Any,
+    rows: Rows,
+    state: State,
+    cache: tuple[kv.Cache, ...],
+    left_B: jax.Array,
+    *,
+    search: sampling.Search,
+    count: int,
+) -> tuple[State, tuple[kv.Cache, ...], Told]:
+    """Takes ``count`` steps, of which a row takes the first ``left``.
+
+    Returns:
+        The state and the cache after them, and what is told of each step's tokens, arrays ``[T, B, ...]``.
+    """
+
+    def step(carry: tuple[State, tuple[kv.Cache, ...]], index: jax.Array) -> Any:
+        state, cache = carry[0], kv.pinned(carry[1])
+        state, cache = decode_step(model, params, rows, state, cache, search, index < left_B)
+        return (state, kv.pinned(cache)), Told.of(state)
+
+    (state, cache), told = jax.lax.scan(step, (state, cache), jnp.arange(count))
+    return state, cache, told
 
 
 def roll(

@@ -47,9 +47,12 @@ def numbers(logits_BV: jax.Array, choice: sampling.Choice) -> jax.Array:
 
 
 def likeliest(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns ids and log-probabilities ``[B, K]`` of the ``config.MAX_ALTERNATIVES`` likeliest tokens, or of all."""
+    """Returns ids and log-probabilities ``[B, K]`` of the ``config.MAX_ALTERNATIVES`` likeliest tokens, or of all.
+
+    There may be more axes before ``B``.
+    """
     logits_BV = logits_BV.astype(jnp.float32)
-    top_BK, top_id_BK = jax.lax.top_k(logits_BV, min(config.MAX_ALTERNATIVES, logits_BV.shape[1]))
+    top_BK, top_id_BK = jax.lax.top_k(logits_BV, min(config.MAX_ALTERNATIVES, logits_BV.shape[-1]))
     return top_id_BK, jnp.minimum(top_BK - _log_total(logits_BV), 0)
 
 

@@ -19,8 +19,8 @@ from hipgpt_jax import config
 # sort 18 ms; with V 5000 and 16 rows, top_k(16) takes 0.12 ms and top_k(128) 0.62.
 CANDIDATES = (16, 128)
 # On a GPU a condition is looked at by the host, which waits for it: three of them made a step of GPT-2 on an H200 take
-# 1.6 ms instead of 1.1. So a step has one number of candidates there, and rows that need more draw again.
-CANDIDATES_ON_GPU = (64,)
+# 1.6 ms instead of 1.1. So a step has one number of candidates there, and another program takes rows that need more.
+CANDIDATES_ON_GPU = 64
 # A GPU sorts for a top_k of more than 16: 65 of 50257 it sorts out among 1571 chunks' maxima, then in the 65 chunks.
 _CHUNK = 32
 
@@ -150,33 +150,26 @@ class Search(NamedTuple):
     tiers: tuple[int, ...]
     in_chunks: bool
 
+    @property
+    def narrow(self) -> "Search":
+        """The first tier alone."""
+        return self._replace(tiers=self.tiers[:1])
+
+    @property
+    def wide(self) -> "Search":
+        """The last tier alone, which any settings are content with."""
+        return self._replace(tiers=self.tiers[-1:])
+
+    def is_wide(self, row: config.SamplingConfig) -> bool:
+        """Returns whether settings need more candidates than the first tier has."""
+        needed = row.top_k if 0 < row.top_k < self.tiers[-1] else self.tiers[-1]
+        return bool(np.float32(row.temperature) >= _TINY) and needed > self.tiers[0]
+
 
 def search_on(V: int, platform: str) -> Search:
-    """Returns how a step on a platform searches ``V`` logits."""
-    if platform == "cpu":
-        return Search((*(size for size in CANDIDATES if size < V), V), in_chunks=False)
-    return Search(tuple(min(size, V) for size in CANDIDATES_ON_GPU), in_chunks=True)
-
-
-def whole(V: int) -> Search:
-    """Returns a search that any settings are content with."""
-    return Search((V,), in_chunks=False)
-
-
-def needs_more(row: Settings, search: Search, V: int, of: Any = jnp) -> Any:
-    """Returns which rows, bools ``[B]``, need more of ``V`` candidates than a search has.
-
-    Args:
-        row: Sampling settings.
-        search: The search.
-        V: Size of the vocabulary.
-        of: The module ``jax.numpy``, or ``numpy`` for settings on the host.
-    """
-    return _needs(row, V, of) > search.tiers[-1]
-
-
-def _needs(row: Settings, V: int, of: Any = jnp) -> Any:
-    return of.where(row.temperature_B < _TINY, 1, of.where(row.top_k_B == 0, V, of.minimum(row.top_k_B, V)))
+    """Returns how a platform searches ``V`` logits; the last tier is all of them."""
+    sizes = CANDIDATES if platform == "cpu" else (CANDIDATES_ON_GPU,)
+    return Search((*(size for size in sizes if size < V), V), in_chunks=platform != "cpu")
 
 
 class Choice(NamedTuple):
@@ -282,16 +275,17 @@ def _of_candidates(
     logits_BV = penalize(logits_BV.astype(jnp.float32), seen_BV, row.penalty_B)
     logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
     V, tiers = logits_BV.shape[1], search.tiers
-    find = top_in_chunks if search.in_chunks else jax.lax.top_k
+    needed_B = jnp.where(row.temperature_B < _TINY, 1, jnp.where(row.top_k_B == 0, V, row.top_k_B))
 
     def among(size: int) -> Choice:
+        find = top_in_chunks if search.in_chunks and size < V else jax.lax.top_k
         # Behind a barrier, since XLA sorts the whole vocabulary for a top_k that is sliced: 6.1 ms instead of 0.1.
         sorted_BK, id_BK = jax.lax.optimization_barrier(find(logits_BV, min(size + 1, V)))
         return pick(sorted_BK, id_BK, size)
 
     if len(tiers) == 1:
         return among(tiers[0])
-    tier_B = (_needs(row, V)[:, None] > jnp.asarray(tiers[:-1], jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
+    tier_B = (needed_B[:, None] > jnp.asarray(tiers[:-1], jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
     none_B = jnp.zeros(len(logits_BV), jnp.float32)
     found = Choice(none_B.astype(jnp.int32), none_B, none_B)
     for tier, size in enumerate(tiers):
