@@ -54,6 +54,12 @@ def gpu_defaults(environ: Mapping[str, str], *, rocm: bool, exact: bool) -> dict
     return chosen
 
 
+def _must_be_deterministic(environ: Mapping[str, str]) -> bool:
+    """Returns whether XLA is told to add up in one order: by the last setting of either flag."""
+    flags = dict(flag.partition("=")[::2] for flag in environ.get("XLA_FLAGS", "").split())
+    return any(flags.get(f"--{name}", "false").lower() in ("", "true", "1") for name in _EXACT_XLA_FLAGS[:2])
+
+
 def plugins() -> list[str]:
     """Returns the installed JAX accelerator plugins, as ``name version``, without importing any."""
     found = (d for name in _PLUGINS for d in importlib.metadata.distributions(name=name))
@@ -71,13 +77,22 @@ class Device(NamedTuple):
         """Whether it is an NVIDIA GPU: JAX calls those of AMD ``gpu`` or ``rocm`` too."""
         return self.platform in ("gpu", "cuda") and "NVIDIA" in self.kind
 
-    def attention(self, dtype: str, head_dim: int) -> str:
+    def attention(
+        self, dtype: str, head_dim: int, *, trains: bool = False, environ: Mapping[str, str] = os.environ
+    ) -> str:
         """Returns which implementation of attention suits it, one of ``model.attention.IMPLEMENTATIONS``.
 
-        cuDNN's takes half precision alone, and heads of a multiple of 8 up to 128 on every card that has it.
+        cuDNN's takes half precision alone, and heads of a multiple of 8 up to 128 on every card that has it. Its
+        backward pass adds up in any order: where ``XLA_FLAGS`` forbid that, JAX 0.11.2 fails to compile it.
+
+        Args:
+            dtype: Type of the arithmetic.
+            head_dim: Width of a head.
+            trains: Whether there is a backward pass.
+            environ: The environment.
         """
         suits = self.is_nvidia and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
-        return "cudnn" if suits else "xla"
+        return "cudnn" if suits and not (trains and _must_be_deterministic(environ)) else "xla"
 
     def __str__(self) -> str:
         return f"{self.platform} ({self.kind})"

@@ -99,6 +99,23 @@ def test_attention_is_cudnns_where_it_can_be(
     assert device.attention(dtype, head_dim) == implementation
 
 
+@pytest.mark.parametrize(
+    ("flags", "implementation"),
+    [
+        ("", "cudnn"),
+        ("--xla_gpu_deterministic_ops=true", "xla"),
+        ("--xla_gpu_exclude_nondeterministic_ops --a=1", "xla"),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", "cudnn"),
+        ("--xla_gpu_autotune_level=0", "cudnn"),
+    ],
+)
+def test_attention_adds_up_in_one_order_where_training_must(flags: str, implementation: str) -> None:
+    """CuDNN's does not in its backward pass; generation has none."""
+    device, environ = devices.Device("gpu", "NVIDIA H200"), {"XLA_FLAGS": flags}
+    assert device.attention("bfloat16", 64, trains=True, environ=environ) == implementation
+    assert device.attention("bfloat16", 64, environ=environ) == "cudnn"
+
+
 NAMES = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",

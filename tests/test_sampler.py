@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import batch, decoding, events, lane, sampler, sampling
+from hipgpt_jax.generation import batch, events, lane, sampler, sampling
 from hipgpt_jax.generation import programs as compiled
 from hipgpt_jax.model import cache, transformer
 
@@ -356,7 +356,7 @@ def test_slots_are_made_when_a_text_needs_them(monkeypatch: pytest.MonkeyPatch) 
     engine = sampler.Sampler(model, fakes.random_params(model), config.DecodingConfig())
     made: list[int] = []
     empty = cache.empty
-    monkeypatch.setattr(cache, "empty", lambda *args: made.extend(args[2]) or empty(*args))
+    monkeypatch.setattr(cache, "empty", lambda *args, **kwargs: made.extend(args[2]) or empty(*args, **kwargs))
     for num_tokens, parts in ((60, 1), (61, 2), (300, 4)):
         made.clear()
         assert len(fakes.tokens_of(engine, [fakes.request(fakes.prompt(5), num_tokens=num_tokens)])[0]) == num_tokens

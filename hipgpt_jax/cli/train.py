@@ -83,7 +83,7 @@ def _train() -> None:
         train=train,
         layout=layout,
         weights_dtype=train_flags.WEIGHTS_DTYPE.value,
-        attention=device.attention(train.dtype, model.head_dim),
+        attention=device.attention(train.dtype, model.head_dim, trains=True),
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
     )
     with train_report.stopping() as stops, train_report.reporting(job, stops) as report:

@@ -89,7 +89,7 @@ def training(
         product_size: Side of the square matrices that are multiplied to find the ceiling.
     """
     settings = training_config.TrainConfig(batch_size=batch_size, warmup_steps=0, min_lr=1e-3, dtype=DTYPE)
-    attention = device.attention(DTYPE, model.head_dim)
+    attention = device.attention(DTYPE, model.head_dim, trains=True)
     module = transformer.Transformer(model, DTYPE, attention=attention)
     shape = (_STEPS, batch_size, model.max_seq_len + 1)
     tokens = np.random.RandomState(0).randint(0, model.vocab_size, shape).astype(np.int32)

@@ -1,0 +1,125 @@
+"""The programs that suit a GPU, run on a CPU: they draw what those for a CPU draw, several tokens at a time."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import fakes
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from hipgpt_jax import config
+from hipgpt_jax.generation import batch, events, programs, sampler, sampling
+
+# Settings that 64 candidates suffice for, and that need more of the 150.
+NARROW: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"top_k": 40, "repetition_penalty": 1.3}, {"eos_id": 7})
+WIDE: tuple[dict[str, Any], ...] = ({"top_k": 0, "top_p": 1.0}, {"top_k": 100}, {"top_k": 0, "top_p": 0.7, "eos_id": 7})
+
+
+def requests(*settings: dict[str, Any], count: int = 8) -> list[events.Request]:
+    """Returns requests of one token up to more than the window and several programs hold, their settings by turns."""
+    cycle = itertools.cycle(settings)
+    return [
+        fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n * 5 % 23 + 1, sample=n, **next(cycle)) for n in range(count)
+    ]
+
+
+def described(engine: sampler.Sampler, asked: list[events.Request]) -> list[tuple[Any, ...]]:
+    """Returns what is told of each sample's tokens, in order; numbers to what rounding allows."""
+    told = []
+    for event in sorted(engine.run(asked, measure=True), key=lambda event: event.index):
+        assert event.facts is not None
+        numbers = tuple(np.round(event.facts.numbers_4, 3).tolist())
+        top = event.facts.top[0].tolist() if asked[event.index].generation.top_logprobs else []
+        told.append((event.index, event.token, event.finish_reason, numbers, top))
+    return told
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("width", [1, 3])
+def test_programs_for_a_gpu_draw_what_those_for_a_cpu_draw(width: int, stride: int) -> None:
+    """Tokens, ends and facts; within the window and beyond it, whatever the settings, and in mixed company."""
+    on_gpu, on_cpu = (fakes.make_sampler(platform, width=width, window_stride=stride) for platform in ("gpu", "cpu"))
+    asked = requests(*NARROW, *WIDE, count=14)
+    asked[1] = dataclasses.replace(asked[1], generation=dataclasses.replace(asked[1].generation, top_logprobs=3))
+    assert described(on_gpu, asked) == described(on_cpu, asked)
+
+
+def test_a_row_is_the_same_in_any_company_and_settings_compile_nothing() -> None:
+    """Rows whose settings need more candidates than others' are taken on by a program of their own."""
+    engine = fakes.make_sampler("gpu", width=3)
+    fakes.tokens_of(engine, [fakes.request(num_tokens=30)])
+    asked = requests(*NARROW, *WIDE)
+    with fakes.compilations() as compiled:
+        together = fakes.tokens_of(engine, asked)
+        alone = [fakes.tokens_of(engine, [one])[0] for one in asked]
+    assert together == alone
+    assert set(compiled) <= {"jit(fill)", "jit(_enter)"}, "of another bucket of prompts"
+
+
+def test_a_program_draws_several_tokens_and_stops_a_row_at_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 tokens of a prompt of one fill the window by a program of 8 and one of 3; then one is drawn at a time."""
+    drawn: list[list[int]] = []
+    step = batch.Batch.step
+
+    def spy(self: batch.Batch, *args: Any) -> list[batch.Drawn]:
+        found = step(self, *args)
+        drawn.append([each.counts[0] for each in found])
+        return found
+
+    monkeypatch.setattr(batch.Batch, "step", spy)
+    fakes.tokens_of(fakes.make_sampler("gpu"), [fakes.request((5,), num_tokens=13)])
+    assert drawn == [[programs.STEPS], [3], [1], [1]]
+
+
+def test_nan_ends_a_sample_amid_a_programs_tokens_and_leaves_none_behind() -> None:
+    """The row's next sample is what it is elsewhere."""
+    params = fakes.random_params(fakes.MODEL)
+    broken = jax.tree.map(np.array, params)
+    broken["wpe"]["embedding"][8] = np.nan  # beyond what is read of a prompt, padding included
+    engine = sampler.Sampler(fakes.MODEL, broken, config.DecodingConfig(), platform="gpu")
+    happened = list(engine.run([fakes.request((1, 2, 3, 4), num_tokens=12), fakes.request((1,), num_tokens=3)]))
+    assert [event.finish_reason for event in happened] == [*[None] * 5, "error", None, None, "length"]
+    whole = sampler.Sampler(fakes.MODEL, params, config.DecodingConfig(), platform="gpu")
+    assert [event.token for event in happened[-3:]] == fakes.tokens_of(whole, [fakes.request((1,), num_tokens=3)])[0]
+
+
+LOGITS = arrays.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 3), st.integers(1, 200)),
+    elements=st.sampled_from([-np.inf, -1.5, 0.0, 1.0, 1.5, 2.0, 3.0]) | st.floats(-10, 10, width=32, allow_subnormal=False),
+)
+
+
+@hypothesis.given(LOGITS, st.data())
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_top_in_chunks_is_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
+    """Ties too, which are many among these."""
+    k = data.draw(st.integers(1, x_BV.shape[1]))
+    x_BV = x_BV + np.float32(0)  # -0.0 is less than 0.0 to top_k
+    values, indices = sampling.top_in_chunks(jnp.asarray(x_BV), k)
+    expected, places = jax.lax.top_k(jnp.asarray(x_BV), k)
+    np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(indices, places)
+
+
+@pytest.mark.parametrize(
+    ("row", "wide"),
+    [
+        (config.SamplingConfig(), False),
+        (config.SamplingConfig(top_k=64), False),
+        (config.SamplingConfig(top_k=65), True),
+        (config.SamplingConfig(top_k=0), True),
+        (config.SamplingConfig(top_k=2**40), True),
+        (config.SamplingConfig(top_k=0, temperature=0.0), False),
+        (config.SamplingConfig(top_k=0, temperature=1e-45), False),
+    ],
+)
+def test_settings_say_whether_a_step_on_a_gpu_has_enough_candidates(row: config.SamplingConfig, wide: bool) -> None:
+    assert sampling.search_on(5000, "gpu").is_wide(row) is wide
+    assert not sampling.search_on(60, "gpu").is_wide(row), "all of them fit"
