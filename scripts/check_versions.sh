@@ -4,7 +4,7 @@
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-tests=(tests/test_{promise,sampling,facts,shipped,api,exported}.py)
+tests=(tests/test_{promise,sampling,facts,shipped,api,exported,batch}.py)
 tried=()
 for version in 3.12 3.13; do
   for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/"python$version"; do

@@ -89,7 +89,8 @@ def _tests(options: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "tests.xml"
-        code = pytest.main(["-m", "gpu", "--rootdir", str(ROOT), f"--junitxml={path}", str(ROOT / "tests")])
+        which = ["-m", "gpu", "--rootdir", str(ROOT), str(ROOT / "tests")]
+        code = pytest.main([*which, f"--junitxml={path}", "-n", str(options.workers)])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             sys.exit(int(code))
         (suite,) = ElementTree.parse(path).getroot()
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=table.SHAPES, default="gpt2", help="%(default)s")
     parser.add_argument("--batch_size", type=int, default=32, help="sequences in a training step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (%(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that test at once, sharing it (%(default)s)")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of the one part that this process runs
     return parser
 

@@ -40,8 +40,10 @@ def described(engine: sampler.Sampler, asked: list[events.Request]) -> list[tupl
     return told
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize(
+    ("width", "stride"),
+    [(1, 1), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow), (3, 3)],
+)
 def test_programs_for_a_gpu_draw_what_those_for_a_cpu_draw(width: int, stride: int) -> None:
     """Tokens, ends and facts; within the window and beyond it, whatever the settings, and in mixed company."""
     on_gpu, on_cpu = (fakes.make_sampler(platform, width=width, window_stride=stride) for platform in ("gpu", "cpu"))
@@ -50,6 +52,7 @@ def test_programs_for_a_gpu_draw_what_those_for_a_cpu_draw(width: int, stride: i
     assert described(on_gpu, asked) == described(on_cpu, asked)
 
 
+@pytest.mark.gpu
 def test_a_row_is_the_same_in_any_company_and_settings_compile_nothing() -> None:
     """Rows whose settings need more candidates than others' are taken on by a program of their own."""
     engine = fakes.make_sampler("gpu", width=3)
@@ -62,6 +65,7 @@ def test_a_row_is_the_same_in_any_company_and_settings_compile_nothing() -> None
     assert set(compiled) <= {"jit(fill)", "jit(_enter)"}, "of another bucket of prompts"
 
 
+@pytest.mark.gpu
 def test_a_program_draws_several_tokens_and_stops_a_row_at_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """11 tokens of a prompt of one fill the window by a program of 8 and one of 3; then one is drawn at a time."""
     drawn: list[list[int]] = []
@@ -77,6 +81,7 @@ def test_a_program_draws_several_tokens_and_stops_a_row_at_its_last(monkeypatch:
     assert drawn == [[programs.STEPS], [3], [1], [1]]
 
 
+@pytest.mark.gpu
 def test_nan_ends_a_sample_amid_a_programs_tokens_and_leaves_none_behind() -> None:
     """The row's next sample is what it is elsewhere."""
     params = fakes.random_params(fakes.MODEL)
@@ -92,7 +97,8 @@ def test_nan_ends_a_sample_amid_a_programs_tokens_and_leaves_none_behind() -> No
 LOGITS = arrays.arrays(
     np.float32,
     st.tuples(st.integers(1, 3), st.integers(1, 200)),
-    elements=st.sampled_from([-np.inf, -1.5, 0.0, 1.0, 1.5, 2.0, 3.0]) | st.floats(-10, 10, width=32, allow_subnormal=False),
+    elements=st.sampled_from([-np.inf, -1.5, 0.0, 1.0, 1.5, 2.0, 3.0])
+    | st.floats(-10, 10, width=32, allow_subnormal=False),
 )
 
 
