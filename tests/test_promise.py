@@ -201,11 +201,14 @@ def test_golden_tokens(width: int) -> None:
         {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
     ],
 )
-def test_another_process_gives_the_same_whatever_the_environment_says_of_numbers(own: dict[str, str]) -> None:
+@pytest.mark.parametrize("platform", [None, "gpu"])
+def test_another_process_gives_the_same_whatever_the_environment_says_of_numbers(
+    platform: str | None, own: dict[str, str]
+) -> None:
     lengths = (6, 2, 9)
     program = (
         f"import fakes, json; wanted = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in {lengths}];"
-        "print(json.dumps(fakes.tokens_of(fakes.make_sampler(), wanted)))"
+        "print(json.dumps(fakes.tokens_of(fakes.make_sampler(" + repr(platform) + "), wanted)))"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(

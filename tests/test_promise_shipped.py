@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 import hipgpt_jax
 from hipgpt_jax import config
-from hipgpt_jax.generation import facts
+from hipgpt_jax.generation import decoding, lane, waiting
 from hipgpt_jax.runs import record
 
 pytestmark = pytest.mark.gpu
@@ -68,32 +67,34 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
     wide: hipgpt_jax.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The logits themselves, at every step, in each row: beside prompts of other lengths, other settings, itself."""
-    seen: list[np.ndarray] = []
-    likeliest = jax.jit(facts.likeliest)
+    seen: dict[int, list[np.ndarray]] = {}
+    facts_of = lane.Lane._facts
 
-    def listen(logits_BV: Any) -> Any:
-        seen.append(np.asarray(logits_BV))
-        return likeliest(logits_BV)
+    def listen(self: lane.Lane, told: decoding.Told, rows: dict[int, tuple[waiting.Sample, int, bool]]) -> Any:
+        logits_TBV = np.asarray(told.logits_BV)
+        logits_TBV = logits_TBV.reshape(-1, *logits_TBV.shape[-2:])
+        for place, (sample, count, _) in rows.items():
+            seen.setdefault(sample.index, []).extend(logits_TBV[:count, place])
+        return facts_of(self, told, rows)
 
-    programs = wide._engine._programs
-    monkeypatch.setattr(programs, "likeliest", listen)
-    monkeypatch.setattr(programs, "is_new", lambda *program: False)  # what listens cannot be lowered
+    monkeypatch.setattr(lane.Lane, "_facts", listen)
     (ask,) = wide.source.ask_all(
         [hipgpt_jax.Prompt(text=PROMPTS[0])],
         config.SamplingConfig(),
-        config.GenerationConfig(num_tokens=25, top_logprobs=1),
+        config.GenerationConfig(num_tokens=25),
     )
     others = wide.source.ask_all(
         [hipgpt_jax.Prompt(text=text) for text in PROMPTS],
         config.SamplingConfig(temperature=0.4, top_k=0),
-        config.GenerationConfig(num_tokens=60, seed=9, top_logprobs=1),
+        config.GenerationConfig(num_tokens=60, seed=9),
     )
     (job,), rest = list(wide.jobs([ask])), list(wide.jobs(others))
     told = {}
     for row, jobs in enumerate(([job], [rest[2], job], [rest[2], rest[0], job, rest[3]], [rest[1], job, job, job])):
         seen.clear()
-        list(wide.make(jobs))
-        told[row] = np.stack([logits_BV[jobs.index(job)] for logits_BV in seen[:25]])
+        list(wide.make(jobs, measure=True))
+        told[row] = np.stack(seen[jobs.index(job)])
+        assert len(told[row]) == 25
     for other in told.values():
         np.testing.assert_array_equal(told[0], other)
 

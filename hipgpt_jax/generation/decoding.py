@@ -242,7 +242,7 @@ def steps(
         state, cache = decode_step(model, params, rows, state, cache, search, index < left_B)
         return (state, kv.pinned(cache)), Told.of(state)
 
-    (state, cache), told = jax.lax.scan(step, (state, cache), jnp.arange(count))
+    (state, cache), told = jax.lax.scan(step, (state, cache), jnp.arange(count, dtype=jnp.int32))
     return state, cache, told
 
 

@@ -309,6 +309,7 @@ def top_in_chunks(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     x_BCX = padded_BV.reshape(B, chunks, _CHUNK)
     _, best_BK = jax.lax.top_k(x_BCX.max(axis=-1), min(k, chunks))
     few = jnp.take_along_axis(x_BCX, best_BK[:, :, None], axis=1).reshape(B, -1)
-    index = (best_BK[:, :, None] * _CHUNK + jnp.arange(_CHUNK)[None, None]).reshape(B, -1)
+    within_X = jnp.arange(_CHUNK, dtype=best_BK.dtype)
+    index = (best_BK[:, :, None] * _CHUNK + within_X[None, None]).reshape(B, -1)
     descending, index = jax.lax.sort((-few, index), num_keys=2)
     return -descending[:, :k], index[:, :k]
