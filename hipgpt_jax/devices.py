@@ -56,7 +56,8 @@ def gpu_defaults(environ: Mapping[str, str], *, rocm: bool, exact: bool) -> dict
 
 def _must_be_deterministic(environ: Mapping[str, str]) -> bool:
     """Returns whether XLA is told to add up in one order: by the last setting of either flag."""
-    flags = dict(flag.partition("=")[::2] for flag in environ.get("XLA_FLAGS", "").split())
+    parted = (flag.partition("=") for flag in environ.get("XLA_FLAGS", "").split())
+    flags = {name: value for name, _, value in parted}
     return any(flags.get(f"--{name}", "false").lower() in ("", "true", "1") for name in _EXACT_XLA_FLAGS[:2])
 
 
