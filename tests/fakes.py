@@ -14,7 +14,7 @@ from hipgpt_jax.generation import events, sampler
 from hipgpt_jax.model import cache
 from hipgpt_jax.runs import weights
 
-# The vocabulary exceeds the largest of ``sampling.CANDIDATES``, so that every way to draw is compiled.
+# The vocabulary exceeds the largest of ``candidates.ON_CPU``, so that every way to draw is compiled.
 MODEL = config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import batch, events, programs, sampler, sampling
+from hipgpt_jax.generation import batch, candidates, events, programs, sampler
 
 # Settings that 64 candidates suffice for, and that need more of the 150.
 NARROW: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"top_k": 40, "repetition_penalty": 1.3}, {"eos_id": 7})
@@ -94,6 +94,16 @@ def test_nan_ends_a_sample_amid_a_programs_tokens_and_leaves_none_behind() -> No
     assert [event.token for event in happened[-3:]] == fakes.tokens_of(whole, [fakes.request((1,), num_tokens=3)])[0]
 
 
+def test_turned_parameters_predict_what_plain_ones_do() -> None:
+    """What scores a text takes them from the sampler as they are."""
+    tokens_BT = jnp.asarray([fakes.prompt(9)])
+    logits = [
+        engine.module.bind({"params": engine.params})(tokens_BT, dropout=0.0)
+        for engine in (fakes.make_sampler("gpu"), fakes.make_sampler("cpu"))
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
 LOGITS = arrays.arrays(
     np.float32,
     st.tuples(st.integers(1, 3), st.integers(1, 200)),
@@ -108,7 +118,7 @@ def test_top_in_chunks_is_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
     """Ties too, which are many among these."""
     k = data.draw(st.integers(1, x_BV.shape[1]))
     x_BV = x_BV + np.float32(0)  # -0.0 is less than 0.0 to top_k
-    values, indices = sampling.top_in_chunks(jnp.asarray(x_BV), k)
+    values, indices = candidates.top_in_chunks(jnp.asarray(x_BV), k)
     expected, places = jax.lax.top_k(jnp.asarray(x_BV), k)
     np.testing.assert_array_equal(values, expected)
     np.testing.assert_array_equal(indices, places)
@@ -127,5 +137,5 @@ def test_top_in_chunks_is_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
     ],
 )
 def test_settings_say_whether_a_step_on_a_gpu_has_enough_candidates(row: config.SamplingConfig, wide: bool) -> None:
-    assert sampling.search_on(5000, "gpu").is_wide(row) is wide
-    assert not sampling.search_on(60, "gpu").is_wide(row), "all of them fit"
+    assert candidates.search_on(5000, "gpu").is_wide(row) is wide
+    assert not candidates.search_on(60, "gpu").is_wide(row), "all of them fit"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hipgpt_jax.generation import decoding, sampling
+from hipgpt_jax.generation import carry, decoding, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 
@@ -18,7 +18,7 @@ WINDOW = 11
 SIZES = (4, 4, 3)
 
 
-def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
+def start(requests: list[Any]) -> tuple[carry.Rows, carry.State]:
     """The state of requests before their prompts are read, built apart from the sampler's."""
     B, V = len(requests), MODEL.vocab_size
     context_BS, seen_BV = np.zeros((B, WINDOW), np.int32), np.zeros((B, V), bool)
@@ -26,11 +26,11 @@ def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
         context_BS[row, : len(request.prompt_ids)] = request.prompt_ids
         seen_BV[row, list(request.prompt_ids)] = True
     keys = [sampling.sample_key(sampling.key_words(r.generation.seed, r.prompt_ids, r.sample)) for r in requests]
-    rows = decoding.Rows(
+    rows = carry.Rows(
         key_B2=jnp.stack([jax.random.key_data(key) for key in keys]),
         settings=sampling.settings([one.sampling for one in requests]),
     )
-    _, blank = decoding.blank(B, WINDOW, V)
+    _, blank = carry.blank(B, WINDOW, V)
     return rows, blank._replace(
         length_B=jnp.asarray([len(one.prompt_ids) for one in requests]),
         context_BS=jnp.asarray(context_BS),
@@ -39,13 +39,13 @@ def start(requests: list[Any]) -> tuple[decoding.Rows, decoding.State]:
 
 
 @jax.jit
-def scanned(params: dict[str, Any], rows: decoding.Rows, state: decoding.State) -> decoding.State:
+def scanned(params: dict[str, Any], rows: carry.Rows, state: carry.State) -> carry.State:
     """The states after each of 11 tokens, from prompts of at most 8."""
     logits_BV, cache = decoding.read(MODULE, params, state.context_BS[:, :8], state.length_B, sizes=SIZES)
     state = decoding.draw(rows, state, logits_BV)
     cache = (*cache, *kv.empty(MODEL, len(state.length_B), SIZES[len(cache) :], "float32"))
 
-    def step(carry: Any, _: None) -> tuple[Any, decoding.State]:
+    def step(carry: Any, _: None) -> tuple[Any, carry.State]:
         return decoding.decode_step(MODULE, params, rows, *carry), carry[0]
 
     return jax.lax.scan(step, (state, cache), length=WINDOW)[1]
@@ -95,7 +95,7 @@ def test_slide_keeps_the_window_that_the_design_states(stride: int) -> None:
 def test_where_takes_whole_rows() -> None:
     _, chosen = start([fakes.request(fakes.prompt(n)) for n in (2, 3, 4)])
     _, other = start([fakes.request(fakes.prompt(n)) for n in (5, 6, 7)])
-    got = decoding.where(jnp.asarray([False, True, False]), chosen, other)
+    got = carry.where(jnp.asarray([False, True, False]), chosen, other)
     for now, a, b in zip(got, chosen, other, strict=True):
         np.testing.assert_array_equal(now, np.stack([b[0], a[1], b[2]]))
 

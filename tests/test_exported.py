@@ -17,7 +17,7 @@ import programs as cli
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, exported, programs, sampler
+from hipgpt_jax.generation import carry, exported, programs, sampler
 
 OURS = {f"jit({name})" for name in ("fill", "enter", "put", "step", "advance", "append", "roll", "roll_row", "where")}
 
@@ -95,13 +95,13 @@ finally:
     assert lines[0][:-1] == lines[1][:-1] != []
 
 
-def double(state: decoding.Rows) -> decoding.Rows:
+def double(state: carry.Rows) -> carry.Rows:
     return jax.tree.map(lambda x: 2 * x, state)
 
 
 @pytest.mark.parametrize("damage", [lambda x: x[:-7], lambda x: x[:9], lambda x: b"", lambda x: x[:60] + b"?" + x[61:]])
 def test_a_damaged_file_is_made_anew(damage: Callable[[bytes], bytes], place: Path) -> None:
-    rows, _ = decoding.blank(1, 1, 1)
+    rows, _ = carry.blank(1, 1, 1)
     jax.jit(exported.kept(double, ""))(rows)
     (path,) = place.iterdir()
     whole = path.read_bytes()
@@ -186,5 +186,5 @@ def test_compiled_code_goes_with_its_sampler() -> None:
 def test_a_directory_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(exported, "_directory", lambda settings: tmp_path / "file" / "programs")
-    assert jax.jit(exported.kept(double, ""))(decoding.blank(1, 1, 1)[0])
+    assert jax.jit(exported.kept(double, ""))(carry.blank(1, 1, 1)[0])
     assert os.listdir(tmp_path) == ["file"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, programs
+from hipgpt_jax.generation import carry, programs
 from hipgpt_jax.model import cache as kv
 
 MODEL = config.ModelConfig(vocab_size=700, max_seq_len=256, embed_dim=96, num_heads=3, ff_hidden_dim=352, num_layers=2)
@@ -29,7 +29,7 @@ def moved(compiled: Any) -> list[int]:
 def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
     made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     made.load(fakes.random_params(MODEL))
-    of_rows, state = decoding.blank(rows, MODEL.max_seq_len, MODEL.vocab_size)
+    of_rows, state = carry.blank(rows, MODEL.max_seq_len, MODEL.vocab_size)
     cache = kv.empty(MODEL, rows, made.sizes, made.dtype)
     advance: Any = made.advance.lower(made.params, of_rows, state, cache).compile()
     large = min(KERNEL, cache[0].keys[0].size)
@@ -48,7 +48,7 @@ def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
 def test_a_lone_row_s_step_copies_no_weights_and_no_cache_and_writes_it_where_it_lies() -> None:
     made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     made.load(fakes.random_params(MODEL))
-    rows, state = decoding.blank(1, MODEL.max_seq_len, MODEL.vocab_size)
+    rows, state = carry.blank(1, MODEL.max_seq_len, MODEL.vocab_size)
     *before, last = kv.empty(MODEL, 1, made.sizes, made.dtype)
     step: Any = made.step.lower(made.params, rows, state, tuple(before), last).compile()
     assert max(moved(step)) < min(KERNEL, last.keys[0].size)
@@ -69,7 +69,7 @@ def test_a_prompt_is_read_without_the_head() -> None:
     least = programs.Programs(one_layer, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     least.load(fakes.random_params(one_layer))
     assert least.fill.lower(least.params, np.zeros((2, 12), np.int32)).compile().as_text().count(hidden) == 0
-    step = made.advance.lower(made.params, *decoding.blank(2, 256, 700), kv.empty(MODEL, 2, (64,), "float32"))
+    step = made.advance.lower(made.params, *carry.blank(2, 256, 700), kv.empty(MODEL, 2, (64,), "float32"))
     assert step.compile().as_text().count(logits) > 0
 
 
@@ -86,7 +86,7 @@ def test_a_lone_row_s_step_gives_the_bits_of_the_two_programs(dtype: str) -> Non
     window = 70
     made = programs.Programs(MODEL, window, 1, dtype, "xla", "cpu")
     made.load(fakes.random_params(MODEL))
-    rows, state = decoding.blank(1, window, MODEL.vocab_size, made.device)
+    rows, state = carry.blank(1, window, MODEL.vocab_size, made.device)
     caches = [list(kv.empty(MODEL, 1, made.sizes, dtype, made.device)) for _ in range(2)]
     states = [state, state]
     for length in range(window):

@@ -8,7 +8,7 @@ import pytest
 
 import hipgpt_jax
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, lane, waiting
+from hipgpt_jax.generation import carry, lane, waiting
 from hipgpt_jax.runs import record
 
 pytestmark = pytest.mark.gpu
@@ -70,7 +70,7 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
     seen: dict[int, list[np.ndarray]] = {}
     facts_of = lane.Lane._facts
 
-    def listen(self: lane.Lane, told: decoding.Told, rows: dict[int, tuple[waiting.Sample, int, bool]]) -> Any:
+    def listen(self: lane.Lane, told: carry.Told, rows: dict[int, tuple[waiting.Sample, int, bool]]) -> Any:
         logits_TBV = np.asarray(told.logits_BV)
         logits_TBV = logits_TBV.reshape(-1, *logits_TBV.shape[-2:])
         for place, (sample, count, _) in rows.items():

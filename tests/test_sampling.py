@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hipgpt_jax import config
 from hipgpt_jax.generation import sampling
 
-# One candidate, fewer than CANDIDATES, exactly as many, and more: every branch of `choose` runs.
+# One candidate, fewer than `candidates.ON_CPU`, exactly as many, and more: every branch of `choose` runs.
 SIZES = (1, 2, 7, 16, 17, 128, 129, 300)
 LAST = 1 - 2**-24
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hipgpt_jax.generation import decoding, sampling, waiting
+from hipgpt_jax.generation import carry, sampling, waiting
 from hipgpt_jax.generation import programs as compiled
 from hipgpt_jax.model import cache as kv
 
@@ -15,7 +15,7 @@ class Drawn(NamedTuple):
     """What one program drew: how many tokens of which rows, and arrays ``[B]`` or, of several steps, ``[T, B]``."""
 
     counts: Mapping[int, int]
-    told: decoding.Told
+    told: carry.Told
 
 
 class Batch:
@@ -32,7 +32,7 @@ class Batch:
         self._lengths = [0] * rows  # the host's copy of the state's
         self._wide = [False] * rows  # whether the settings need more candidates than a step on a GPU has
         self._is_lone = rows == 1 and not programs.on_gpu
-        self._of_rows, self._state = decoding.blank(rows, programs.window, programs.model.vocab_size, programs.device)
+        self._of_rows, self._state = carry.blank(rows, programs.window, programs.model.vocab_size, programs.device)
         self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
 
     def enter(self, place: int, sample: waiting.Sample, read: tuple[kv.Cache, ...], row: int) -> None:
@@ -95,7 +95,7 @@ class Batch:
         programs = self._programs.steps, self._programs.steps_wide
         return [self._take_steps(program, group) for program, group in zip(programs, groups, strict=True) if group]
 
-    def _drawn(self, counts: Mapping[int, int], told: decoding.Told) -> Drawn:
+    def _drawn(self, counts: Mapping[int, int], told: carry.Told) -> Drawn:
         for place, count in counts.items():
             self._lengths[place] += count
         return Drawn(counts, told)
@@ -106,7 +106,8 @@ class Batch:
         counts = {place: min(most, compiled.STEPS, W - self._lengths[place]) for place, most in wanted.items()}
         left_B = np.zeros(self._width, np.int32)
         left_B[list(counts)] = list(counts.values())
-        live = 1 + programs.part_of(max(self._lengths[place] + count - 1 for place, count in counts.items()))
+        # Of the cache a row reads what all of the program's steps might, so that its last tokens read as others do.
+        live = 1 + programs.part_of(max(min(self._lengths[place] + compiled.STEPS, W) - 1 for place in counts))
         arguments = programs.params, self._of_rows, self._state, self._parts(live), left_B
         self._state, cache, told = program(*arguments)
         self._cache = (*cache, *self._cache[live:])
@@ -160,9 +161,10 @@ class Batch:
         """
         programs, rows, state = self._programs, self._of_rows, self._state
         params, W, again = programs.params, programs.window, programs.window - programs.stride + 1
-        stepped = {*range(first, min(last, W))}
+        reach = last + (compiled.STEPS - 1 if programs.on_gpu else 0)
+        stepped = {*range(first, min(reach, W))}
         if last > W and programs.stride > 1:  # and what a full window falls back to
-            stepped |= {*range(again, min(again + last - W - 1, W))}
+            stepped |= {*range(again, min(again + reach - W - 1, W))}
         cache, (new,) = (programs.shapes(self._width, sizes) for sizes in (programs.sizes, (1,)))
         for live in sorted({programs.part_of(length) + 1 for length in stepped}):
             if not programs.is_new("advance", live):

@@ -18,14 +18,14 @@ import jax
 import jax.export
 
 from hipgpt_jax import files
-from hipgpt_jax.generation import decoding, sampling
+from hipgpt_jax.generation import carry, sampling
 from hipgpt_jax.model import cache as kv
 
 _PACKAGE = Path(__file__).parents[1]
 _TRACED = ("config.py", "model/*.py", "generation/*.py")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
-for _node in (sampling.Settings, decoding.Rows, decoding.State, kv.Cache):
+for _node in (sampling.Settings, carry.Rows, carry.State, kv.Cache):
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"hipgpt_jax.{_node.__name__}")
 
 

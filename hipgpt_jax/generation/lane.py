@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import batch, decoding, events, facts, waiting
+from hipgpt_jax.generation import batch, carry, events, facts, waiting
 from hipgpt_jax.generation import programs as compiled
 
 _SMALLEST_DIVIDED = 16
@@ -135,7 +135,7 @@ class Lane:
                 x.copy_to_host_async()
         return noted
 
-    def _facts(self, told: decoding.Told, rows: dict[int, tuple[waiting.Sample, int, bool]]) -> facts.Facts | None:
+    def _facts(self, told: carry.Told, rows: dict[int, tuple[waiting.Sample, int, bool]]) -> facts.Facts | None:
         if not self._measured:
             return None
         wanted = any(row.request.generation.top_logprobs for row, _, _ in rows.values())

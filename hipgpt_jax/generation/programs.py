@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, exported, facts, sampling
+from hipgpt_jax.generation import candidates, carry, decoding, exported, facts, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import parameters
 
@@ -54,31 +54,31 @@ class Programs:
         stacked = self.on_gpu
         self.sizes = sizes = kv.part_sizes_on_gpu(window) if stacked else kv.part_sizes(window)
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
-        self.search = search = sampling.search_on(model.vocab_size, platform)
+        self.search = search = candidates.search_on(model.vocab_size, platform)
         module = functools.partial(_module, model, dtype, attention, stacked)
         settings = repr((model, dtype, attention, window, stride, sizes, search))
 
         def fill(params: Any, context_BT: jax.Array) -> Any:
             return decoding.fill(module(), params, context_BT, sizes=sizes, stacked=stacked)
 
-        def advance(params: Any, rows: decoding.Rows, state: decoding.State, cache: tuple[kv.Cache, ...]) -> Any:
+        def advance(params: Any, rows: carry.Rows, state: carry.State, cache: tuple[kv.Cache, ...]) -> Any:
             return decoding.advance(module(), params, rows, state, cache)
 
-        def step(params: Any, rows: decoding.Rows, state: decoding.State, before: Any, last: kv.Cache) -> Any:
+        def step(params: Any, rows: carry.Rows, state: carry.State, before: Any, last: kv.Cache) -> Any:
             return decoding.step(module(), params, rows, state, before, last)
 
-        def steps(search: sampling.Search, params: Any, rows: decoding.Rows, state: decoding.State, *more: Any) -> Any:
+        def steps(search: candidates.Search, params: Any, rows: carry.Rows, state: carry.State, *more: Any) -> Any:
             return decoding.steps(module(), params, rows, state, *more, search=search, count=STEPS)
 
         rolled = functools.partial(decoding.roll, stride=stride, sizes=sizes, stacked=stacked, search=search)
 
-        def roll(params: Any, rows: decoding.Rows, state: decoding.State) -> decoding.State:
+        def roll(params: Any, rows: carry.Rows, state: carry.State) -> carry.State:
             return rolled(module(), params, rows, state)[0]
 
-        def roll_row(params: Any, rows: decoding.Rows, state: decoding.State, place: jax.Array) -> Any:
+        def roll_row(params: Any, rows: carry.Rows, state: carry.State, place: jax.Array) -> Any:
             """Rolls one row alone; returns its row of the batch and its cache."""
-            row = decoding.take(rows, place)
-            own = decoding.take(state, place)
+            row = carry.take(rows, place)
+            own = carry.take(state, place)
             state, cache = rolled(module(), params, row, own)
             return (row, state), cache
 
@@ -95,10 +95,10 @@ class Programs:
         self.steps, self.steps_wide = (
             jax.jit(functools.partial(steps, chosen), donate_argnums=(2, 3)) for chosen in (search.narrow, search.wide)
         )
-        self.told = jax.jit(_told) if stacked else decoding.Told.of
+        self.told = jax.jit(_told) if stacked else carry.Told.of
         self.roll = program(roll)
         self.roll_row = program(roll_row)
-        self.where = program(decoding.where)
+        self.where = program(carry.where)
         self.likeliest = program(facts.likeliest)
         self._ran: set[Hashable] = set()
         if stacked or not exported.any_kept(settings):
@@ -197,9 +197,9 @@ def bucket(length: int, window: int) -> int:
     return min(size, window)
 
 
-def _told(state: decoding.State) -> decoding.Told:
+def _told(state: carry.State) -> carry.Told:
     """Returns copies, because the next steps take over the memory of the state."""
-    return jax.tree.map(jnp.copy, decoding.Told.of(state))
+    return jax.tree.map(jnp.copy, carry.Told.of(state))
 
 
 def _enter(
@@ -207,10 +207,10 @@ def _enter(
 ) -> tuple[Any, tuple[kv.Cache, ...]]:
     """Gives a row of the batch to a sample whose context is read but for its newest token; the cache as ``_put``."""
     words_3, settings, length_1, token_1, context_1S, seen_1V = one
-    rows = decoding.Rows(jax.random.key_data(sampling.sample_key(words_3))[None], settings)
+    rows = carry.Rows(jax.random.key_data(sampling.sample_key(words_3))[None], settings)
     no_numbers_14, no_logits_1V = jnp.zeros((1, 4), jnp.float32), jnp.zeros(seen_1V.shape, jnp.float32)
     index_1 = jnp.zeros_like(length_1)
-    state = decoding.State(index_1, token_1, no_numbers_14, length_1, context_1S, seen_1V, no_logits_1V)
+    state = carry.State(index_1, token_1, no_numbers_14, length_1, context_1S, seen_1V, no_logits_1V)
     return _put(cache, batch, place, (rows, state), read, row)
 
 
@@ -221,8 +221,8 @@ def _put(
 
     Where there is no batch these are all of it. No cache is made to be replaced then: 2 ms of 30 at D256 L8.
     """
-    own = decoding.take(read, row)
-    return (one, own) if batch is None else (decoding.put(batch, place, one), decoding.put(cache, place, own))
+    own = carry.take(read, row)
+    return (one, own) if batch is None else (carry.put(batch, place, one), carry.put(cache, place, own))
 
 
 def _append(part: kv.Cache, new: kv.Cache, length_B: jax.Array, start: jax.Array) -> kv.Cache:

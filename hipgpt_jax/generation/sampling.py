@@ -14,17 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
-
-# Enough for the default top_k, and for every documented one. With V 50257 on a CPU, top_k(128) takes 0.2 ms and a
-# sort 18 ms; with V 5000 and 16 rows, top_k(16) takes 0.12 ms and top_k(128) 0.62.
-CANDIDATES = (16, 128)
-# On a GPU a condition is looked at by the host, which waits for it: three of them made a step of GPT-2 on an H200 take
-# 1.6 ms instead of 1.1. So a step has one number of candidates there, and another program takes rows that need more.
-CANDIDATES_ON_GPU = 64
-# A GPU sorts for a top_k of more than 16: 65 of 50257 it sorts out among 1571 chunks' maxima, then in the 65 chunks.
-_CHUNK = 32
-
-_TINY = float(np.finfo(np.float32).tiny)
+from hipgpt_jax.generation import candidates
 
 
 class Settings(NamedTuple):
@@ -100,12 +90,12 @@ def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
     A temperature of 0 leaves them: the draw takes the most likely token whatever they are.
     """
     logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-    return logits_BV / jnp.where(temperature_B < _TINY, 1, temperature_B)[:, None]
+    return logits_BV / jnp.where(temperature_B < candidates.SMALLEST_TEMPERATURE, 1, temperature_B)[:, None]
 
 
-def count_top_k(top_k_B: jax.Array, candidates: int) -> jax.Array:
-    """Returns how many of the most likely candidates top-k keeps: exactly ``top_k``; all where it is 0."""
-    return jnp.where(top_k_B == 0, candidates, jnp.minimum(top_k_B, candidates))
+def count_top_k(top_k_B: jax.Array, size: int) -> jax.Array:
+    """Returns how many of the ``size`` most likely candidates top-k keeps: exactly ``top_k``; all where it is 0."""
+    return jnp.where(top_k_B == 0, size, jnp.minimum(top_k_B, size))
 
 
 def count_top_p(cumulative_BK: jax.Array, kept_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
@@ -138,40 +128,6 @@ def draw(cumulative_BK: jax.Array, kept_B: jax.Array, uniform_B: jax.Array) -> j
     return jnp.argmax(cumulative_BK > threshold_B[:, None], axis=-1)
 
 
-class Search(NamedTuple):
-    """How the likeliest candidates of a row are found: what suits a platform; its results are the same.
-
-    Attributes:
-        tiers: Numbers of candidates. A row gets the smallest that its settings need; where the largest is less than
-            that, what is chosen means nothing.
-        in_chunks: Whether the vocabulary is narrowed down to chunks with the largest maxima before it is sorted.
-    """
-
-    tiers: tuple[int, ...]
-    in_chunks: bool
-
-    @property
-    def narrow(self) -> "Search":
-        """The first tier alone."""
-        return self._replace(tiers=self.tiers[:1])
-
-    @property
-    def wide(self) -> "Search":
-        """The last tier alone, which any settings are content with."""
-        return self._replace(tiers=self.tiers[-1:])
-
-    def is_wide(self, row: config.SamplingConfig) -> bool:
-        """Returns whether settings need more candidates than the first tier has."""
-        needed = row.top_k if 0 < row.top_k < self.tiers[-1] else self.tiers[-1]
-        return bool(np.float32(row.temperature) >= _TINY) and needed > self.tiers[0]
-
-
-def search_on(V: int, platform: str) -> Search:
-    """Returns how a platform searches ``V`` logits; the last tier is all of them."""
-    sizes = CANDIDATES if platform == "cpu" else (CANDIDATES_ON_GPU,)
-    return Search((*(size for size in sizes if size < V), V), in_chunks=platform != "cpu")
-
-
 class Choice(NamedTuple):
     """The token of each row, and how safe it is: how much must change before it is another. Arrays ``[B]``.
 
@@ -191,7 +147,11 @@ class Choice(NamedTuple):
 
 
 def choose(
-    logits_BV: jax.Array, seen_BV: jax.Array, row: Settings, uniform_B: jax.Array, search: Search | None = None
+    logits_BV: jax.Array,
+    seen_BV: jax.Array,
+    row: Settings,
+    uniform_B: jax.Array,
+    search: candidates.Search | None = None,
 ) -> Choice:
     """Chooses a token for each row; a row's choice depends on nothing but that row.
 
@@ -206,18 +166,18 @@ def choose(
         search: How candidates are found; as on a CPU, by default.
     """
 
-    def pick(sorted_BK: jax.Array, id_BK: jax.Array, candidates: int) -> Choice:
-        cumulative_BK = jnp.cumsum(jnp.exp(scale(sorted_BK[:, :candidates], row.temperature_B)), axis=-1)
-        top_k_B = count_top_k(row.top_k_B, candidates)
+    def pick(sorted_BK: jax.Array, id_BK: jax.Array, size: int) -> Choice:
+        cumulative_BK = jnp.cumsum(jnp.exp(scale(sorted_BK[:, :size], row.temperature_B)), axis=-1)
+        top_k_B = count_top_k(row.top_k_B, size)
         kept_B = count_top_p(cumulative_BK, top_k_B, row.top_p_B)
         rank_B = draw(cumulative_BK, kept_B, uniform_B)
         margin_B = _margin(cumulative_BK, top_k_B, kept_B, rank_B, row.top_p_B, uniform_B)
-        is_greedy_B = row.temperature_B < _TINY
+        is_greedy_B = row.temperature_B < candidates.SMALLEST_TEMPERATURE
         rank_B = jnp.where(is_greedy_B, 0, rank_B)
         gap_B = _gap(sorted_BK, rank_B)
         return Choice(at_rank(id_BK, rank_B), jnp.where(is_greedy_B, gap_B, margin_B), gap_B)
 
-    return _of_candidates(pick, logits_BV, seen_BV, row, search or search_on(logits_BV.shape[1], "cpu"))
+    return _of_candidates(pick, logits_BV, seen_BV, row, search or candidates.search_on(logits_BV.shape[1], "cpu"))
 
 
 def _margin(
@@ -265,7 +225,7 @@ def _of_candidates(
     logits_BV: jax.Array,
     seen_BV: jax.Array,
     row: Settings,
-    search: Search,
+    search: candidates.Search,
 ) -> Choice:
     """Applies ``pick`` to the penalized logits and their ids, best first, and to how many of them are candidates.
 
@@ -275,10 +235,12 @@ def _of_candidates(
     logits_BV = penalize(logits_BV.astype(jnp.float32), seen_BV, row.penalty_B)
     logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
     V, tiers = logits_BV.shape[1], search.tiers
-    needed_B = jnp.where(row.temperature_B < _TINY, 1, jnp.where(row.top_k_B == 0, V, row.top_k_B))
+    needed_B = jnp.where(
+        row.temperature_B < candidates.SMALLEST_TEMPERATURE, 1, jnp.where(row.top_k_B == 0, V, row.top_k_B)
+    )
 
     def among(size: int) -> Choice:
-        find = top_in_chunks if search.in_chunks and size < V else jax.lax.top_k
+        find = candidates.top_in_chunks if search.in_chunks and size < V else jax.lax.top_k
         # Behind a barrier, since XLA sorts the whole vocabulary for a top_k that is sliced: 6.1 ms instead of 0.1.
         sorted_BK, id_BK = jax.lax.optimization_barrier(find(logits_BV, min(size + 1, V)))
         return pick(sorted_BK, id_BK, size)
@@ -295,21 +257,3 @@ def _of_candidates(
 
         found = jax.lax.cond(jnp.any(tier_B == tier), take, lambda found: found, found)
     return found
-
-
-def top_in_chunks(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns what ``lax.top_k`` does, by two small sorts: values and indices ``[B, k]``, ties by the lower index.
-
-    No element of the ``k`` largest lies outside of the ``k`` chunks with the largest maxima: each of those holds
-    one that comes before it.
-    """
-    B, V = x_BV.shape
-    chunks = -(-V // _CHUNK)
-    padded_BV = jnp.pad(x_BV, ((0, 0), (0, chunks * _CHUNK - V)), constant_values=-jnp.inf)
-    x_BCX = padded_BV.reshape(B, chunks, _CHUNK)
-    _, best_BK = jax.lax.top_k(x_BCX.max(axis=-1), min(k, chunks))
-    few = jnp.take_along_axis(x_BCX, best_BK[:, :, None], axis=1).reshape(B, -1)
-    within_X = jnp.arange(_CHUNK, dtype=best_BK.dtype)
-    index = (best_BK[:, :, None] * _CHUNK + within_X[None, None]).reshape(B, -1)
-    descending, index = jax.lax.sort((-few, index), num_keys=2)
-    return -descending[:, :k], index[:, :k]

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import peers, table
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, events, sampler, sampling
+from hipgpt_jax.generation import carry, decoding, events, sampler, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import weights
@@ -72,21 +72,21 @@ def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Re
 def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
     module, W = transformer.Transformer(model), model.max_seq_len
     key = jax.random.key_data(sampling.sample_key(sampling.key_words(0, _PROMPT_IDS, 0)))
-    rows = decoding.Rows(key[None], sampling.settings([_SAMPLING]))
+    rows = carry.Rows(key[None], sampling.settings([_SAMPLING]))
     prompt_1T = jnp.asarray([_PROMPT_IDS], jnp.int32)
     context_BS = jnp.pad(prompt_1T, ((0, 0), (0, W - prompt_1T.size)))
     seen_BV = jnp.zeros((1, model.vocab_size), bool).at[0, prompt_1T[0]].set(True)
     sizes = kv.part_sizes(W)
-    _, blank = decoding.blank(1, W, model.vocab_size)
+    _, blank = carry.blank(1, W, model.vocab_size)
     start = blank._replace(length_B=blank.length_B + prompt_1T.size, context_BS=context_BS, seen_BV=seen_BV)
 
     @jax.jit
-    def read(params: Any) -> tuple[decoding.State, Any]:
+    def read(params: Any) -> tuple[carry.State, Any]:
         logits_BV, cache = decoding.read(module, params, prompt_1T, start.length_B, sizes=sizes)
         return decoding.draw(rows, start, logits_BV), (*cache, *kv.empty(model, 1, sizes[len(cache) :], "float32"))
 
     @jax.jit
-    def decode(params: Any, state: decoding.State, cache: Any) -> jax.Array:
+    def decode(params: Any, state: carry.State, cache: Any) -> jax.Array:
         def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
             carry = decoding.decode_step(module, params, rows, *carry)
             return carry, carry[0].token_B
