@@ -57,13 +57,14 @@ def request(
     num_tokens: int = 8,
     seed: int = 0,
     eos_id: int = -1,
+    stop: tuple[str, ...] = (),
     **settings: Any,
 ) -> events.Request:
     """Returns a request for one sample; ``settings`` are those of ``config.SamplingConfig``."""
     return events.Request(
         prompt_ids=prompt_ids,
         sample=sample,
-        generation=config.GenerationConfig(num_tokens=num_tokens, seed=seed, eos_id=eos_id),
+        generation=config.GenerationConfig(num_tokens=num_tokens, seed=seed, eos_id=eos_id, stop=stop),
         sampling=config.SamplingConfig(**settings),
     )
 

@@ -65,20 +65,53 @@ def test_a_row_is_the_same_in_any_company_and_settings_compile_nothing() -> None
     assert set(compiled) <= {"jit(fill)", "jit(_enter)"}, "of another bucket of prompts"
 
 
-@pytest.mark.gpu
-def test_a_program_draws_several_tokens_and_stops_a_row_at_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """11 tokens of a prompt of one fill the window by a program of 8 and one of 3; then one is drawn at a time."""
-    drawn: list[list[int]] = []
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens that each program draws of the first row from now on."""
+    drawn: list[int] = []
     step = batch.Batch.step
 
     def spy(self: batch.Batch, *args: Any) -> list[batch.Drawn]:
         found = step(self, *args)
-        drawn.append([each.counts[0] for each in found])
+        drawn.extend(each.counts[0] for each in found)
         return found
 
     monkeypatch.setattr(batch.Batch, "step", spy)
-    fakes.tokens_of(fakes.make_sampler("gpu"), [fakes.request((5,), num_tokens=13)])
-    assert drawn == [[programs.STEPS], [3], [1], [1]]
+    return drawn
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("platform", "expected"), [("gpu", [8, 3, 1, 1]), ("cpu", [1, 3, 4, 3, 1, 1])])
+def test_a_program_draws_several_tokens_and_stops_a_row_at_its_last(
+    platform: str, expected: list[int], counts: list[int]
+) -> None:
+    """11 tokens of a prompt of one fill the window, or parts of 4, 4 and 3; then one is drawn at a time."""
+    fakes.tokens_of(fakes.make_sampler(platform), [fakes.request((5,), num_tokens=13)])
+    assert counts == expected
+
+
+def test_a_large_model_on_a_cpu_draws_one_token_by_a_program(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [fakes.request((5,), num_tokens=13)]
+    tokens = fakes.tokens_of(fakes.make_sampler("cpu"), asked)
+    counts.clear()
+    monkeypatch.setattr(programs, "_MOST_WEIGHTS", 1)
+    decode = config.DecodingConfig(window=11)
+    large = sampler.Sampler(fakes.MODEL, fakes.random_params(fakes.MODEL), decode, platform="cpu")
+    assert fakes.tokens_of(large, asked) == tokens
+    assert counts == [1] * 13
+
+
+def test_no_tokens_are_started_ahead_of_those_that_a_stop_string_may_end(counts: list[int]) -> None:
+    engine = fakes.make_sampler("cpu")
+    for stop, started in ((), [1, 3, 4]), (("x",), [1, 3]):
+        counts.clear()
+        asked, heard = fakes.request((5,), num_tokens=13, stop=stop), []
+        ends = lambda token, heard=heard: heard.append(token) or len(heard) == 4  # noqa: E731
+        happened = engine.run([dataclasses.replace(asked, ends=ends)])
+        assert [event.finish_reason for event in happened] == [None, None, None, "stop"]
+        assert counts == started
 
 
 @pytest.mark.gpu

@@ -45,12 +45,12 @@ def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
     assert memory.temp_size_in_bytes < part_bytes / 16
 
 
-def test_a_lone_row_s_step_copies_no_weights_and_no_cache_and_writes_it_where_it_lies() -> None:
+def test_a_lone_row_s_steps_copy_no_weights_and_no_cache_and_writes_it_where_it_lies() -> None:
     made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
     made.load(fakes.random_params(MODEL))
     rows, state = carry.blank(1, MODEL.max_seq_len, MODEL.vocab_size)
     *before, last = kv.empty(MODEL, 1, made.sizes, made.dtype)
-    step: Any = made.step.lower(made.params, rows, state, tuple(before), last).compile()
+    step: Any = made.lone_steps.lower(made.params, rows, state, tuple(before), last, 1, -1).compile()
     assert max(moved(step)) < min(KERNEL, last.keys[0].size)
     memory = step.memory_analysis()
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(last))
@@ -80,8 +80,10 @@ def test_a_user_s_own_xla_flag_decides() -> None:
         assert programs.in_place({"XLA_FLAGS": f"--{flag}={value}"}) == {}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_lone_row_s_step_gives_the_bits_of_the_two_programs(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "count"), [("float32", 8), *(pytest.param(x, 1, marks=pytest.mark.slow) for x in ("float32", "bfloat16"))]
+)
+def test_a_lone_row_s_steps_give_the_bits_of_the_two_programs(dtype: str, count: int) -> None:
     """XLA must not write a slot before what was in the buffer is read: the caches are the same at a full window."""
     window = 70
     made = programs.Programs(MODEL, window, 1, dtype, "xla", "cpu")
@@ -89,11 +91,17 @@ def test_a_lone_row_s_step_gives_the_bits_of_the_two_programs(dtype: str) -> Non
     rows, state = carry.blank(1, window, MODEL.vocab_size, made.device)
     caches = [list(kv.empty(MODEL, 1, made.sizes, dtype, made.device)) for _ in range(2)]
     states = [state, state]
+    left = 0
     for length in range(window):
         part = made.part_of(length)
         before = states[0]
         states[0], new = made.advance(made.params, rows, before, tuple(caches[0][: part + 1]))
         caches[0][part] = made.append(caches[0][part], new, before.length_B, made.starts[part])
-        *others, last = caches[1][: part + 1]
-        states[1], caches[1][part] = made.step(made.params, rows, states[1], tuple(others), last)
+        left += 1
+        if left == count or length + 1 in made.starts:
+            *others, last = caches[1][: part + 1]
+            arguments = made.params, rows, states[1], tuple(others), last, left, -1
+            states[1], caches[1][part], told = made.lone_steps(*arguments)
+            np.testing.assert_array_equal(told.logits_BV[left - 1], states[0].logits_BV)
+            left = 0
     jax.tree.map(np.testing.assert_array_equal, (states[1], caches[1]), (states[0], caches[0]))

@@ -161,18 +161,25 @@ def test_a_request_may_end_its_sample_with_any_token_but_the_end_token(wide: sam
 
 @pytest.mark.parametrize("length", [2, WINDOW + 2])
 def test_work_stops_after_eos(length: int, narrow: sampler.Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most one step is under way when the id that ends the sample is seen, and none follows."""
+    """Within the window it is the last token on the device too; beyond it at most one more is under way."""
     (tokens,) = fakes.tokens_of(narrow, [fakes.request(fakes.prompt(length), num_tokens=30)])
     drawn = next(t for t in range(4, 30) if tokens[t] not in tokens[:t])
-    steps = []
+    counts, states = [], []
     start = batch.Batch.step
-    monkeypatch.setattr(batch.Batch, "step", lambda *args: steps.append(1) or start(*args))
+
+    def spy(self: batch.Batch, wanted: dict[int, int]) -> list[batch.Drawn]:
+        found = start(self, wanted)
+        counts.extend(each.counts[0] for each in found)
+        states.append(self._state)
+        return found
+
+    monkeypatch.setattr(batch.Batch, "step", spy)
     happened = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
     assert len(happened) == drawn + 1
-    assert len(steps) <= drawn + 2
-    steps.clear()
+    assert drawn + 1 <= states[-1].index_B[0] <= drawn + 1 + (length + drawn >= WINDOW)
+    counts.clear()
     list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30)]))
-    assert len(steps) == 30, "nothing follows the last"
+    assert sum(counts) == 30, "nothing follows the last"
 
 
 def test_no_tokens_asked_for_is_an_end_without_work(wide: sampler.Sampler) -> None:
@@ -308,10 +315,11 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
     full = []
     take_step = batch.Batch._take_step
 
-    def spy(self: batch.Batch, wanted: Collection[int]) -> None:
+    def spy(self: batch.Batch, wanted: Collection[int]) -> batch.Drawn:
         full.append(max(np.asarray(self._state.length_B)) == 8)
-        take_step(self, wanted)
+        drawn = take_step(self, wanted)
         assert np.isfinite(self._state.logits_BV).all()
+        return drawn
 
     monkeypatch.setattr(batch.Batch, "_take_step", spy)
     decode = config.DecodingConfig(width=2, window_stride=4)

@@ -19,7 +19,11 @@ class Drawn(NamedTuple):
 
 
 class Batch:
-    """Rows, each with a sample's context or without meaning; they never affect one another."""
+    """Rows, each with a sample's context or without meaning; they never affect one another.
+
+    Attributes:
+        is_lone: Whether it is one row on a CPU, which has programs of its own.
+    """
 
     def __init__(self, programs: compiled.Programs, rows: int) -> None:
         """Prepares rows; nothing is compiled.
@@ -31,9 +35,15 @@ class Batch:
         self._programs, self._width = programs, rows
         self._lengths = [0] * rows  # the host's copy of the state's
         self._wide = [False] * rows  # whether the settings need more candidates than a step on a GPU has
-        self._is_lone = rows == 1 and not programs.on_gpu
+        self._ends = [-1] * rows
+        self.is_lone = rows == 1 and not programs.on_gpu
         self._of_rows, self._state = carry.blank(rows, programs.window, programs.model.vocab_size, programs.device)
         self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
+
+    @property
+    def draws_several(self) -> bool:
+        """Whether a program may draw several tokens of a row."""
+        return self.is_lone or self._programs.on_gpu
 
     def enter(self, place: int, sample: waiting.Sample, read: tuple[kv.Cache, ...], row: int) -> None:
         """Gives a row to a sample, and to its cache the contents of a row of ``read``."""
@@ -50,6 +60,7 @@ class Batch:
         self._put(programs.enter, place, one, read, row)
         self._lengths[place] = len(sample.context)
         self._wide[place] = programs.search.is_wide(request.sampling)
+        self._ends[place] = request.generation.eos_id
 
     def clear(self, place: int) -> None:
         """Empties a row's cache: what NaN left there is multiplied by 0 for the next sample, which it outlives."""
@@ -62,8 +73,8 @@ class Batch:
         larger one rows fill up at different steps, and each is read alone.
 
         Args:
-            wanted: Places, each with the most tokens it may have. On a CPU it gets one of them; on a GPU several,
-                as long as its window is not full.
+            wanted: Places, each with the most tokens it may have. Where ``draws_several`` it gets several of them, as
+                long as its window is not full; else one.
         """
         programs, rows, state = self._programs, self._of_rows, self._state
         full = [place for place in wanted if self._lengths[place] >= programs.window]
@@ -85,9 +96,10 @@ class Batch:
         """Takes rows on that are not full."""
         if not wanted:
             return []
+        if self.is_lone:
+            return [self._take_lone_steps(wanted[0])]
         if not self._programs.on_gpu:
-            self._take_step(wanted)
-            return [self._drawn(dict.fromkeys(wanted, 1), self._programs.told(self._state))]
+            return [self._take_step(wanted)]
         # A row is taken on by the program that its own settings call for, whatever the others'.
         groups = [
             {place: most for place, most in wanted.items() if self._wide[place] == wide} for wide in (False, True)
@@ -103,35 +115,39 @@ class Batch:
     def _take_steps(self, program: Any, wanted: Mapping[int, int]) -> Drawn:
         """Takes rows on by several tokens, no further than their window."""
         programs, W = self._programs, self._programs.window
-        counts = {place: min(most, compiled.STEPS, W - self._lengths[place]) for place, most in wanted.items()}
+        counts = {place: min(most, programs.most_steps, W - self._lengths[place]) for place, most in wanted.items()}
         left_B = np.zeros(self._width, np.int32)
         left_B[list(counts)] = list(counts.values())
         # Of the cache a row reads what all of the program's steps might, so that its last tokens read as others do.
-        live = 1 + programs.part_of(max(min(self._lengths[place] + compiled.STEPS, W) - 1 for place in counts))
+        live = 1 + programs.part_of(max(min(self._lengths[place] + programs.most_steps, W) - 1 for place in counts))
         arguments = programs.params, self._of_rows, self._state, self._parts(live), left_B
         self._state, cache, told = program(*arguments)
         self._cache = (*cache, *self._cache[live:])
         return self._drawn(counts, told)
 
-    def _take_step(self, wanted: Collection[int]) -> None:
-        """Takes rows on by a token, and appends to the parts of the cache where it stands.
+    def _take_lone_steps(self, most: int) -> Drawn:
+        """Takes the only row on by several tokens, no further than the part of the cache where the first stands."""
+        programs, length = self._programs, self._lengths[0]
+        live = programs.part_of(length) + 1
+        count = min(most, programs.most_steps, programs.starts[live] - length)
+        *before, last = self._parts(live)
+        arguments = programs.params, self._of_rows, self._state, tuple(before), last, count, self._ends[0]
+        self._state, last, told = programs.lone_steps(*arguments)
+        self._cache = (*before, last, *self._cache[live:])
+        return self._drawn({0: count}, told)
 
-        One program for a lone row: a token of D256 L8 takes 1.68 ms, 1.85 with two, to the same bits.
-        The slots of several rows may be in several parts.
-        """
+    def _take_step(self, wanted: Collection[int]) -> Drawn:
+        """Takes rows on by a token, and appends to the parts of the cache where it stands: theirs may be several."""
         programs, rows, state = self._programs, self._of_rows, self._state
         written = {programs.part_of(self._lengths[place]) for place in wanted}
         live = max(written) + 1
         *before, last = self._parts(live)
-        if self._is_lone:
-            self._state, last = programs.step(programs.params, rows, state, tuple(before), last)
-            self._cache = (*before, last, *self._cache[live:])
-            return
         self._state, new = programs.advance(programs.params, rows, state, (*before, last))
         cache = list(self._cache)
         for part in written:
             cache[part] = programs.append(cache[part], new, state.length_B, programs.starts[part])
         self._cache = tuple(cache)
+        return self._drawn(dict.fromkeys(wanted, 1), programs.told(self._state))
 
     def _parts(self, number: int) -> tuple[kv.Cache, ...]:
         """Returns the first parts of the cache, those made anew that were never needed before."""
@@ -161,7 +177,7 @@ class Batch:
         """
         programs, rows, state = self._programs, self._of_rows, self._state
         params, W, again = programs.params, programs.window, programs.window - programs.stride + 1
-        reach = last + (compiled.STEPS - 1 if programs.on_gpu else 0)
+        reach = last + (programs.most_steps - 1 if programs.on_gpu else 0)
         stepped = {*range(first, min(reach, W))}
         if last > W and programs.stride > 1:  # and what a full window falls back to
             stepped |= {*range(again, min(again + reach - W - 1, W))}
@@ -173,8 +189,8 @@ class Batch:
                 for program in (programs.steps, programs.steps_wide):
                     yield program, (params, rows, state, cache[:live], np.zeros(self._width, np.int32))
                 continue
-            if self._is_lone:
-                yield programs.step, (params, rows, state, cache[: live - 1], cache[live - 1])
+            if self.is_lone:
+                yield programs.lone_steps, (params, rows, state, cache[: live - 1], cache[live - 1], 0, 0)
                 continue
             yield programs.advance, (params, rows, state, cache[:live])
             for part in range(live):
@@ -184,8 +200,8 @@ class Batch:
             yield from self._rolling(cache)
         if likeliest and programs.is_new("likeliest"):
             yield programs.likeliest, (state.logits_BV,)
-            if programs.on_gpu:
-                shape = (compiled.STEPS, *state.logits_BV.shape)
+            if self.draws_several:
+                shape = (programs.most_steps, *state.logits_BV.shape)
                 yield programs.likeliest, programs.on_device((jax.ShapeDtypeStruct(shape, state.logits_BV.dtype),))
 
     def _rolling(self, cache: tuple[kv.Cache, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -101,21 +101,55 @@ def _seen(state: carry.State) -> carry.State:
     return state._replace(seen_BV=state.seen_BV | is_newest_BV)
 
 
-def step(
+def lone_steps(
     model: "transformer.Transformer",
     params: Any,
     rows: carry.Rows,
     state: carry.State,
     before: tuple[kv.Cache, ...],
     last: kv.Cache,
-) -> tuple[carry.State, kv.Cache]:
-    """``advance``, and its keys and values appended to ``last``: the part, behind those ``before``, of all rows' slots.
+    left: jax.Array,
+    end: jax.Array,
+    *,
+    count: int,
+) -> tuple[carry.State, kv.Cache, carry.Told]:
+    """Takes a lone row on by ``left`` steps, ``advance`` and its keys and values appended, or up to its end.
 
     The new ``last`` lies where the old one lay if XLA is told that it may: see ``programs.in_place``.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        rows: Key and settings.
+        state: Its newest token is taken in, unless that is the end.
+        before: The parts of the cache that are full.
+        last: The part behind them, where the steps' tokens stand.
+        left: Steps, at most ``count`` of them.
+        end: The token that ends the row; it goes no further than that, nor beyond a token -1.
+        count: Steps told of. Another number compiles again.
+
+    Returns:
+        The state and the last part after them, and what is told of each step's token, arrays ``[T, 1, ...]``, which
+        mean nothing from the end on.
     """
     start = sum(part.slots for part in before)
-    next_state, new = advance(model, params, rows, state, (*before, last))
-    return next_state, kv.append(last, new, state.length_B - start)
+    Carried = tuple[jax.Array, carry.State, kv.Cache, carry.Told]
+
+    def goes_on(carried: Carried) -> jax.Array:
+        index, state, _, _ = carried
+        token = state.token_B[0]
+        has_ended = (state.index_B[0] > 0) & ((token == end) | (token < 0))
+        return (index < left) & ~has_ended
+
+    def step(carried: Carried) -> Carried:
+        index, state, last, told = carried
+        next_state, new = advance(model, params, rows, state, (*before, last))
+        last = kv.append(last, new, state.length_B - start)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return index + 1, next_state, last, jax.tree.map(put, told, carry.Told.of(next_state))
+
+    none_told = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), carry.Told.of(state))
+    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, last, none_told))[1:]
 
 
 def decode_step(

@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).parents[1]
 _TRACED = ("config.py", "model/*.py", "generation/*.py")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
-for _node in (sampling.Settings, carry.Rows, carry.State, kv.Cache):
+for _node in (sampling.Settings, carry.Rows, carry.State, carry.Told, kv.Cache):
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"hipgpt_jax.{_node.__name__}")
 
 

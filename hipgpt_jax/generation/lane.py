@@ -32,7 +32,7 @@ class Drawn(NamedTuple):
 class Lane:
     """Places of a batch, each with a sample or free.
 
-    Steps are started one ahead of those being fetched, so that the device does not wait.
+    Programs are started one ahead of those being fetched, so that the device does not wait.
     """
 
     def __init__(self, programs: compiled.Programs, width: int, *, measure: bool) -> None:
@@ -84,27 +84,31 @@ class Lane:
                 compilation.result()
 
     def step(self) -> list[Drawn]:
-        """Starts the next tokens of every row that wants one, and fetches those started before them.
-
-        First tokens are fetched before others are started: a CPU may run a program as it is started.
-        """
+        """Starts the next tokens of every row that wants one, and fetches those started before them."""
         drawn, self._under_way = self._under_way or self._start(), []
-        if any(self._started[place] > count for each in drawn for place, (_, count, _) in each.rows.items()):
+        if any(self._goes_ahead(place, *row) for each in drawn for place, row in each.rows.items()):
             self._under_way = self._start()
         return [Drawn(each.rows, *jax.tree.map(np.asarray, (each.tokens, each.facts))) for each in drawn]
 
-    def settle(self, drawn: list[Drawn]) -> list[events.Event]:
-        """Returns the events of fetched tokens; a sample that ends with one leaves its place free."""
-        return [event for each in drawn for event in self._settle(each)]
+    def _goes_ahead(self, place: int, sample: waiting.Sample, count: int, is_last: bool) -> bool:
+        """Whether tokens are started before those that a row has just drawn are fetched.
 
-    def _settle(self, drawn: Drawn) -> Iterator[events.Event]:
-        several = drawn if drawn.tokens.ndim == 2 else jax.tree.map(lambda x: x[None], drawn._replace(rows=None))
-        for index, token_B in enumerate(several.tokens):
-            found = jax.tree.map(lambda x, index=index: x[index], several.facts)
-            for place, (row, count, last) in drawn.rows.items():
-                if index < count and self._rows[place] is row:
-                    is_last = last and index == count - 1
-                    yield self._event(place, row, int(token_B[place]), found, last=is_last)
+        First tokens are fetched before: a CPU may run a program as it is started. So are those of a lone row on a CPU
+        that a stop string may end, which the step does not see: what is drawn for nothing takes longer than the wait.
+        """
+        waits = self._batch.is_lone and self._programs.most_steps > 1 and sample.request.generation.stop
+        return self._started[place] > count and not waits
+
+    def settle(self, drawn: list[Drawn]) -> Iterator[events.Event]:
+        """Yields the events of fetched tokens; a sample that ends with one leaves its place free."""
+        for each in drawn:
+            several = each if each.tokens.ndim == 2 else jax.tree.map(lambda x: x[None], each._replace(rows={}))
+            for index, token_B in enumerate(several.tokens):
+                found = jax.tree.map(lambda x, index=index: x[index], several.facts)
+                for place, (row, count, last) in each.rows.items():
+                    if index < count and self._rows[place] is row:
+                        is_last = last and index == count - 1
+                        yield self._event(place, row, int(token_B[place]), found, last=is_last)
 
     def _event(
         self, place: int, row: waiting.Sample, token: int, found: facts.Facts | None, *, last: bool
@@ -119,9 +123,13 @@ class Lane:
 
     def _start(self) -> list[Drawn]:
         rows = {place: row for place, row in enumerate(self._rows) if row is not None}
-        wanted = {place: row.limit - self._started[place] for place, row in rows.items()}
-        wanted = {place: most for place, most in wanted.items() if most > 0}
+        wanted = {place: self._most(place, row) for place, row in rows.items() if row.limit > self._started[place]}
         return [self._measure(each, rows) for each in self._batch.step(wanted)] if wanted else []
+
+    def _most(self, place: int, row: waiting.Sample) -> int:
+        """Returns the tokens that a row may draw at once; on a CPU its first is not kept waiting for others."""
+        left = row.limit - self._started[place]
+        return left if self._started[place] or self._programs.on_gpu else min(left, 1)
 
     def _measure(self, drawn: batch.Drawn, rows: dict[int, waiting.Sample]) -> Drawn:
         """Notes what was drawn of each sample, and has looked at what is said of it."""

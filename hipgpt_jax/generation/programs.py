@@ -23,9 +23,12 @@ _REGION_ANALYSIS = "xla_cpu_copy_insertion_use_region_analysis"
 
 _SMALLEST_BUCKET = 8
 
-# Tokens that a program draws on a GPU. One token of GPT-2 keeps an H200 busy for 0.45 ms and its host, which hands over
-# 160 arrays, brings 216 captured kernels up to date and fetches, for 1.4 ms.
-STEPS = 8
+# Tokens that a program draws at most. One token of GPT-2 keeps an H200 busy for 0.45 ms and its host, which hands over
+# 160 arrays, brings 216 captured kernels up to date and fetches, for 1.4 ms. On a CPU eight at once make a lone row of
+# the documented default 2.5 times as fast as one after the other, of D256 L8 1.17 times; there, a model with more
+# weights than this gains nothing, and its text would come in lumps.
+_STEPS = 8
+_MOST_WEIGHTS = 2**24
 
 
 class Programs:
@@ -41,6 +44,7 @@ class Programs:
         sizes: Slots of each part of the cache.
         starts: The first slot of each part, and the window.
         platform: What the functions suit, ``cpu`` or a GPU's.
+        most_steps: Steps that one program takes at most: on a GPU of all rows, on a CPU of a lone one.
         search: How a step finds candidates.
     """
 
@@ -48,6 +52,7 @@ class Programs:
         self, model: config.ModelConfig, window: int, stride: int, dtype: str, attention: str, platform: str
     ) -> None:
         self.model, self.dtype, self._attention, self.platform = model, dtype, attention, platform
+        self.most_steps = steps_at_once(model, platform)
         self.params: Any = None
         self.device: Any = None
         self.window, self.stride = window, stride
@@ -56,7 +61,8 @@ class Programs:
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
         self.search = search = candidates.search_on(model.vocab_size, platform)
         module = functools.partial(_module, model, dtype, attention, stacked)
-        settings = repr((model, dtype, attention, window, stride, sizes, search))
+        count = self.most_steps
+        settings = repr((model, dtype, attention, window, stride, sizes, search, count))
 
         def fill(params: Any, context_BT: jax.Array) -> Any:
             return decoding.fill(module(), params, context_BT, sizes=sizes, stacked=stacked)
@@ -64,11 +70,11 @@ class Programs:
         def advance(params: Any, rows: carry.Rows, state: carry.State, cache: tuple[kv.Cache, ...]) -> Any:
             return decoding.advance(module(), params, rows, state, cache)
 
-        def step(params: Any, rows: carry.Rows, state: carry.State, before: Any, last: kv.Cache) -> Any:
-            return decoding.step(module(), params, rows, state, before, last)
+        def lone_steps(params: Any, rows: carry.Rows, state: carry.State, *more: Any) -> Any:
+            return decoding.lone_steps(module(), params, rows, state, *more, count=count)
 
         def steps(search: candidates.Search, params: Any, rows: carry.Rows, state: carry.State, *more: Any) -> Any:
-            return decoding.steps(module(), params, rows, state, *more, search=search, count=STEPS)
+            return decoding.steps(module(), params, rows, state, *more, search=search, count=count)
 
         rolled = functools.partial(decoding.roll, stride=stride, sizes=sizes, stacked=stacked, search=search)
 
@@ -91,7 +97,7 @@ class Programs:
         self.put = program(_put, donate_argnums=0)
         self.advance = program(advance)
         self.append = program(_append, donate_argnums=0)
-        self.step = program(step, donate_argnums=4, compiler_options=in_place(os.environ))  # on a CPU alone
+        self.lone_steps = program(lone_steps, donate_argnums=4, compiler_options=in_place(os.environ))  # of a CPU
         self.steps, self.steps_wide = (
             jax.jit(functools.partial(steps, chosen), donate_argnums=(2, 3)) for chosen in (search.narrow, search.wide)
         )
@@ -172,6 +178,18 @@ def _module(model: config.ModelConfig, dtype: str, attention: str, on_gpu: bool)
     from hipgpt_jax.model import transformer
 
     return transformer.Transformer(model, dtype, attention=attention, exact=True, turned=on_gpu)
+
+
+def steps_at_once(model: config.ModelConfig, platform: str) -> int:
+    """Returns the most steps that one program takes on a platform.
+
+    >>> gpt2 = config.ModelConfig(50257, 1024, embed_dim=768, num_heads=12, ff_hidden_dim=3072, num_layers=12)
+    >>> [steps_at_once(model, platform) for model in (config.ModelConfig(), gpt2) for platform in ("cpu", "cuda")]
+    [8, 8, 1, 8]
+    """
+    D, F = model.embed_dim, model.ff_hidden_dim
+    weights = model.num_layers * (4 * D * D + 2 * D * F) + model.vocab_size * D
+    return _STEPS if platform != "cpu" or weights <= _MOST_WEIGHTS else 1
 
 
 def in_place(environ: Mapping[str, str]) -> dict[str, bool]:
