@@ -98,7 +98,8 @@ def test_prompts_may_have_settings_of_their_own(run: hipgpt_jax.Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stride", "num_tokens", "times"), [(1, 20, 1), (1, 60, 1), (5, 60, 1), (5, 40, 9), (32, 60, 3)]
+    ("stride", "num_tokens", "times"),
+    [(1, 20, 1), (1, 60, 1), (5, 60, 1), (5, 40, 9), pytest.param(32, 60, 3, marks=pytest.mark.slow)],
 )
 def test_recorded_log_probabilities_add_up_to_the_score(
     trained: Path, stride: int, num_tokens: int, times: int

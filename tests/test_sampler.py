@@ -65,7 +65,7 @@ def wide() -> sampler.Sampler:
     ("window", "stride", "width"),
     [
         pytest.param(WINDOW, 1, 1, marks=pytest.mark.slow),
-        (WINDOW, 1, 3),
+        pytest.param(WINDOW, 1, 3, marks=pytest.mark.slow),
         (WINDOW, 4, 3),
         pytest.param(MODEL.max_seq_len, MODEL.max_seq_len, 1, marks=pytest.mark.slow),
         (1, 1, 2),
@@ -334,7 +334,7 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
         (1, 2, 1, False),
         pytest.param(2, 2, 4, True, marks=pytest.mark.slow),
         (1, WINDOW - 1, 9, False),
-        (2, WINDOW, 9, False),
+        pytest.param(2, WINDOW, 9, False, marks=pytest.mark.slow),
         (2, WINDOW, 1, True),
     ],
 )

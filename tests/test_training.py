@@ -125,6 +125,7 @@ def test_a_target_that_shares_the_largest_logit_is_right() -> None:
     assert int(loss.sum_tokens(logits_BTV, jnp.asarray([[1, 2, 1]])).correct) == 2
 
 
+@pytest.mark.slow
 def test_score_of_some_batches_is_a_part_of_the_whole(model: transformer.Transformer) -> None:
     params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 200).astype(np.uint16)

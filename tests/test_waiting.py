@@ -50,7 +50,7 @@ def asked_for(lengths: Sequence[int], samples: int = 1) -> list[events.Request]:
     [
         (1, asked_for([3, 4, 9]), [(1, 1)] * 3),
         (1, asked_for([3, 4], samples=3), [(1, 1)] * 2),
-        (WIDTH, asked_for([3, 4, 5]), [(3, 6)]),
+        pytest.param(WIDTH, asked_for([3, 4, 5]), [(3, 6)], marks=pytest.mark.slow),
         (WIDTH, asked_for([2 + n % 7 for n in range(14)]), [(6, 6), (6, 6), (2, 6)]),
         (WIDTH, asked_for([3, 10] * 6), [(6, 6), (5, 5), (1, 5)]),
         pytest.param(WIDTH, asked_for([4, 20, 11, 30, 10, 2]), [(2, 6), (4, 5)], marks=pytest.mark.slow),

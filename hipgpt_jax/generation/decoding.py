@@ -133,15 +133,14 @@ def lone_steps(
         mean nothing from the end on.
     """
     start = sum(part.slots for part in before)
-    Carried = tuple[jax.Array, carry.State, kv.Cache, carry.Told]
 
-    def goes_on(carried: Carried) -> jax.Array:
+    def goes_on(carried: tuple[jax.Array, carry.State, kv.Cache, carry.Told]) -> jax.Array:
         index, state, _, _ = carried
         token = state.token_B[0]
         has_ended = (state.index_B[0] > 0) & ((token == end) | (token < 0))
         return (index < left) & ~has_ended
 
-    def step(carried: Carried) -> Carried:
+    def step(carried: tuple[jax.Array, carry.State, kv.Cache, carry.Told]) -> Any:
         index, state, last, told = carried
         next_state, new = advance(model, params, rows, state, (*before, last))
         last = kv.append(last, new, state.length_B - start)

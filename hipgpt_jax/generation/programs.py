@@ -183,7 +183,7 @@ def _module(model: config.ModelConfig, dtype: str, attention: str, on_gpu: bool)
 def steps_at_once(model: config.ModelConfig, platform: str) -> int:
     """Returns the most steps that one program takes on a platform.
 
-    >>> gpt2 = config.ModelConfig(50257, 1024, embed_dim=768, num_heads=12, ff_hidden_dim=3072, num_layers=12)
+    >>> gpt2 = config.ModelConfig(vocab_size=50257, embed_dim=768, num_heads=12, ff_hidden_dim=3072, num_layers=12)
     >>> [steps_at_once(model, platform) for model in (config.ModelConfig(), gpt2) for platform in ("cpu", "cuda")]
     [8, 8, 1, 8]
     """
