@@ -58,13 +58,16 @@ def request(
     seed: int = 0,
     eos_id: int = -1,
     stop: tuple[str, ...] = (),
+    top_logprobs: int = 0,
     **settings: Any,
 ) -> events.Request:
     """Returns a request for one sample; ``settings`` are those of ``config.SamplingConfig``."""
     return events.Request(
         prompt_ids=prompt_ids,
         sample=sample,
-        generation=config.GenerationConfig(num_tokens=num_tokens, seed=seed, eos_id=eos_id, stop=stop),
+        generation=config.GenerationConfig(
+            num_tokens=num_tokens, seed=seed, eos_id=eos_id, stop=stop, top_logprobs=top_logprobs
+        ),
         sampling=config.SamplingConfig(**settings),
     )
 

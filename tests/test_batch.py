@@ -143,7 +143,7 @@ def test_turned_parameters_predict_what_plain_ones_do() -> None:
 
 LOGITS = arrays.arrays(
     np.float32,
-    st.sampled_from([(1, 1), (2, 31), (3, 100)]),  # few, because each is compiled
+    st.sampled_from([(1, 1), (2, 31), (1, 64), (3, 100), (2, 200)]),  # few, because each is compiled
     elements=st.sampled_from([-np.inf, -1.5, 0.0, 1.0, 1.5, 2.0, 3.0])
     | st.floats(-10, 10, width=32, allow_subnormal=False),
 )
@@ -153,7 +153,7 @@ LOGITS = arrays.arrays(
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_top_in_chunks_is_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
     """Ties too, which are many among these."""
-    k = min(data.draw(st.sampled_from([1, 17, 65])), x_BV.shape[1])
+    k = min(data.draw(st.sampled_from([1, 2, 3, 17, 65, 200])), x_BV.shape[1])
     x_BV = x_BV + np.float32(0)  # -0.0 is less than 0.0 to top_k
     values, indices = candidates.top_in_chunks(jnp.asarray(x_BV), k)
     expected, places = jax.lax.top_k(jnp.asarray(x_BV), k)

@@ -331,9 +331,9 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("width", "length", "stride", "measure"),
     [
-        (1, 2, 1, False),
+        (1, 2, 1, True),
         pytest.param(2, 2, 4, True, marks=pytest.mark.slow),
-        (1, WINDOW - 1, 9, False),
+        pytest.param(1, WINDOW - 1, 9, False, marks=pytest.mark.slow),
         pytest.param(2, WINDOW, 9, False, marks=pytest.mark.slow),
         (2, WINDOW, 1, True),
     ],
@@ -341,11 +341,23 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
 def test_nothing_compiles_after_the_first_token(width: int, length: int, stride: int, measure: bool) -> None:
     """Not where the text fills another part of the cache, nor where the window rolls, nor where it falls back to."""
     source = fakes.make_sampler.__wrapped__(width=width, window_stride=stride)
-    stream = source.run([fakes.request(fakes.prompt(length), num_tokens=WINDOW + 9)], measure=measure)
+    request = fakes.request(fakes.prompt(length), num_tokens=WINDOW + 9, top_logprobs=3)
+    stream = source.run([request], measure=measure)
     next(stream)
     with fakes.compilations() as compiled:
         assert len(list(stream)) == WINDOW + 8
     assert compiled == []
+
+
+@pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_alternatives_are_found_by_one_program_within_the_window_and_another_comes_when_it_rolls(width: int) -> None:
+    """A lone row's steps tell of several tokens at once, a window that rolls of one; several rows always of one."""
+    source = fakes.make_sampler.__wrapped__(width=width)
+    for num_tokens, expected in ((4, 1), (WINDOW, 1 if width == 1 else 0), (WINDOW, 0)):
+        with fakes.compilations() as compiled:
+            drawn = source.run([fakes.request((5,), num_tokens=num_tokens + 1, top_logprobs=3)], measure=True)
+            assert all(event.facts is not None and len(event.facts.top[0]) > 0 for event in drawn)
+        assert compiled.count("jit(likeliest)") == expected
 
 
 def test_two_lanes_compile_no_program_twice() -> None:

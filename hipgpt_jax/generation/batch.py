@@ -35,15 +35,10 @@ class Batch:
         self._programs, self._width = programs, rows
         self._lengths = [0] * rows  # the host's copy of the state's
         self._wide = [False] * rows  # whether the settings need more candidates than a step on a GPU has
-        self._ends = [-1] * rows
+        self._ends = [-1] * rows  # the token that ends each
         self.is_lone = rows == 1 and not programs.on_gpu
         self._of_rows, self._state = carry.blank(rows, programs.window, programs.model.vocab_size, programs.device)
         self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
-
-    @property
-    def draws_several(self) -> bool:
-        """Whether a program may draw several tokens of a row."""
-        return self.is_lone or self._programs.on_gpu
 
     def enter(self, place: int, sample: waiting.Sample, read: tuple[kv.Cache, ...], row: int) -> None:
         """Gives a row to a sample, and to its cache the contents of a row of ``read``."""
@@ -73,8 +68,8 @@ class Batch:
         larger one rows fill up at different steps, and each is read alone.
 
         Args:
-            wanted: Places, each with the most tokens it may have. Where ``draws_several`` it gets several of them, as
-                long as its window is not full; else one.
+            wanted: Places, each with the most tokens it may have. On a GPU, and where ``is_lone``, it gets several of
+                them, as long as its window is not full; else one.
         """
         programs, rows, state = self._programs, self._of_rows, self._state
         full = [place for place in wanted if self._lengths[place] >= programs.window]
@@ -198,9 +193,11 @@ class Batch:
                     yield programs.append, (cache[part], new, state.length_B, programs.starts[part])
         if last > W and programs.is_new("roll"):
             yield from self._rolling(cache)
-        if likeliest and programs.is_new("likeliest"):
-            yield programs.likeliest, (state.logits_BV,)
-            if self.draws_several:
+        if likeliest:
+            several = programs.on_gpu or self.is_lone
+            if (last > W or not several) and programs.is_new("likeliest of one step"):
+                yield programs.likeliest, (state.logits_BV,)
+            if several and stepped and programs.is_new("likeliest of several"):
                 shape = (programs.most_steps, *state.logits_BV.shape)
                 yield programs.likeliest, programs.on_device((jax.ShapeDtypeStruct(shape, state.logits_BV.dtype),))
 

@@ -86,11 +86,12 @@ class Lane:
     def step(self) -> list[Drawn]:
         """Starts the next tokens of every row that wants one, and fetches those started before them."""
         drawn, self._under_way = self._under_way or self._start(), []
-        if any(self._goes_ahead(place, *row) for each in drawn for place, row in each.rows.items()):
+        rows = ((place, *row) for each in drawn for place, row in each.rows.items())
+        if any(self._goes_ahead(place, sample, count) for place, sample, count, _ in rows):
             self._under_way = self._start()
         return [Drawn(each.rows, *jax.tree.map(np.asarray, (each.tokens, each.facts))) for each in drawn]
 
-    def _goes_ahead(self, place: int, sample: waiting.Sample, count: int, is_last: bool) -> bool:
+    def _goes_ahead(self, place: int, sample: waiting.Sample, count: int) -> bool:
         """Whether tokens are started before those that a row has just drawn are fetched.
 
         First tokens are fetched before: a CPU may run a program as it is started. So are those of a lone row on a CPU
@@ -128,8 +129,7 @@ class Lane:
 
     def _most(self, place: int, row: waiting.Sample) -> int:
         """Returns the tokens that a row may draw at once; on a CPU its first is not kept waiting for others."""
-        left = row.limit - self._started[place]
-        return left if self._started[place] or self._programs.on_gpu else min(left, 1)
+        return row.limit - self._started[place] if self._started[place] or self._programs.on_gpu else 1
 
     def _measure(self, drawn: batch.Drawn, rows: dict[int, waiting.Sample]) -> Drawn:
         """Notes what was drawn of each sample, and has looked at what is said of it."""

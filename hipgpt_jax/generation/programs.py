@@ -97,7 +97,7 @@ class Programs:
         self.put = program(_put, donate_argnums=0)
         self.advance = program(advance)
         self.append = program(_append, donate_argnums=0)
-        self.lone_steps = program(lone_steps, donate_argnums=4, compiler_options=in_place(os.environ))  # of a CPU
+        self.lone_steps = program(lone_steps, donate_argnums=4, compiler_options=in_place(os.environ))  # on CPUs
         self.steps, self.steps_wide = (
             jax.jit(functools.partial(steps, chosen), donate_argnums=(2, 3)) for chosen in (search.narrow, search.wide)
         )
