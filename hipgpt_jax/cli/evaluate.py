@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 from absl import flags
 
-from hipgpt_jax import api, config, devices, files
+from hipgpt_jax import api, compilation, config, devices, files
 from hipgpt_jax.cli import program
 from hipgpt_jax.generation import source
 from hipgpt_jax.runs import directory, provenance
@@ -107,7 +107,7 @@ def _evaluate() -> None:
     text = None if texts else _read_text(found)
     with _open(_OUTPUT.value) as out:
         device = devices.start(_DEVICE.value, program.note)
-        devices.use_compilation_cache(program.note)
+        compilation.use_cache(program.note)
         program.note_emulation(device.platform, decode.dtype)
         checkpoint = found.checkpoint
         program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, windows of {found.window}, stride {stride}")

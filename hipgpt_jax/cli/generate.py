@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from hipgpt_jax import api, config, devices
+from hipgpt_jax import api, compilation, config, devices
 from hipgpt_jax.cli import program, writing
 from hipgpt_jax.generation import source
 from hipgpt_jax.runs import directory, output, provenance
@@ -137,7 +137,7 @@ def _generate() -> None:
     asked = ask(several, sampling, generation)
     with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value) as out:
         device = devices.start(_DEVICE.value, program.note)
-        devices.use_compilation_cache(program.note)
+        compilation.use_cache(program.note)
         program.note_emulation(device.platform, decode.dtype)
         if device.platform == "cpu" and decode.width >= _WIDE:
             program.keep_freed_memory()  # a step of 64 rows of GPT-2 takes 132 ms instead of 163

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from hipgpt_jax import api, config, devices
+from hipgpt_jax import api, compilation, config, devices
 from hipgpt_jax.cli import program
 from hipgpt_jax.generation import replay, source
 from hipgpt_jax.runs import provenance, record
@@ -88,7 +88,7 @@ def _replay() -> None:
         program.note(f"{path}: the last line was cut short and is passed over")
     records = (one for one in record.read(path) if chosen is None or one.id in chosen)
     device = devices.start(_DEVICE.value, program.note)
-    devices.use_compilation_cache(program.note)
+    compilation.use_cache(program.note)
     tally = _Tally()
     load = functools.lru_cache(maxsize=2)(_load)
     for key, group in itertools.groupby(records, lambda one: (one.run, replay.decoding_of(one, _BATCH_SIZE.value))):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hipgpt_jax import config, devices, processes, training_config
+from hipgpt_jax import compilation, config, devices, processes, training_config
 from hipgpt_jax.cli import program, train_flags, train_report
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset, manifest
@@ -49,7 +49,7 @@ def _train() -> None:
     if not many:
         _check_start(run_directory)
     device = _start_device()
-    devices.use_compilation_cache(program.note)
+    compilation.use_cache(program.note)
     if many:
         processes.require_agreement(_words())
 

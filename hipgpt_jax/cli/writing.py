@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from hipgpt_jax import api, devices
+from hipgpt_jax import api, compilation
 from hipgpt_jax.cli import program
 from hipgpt_jax.runs import output
 
@@ -62,7 +62,7 @@ def write(
             program.note(f"{out.path} has {len(keys) - wanted} of the samples: {wanted} are left")
         if repeated := len(asked) - len({one.id for one in asked}):
             program.note(f"{repeated} prompts repeat an earlier one: their samples would be the same and are made once")
-    clock = _Clock(load=run.load_seconds, programs=devices.Compilations())
+    clock = _Clock(load=run.load_seconds, programs=compilation.Compilations())
     with _progress(wanted, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
         updates = _recorded(run, run.make(jobs, measure=out is not None), out, clock, advance)
         if shows_text:
@@ -80,7 +80,7 @@ class _Clock:
     """Times of one command, in seconds, and what it made."""
 
     load: float
-    programs: devices.Compilations
+    programs: compilation.Compilations
     began: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float = 0.0
     first_programs: str = ""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from hipgpt_jax import devices, doctor
+from hipgpt_jax import compilation, devices, doctor
 from hipgpt_jax.doctor import drivers, packages
 from hipgpt_jax.runs import provenance
 
@@ -87,11 +87,11 @@ def probe() -> Iterator[doctor.Finding]:
 
 def cache() -> doctor.Finding:
     """Looks at the cache of compiled programs: where it is, what it holds, whether it can be written."""
-    if "://" in os.environ.get(devices.CACHE_VARIABLE, ""):
-        return doctor.Finding("compile cache", f"{os.environ[devices.CACHE_VARIABLE]}: remote, not looked into")
-    advice = f"Name a directory of your own for it: export {devices.CACHE_VARIABLE}=…"
+    if "://" in os.environ.get(compilation.CACHE_VARIABLE, ""):
+        return doctor.Finding("compile cache", f"{os.environ[compilation.CACHE_VARIABLE]}: remote, not looked into")
+    advice = f"Name a directory of your own for it: export {compilation.CACHE_VARIABLE}=…"
     try:
-        place = devices.cache_directory().absolute()
+        place = compilation.cache_directory().absolute()
         if not place.exists():
             parent = next(path for path in place.parents if path.exists())
             can_write = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)

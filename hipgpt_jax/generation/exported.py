@@ -34,7 +34,7 @@ def kept(function: Callable[..., Any], settings: str) -> Callable[..., Any]:
 
     Where JAX has no compilation cache, or computes on a GPU, it is ``function`` itself: cuDNN's attention
     cannot be exported. What runs is the same program whether it was found or made. Nothing is said of a
-    directory that cannot be written; ``devices.use_compilation_cache`` has told of it.
+    directory that cannot be written; ``compilation.use_cache`` has told of it.
 
     Args:
         function: Pure, of arrays; its name is that of the program.

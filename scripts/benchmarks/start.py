@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import plain, table
-from hipgpt_jax import config, devices
+from hipgpt_jax import compilation, config
 
 OURS, BARE, PEER = "hipgpt-generate", "imports and device", "PyTorch as nanoGPT's sample.py"
 RATIOS_TO = (BARE, PEER)
@@ -37,7 +37,7 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
 
 def _process(command: Sequence[str], cache: Path) -> table.Request:
     environ = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-    environ.pop(devices.CACHE_VARIABLE, None)
+    environ.pop(compilation.CACHE_VARIABLE, None)
     environ["PYTHONPATH"] = os.pathsep.join([str(Path(config.__file__).parents[1]), environ.get("PYTHONPATH", "")])
 
     def request() -> tuple[float, float]:
