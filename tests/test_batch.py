@@ -40,10 +40,8 @@ def described(engine: sampler.Sampler, asked: list[events.Request]) -> list[tupl
     return told
 
 
-@pytest.mark.parametrize(
-    ("width", "stride"),
-    [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (1, 3), (3, 1))), (3, 3)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "stride"), [(1, 1), (1, 3), (3, 1), (3, 3)])
 def test_programs_for_a_gpu_draw_what_those_for_a_cpu_draw(width: int, stride: int) -> None:
     """Tokens, ends and facts; within the window and beyond it, whatever the settings, and in mixed company."""
     on_gpu, on_cpu = (fakes.make_sampler(platform, width=width, window_stride=stride) for platform in ("gpu", "cpu"))
