@@ -1,6 +1,7 @@
 """The compiled programs of a step: what XLA made of them."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import carry, programs
+from hipgpt_jax.generation import carry, decoding, programs
 from hipgpt_jax.model import cache as kv
 
 MODEL = config.ModelConfig(vocab_size=700, max_seq_len=256, embed_dim=96, num_heads=3, ff_hidden_dim=352, num_layers=2)
@@ -25,51 +26,41 @@ def moved(compiled: Any) -> list[int]:
     return [math.prod(map(int, shape.split(","))) for shape in sizes]
 
 
+def made_for(rows: int, model: config.ModelConfig = MODEL, **settings: Any) -> programs.Programs:
+    settings = {"window": model.max_seq_len, "stride": 1, "dtype": "float32", "attention": "xla", **settings}
+    made = programs.Programs(model, rows, platform="cpu", **settings)
+    made.load(fakes.random_params(model))
+    return made
+
+
 @pytest.mark.parametrize("rows", [1, 8])
-def test_a_step_copies_no_weights_no_head_and_no_cache(rows: int) -> None:
-    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
-    made.load(fakes.random_params(MODEL))
+def test_steps_copy_no_weights_no_head_and_no_cache_and_write_that_where_it_lies(rows: int) -> None:
+    made = made_for(rows)
     of_rows, state = carry.blank(rows, MODEL.max_seq_len, MODEL.vocab_size)
     cache = kv.empty(MODEL, rows, made.sizes, made.dtype)
-    advance: Any = made.advance.lower(made.params, of_rows, state, cache).compile()
-    large = min(KERNEL, cache[0].keys[0].size)
-    assert moved(advance), "the pattern finds the small copies there are"
-    assert max(moved(advance)) < large
-    assert advance.memory_analysis().temp_size_in_bytes < rows * 10 * 4 * MODEL.vocab_size, "ten rows of logits"
-
-    _, new = made.advance(made.params, of_rows, state, cache)
-    append: Any = made.append.lower(cache[0], new, state.length_B, 0).compile()
-    assert max(moved(append), default=0) < large
-    memory, part_bytes = append.memory_analysis(), sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0]))
-    assert memory.alias_size_in_bytes == part_bytes, "it is written where it lies"
-    assert memory.temp_size_in_bytes < part_bytes / 16
-
-
-def test_a_lone_row_s_steps_copy_no_weights_and_no_cache_and_writes_it_where_it_lies() -> None:
-    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
-    made.load(fakes.random_params(MODEL))
-    rows, state = carry.blank(1, MODEL.max_seq_len, MODEL.vocab_size)
-    *before, last = kv.empty(MODEL, 1, made.sizes, made.dtype)
-    step: Any = made.lone_steps.lower(made.params, rows, state, tuple(before), last, 1, -1).compile()
-    assert max(moved(step)) < min(KERNEL, last.keys[0].size)
+    written = 1 if rows == 1 else len(cache)  # a lone row stands in the last part
+    none_B = np.zeros(rows, np.int32)
+    step: Any = made.steps.lower(
+        made.params, of_rows, state, cache[:-written], cache[-written:], none_B, none_B
+    ).compile()
+    assert moved(step), "the pattern finds the small copies there are"
+    assert max(moved(step)) < min(KERNEL, cache[0].keys[0].size)
     memory = step.memory_analysis()
-    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(last))
-    assert memory.temp_size_in_bytes < 10 * 4 * MODEL.vocab_size
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(cache[-written:]))
+    assert memory.temp_size_in_bytes < rows * 10 * 4 * MODEL.vocab_size, "ten rows of logits"
 
 
 def test_a_prompt_is_read_without_the_head() -> None:
     """Nor is what the last block's feed-forward makes of it: the first step takes in the last token."""
-    made = programs.Programs(MODEL, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
-    made.load(fakes.random_params(MODEL))
+    made = made_for(2)
     fill = made.fill.lower(made.params, np.zeros((2, 12), np.int32)).compile().as_text()
     logits, hidden = f"[2,{MODEL.vocab_size}]", f"[24,{MODEL.ff_hidden_dim}]"
     assert fill.count(logits) == 0
     assert fill.count(hidden) > 0
-    one_layer = dataclasses.replace(MODEL, num_layers=1)
-    least = programs.Programs(one_layer, MODEL.max_seq_len, 1, "float32", "xla", "cpu")
-    least.load(fakes.random_params(one_layer))
+    least = made_for(2, dataclasses.replace(MODEL, num_layers=1))
     assert least.fill.lower(least.params, np.zeros((2, 12), np.int32)).compile().as_text().count(hidden) == 0
-    step = made.advance.lower(made.params, *carry.blank(2, 256, 700), kv.empty(MODEL, 2, (64,), "float32"))
+    cache, none_B = kv.empty(MODEL, 2, (64,), "float32"), np.zeros(2, np.int32)
+    step = made.steps.lower(made.params, *carry.blank(2, 256, 700), (), cache, none_B, none_B)
     assert step.compile().as_text().count(logits) > 0
 
 
@@ -81,27 +72,35 @@ def test_a_user_s_own_xla_flag_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "count"), [("float32", 8), *(pytest.param(x, 1, marks=pytest.mark.slow) for x in ("float32", "bfloat16"))]
+    ("rows", "dtype", "most"),
+    [
+        (1, "float32", 8),
+        (3, "float32", 4),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((1, "float32", 1), (1, "bfloat16", 3), (3, "bfloat16", 1))
+        ),
+    ],
 )
-def test_a_lone_row_s_steps_give_the_bits_of_the_two_programs(dtype: str, count: int) -> None:
-    """XLA must not write a slot before what was in the buffer is read: the caches are the same at a full window."""
-    window, model = 70, dataclasses.replace(MODEL, num_layers=1)
-    made = programs.Programs(model, window, 1, dtype, "xla", "cpu")
-    made.load(fakes.random_params(model))
-    rows, state = carry.blank(1, window, MODEL.vocab_size, made.device)
-    caches = [list(kv.empty(model, 1, made.sizes, dtype, made.device)) for _ in range(2)]
-    states = [state, state]
-    left = 0
-    for length in range(window):
-        part = made.part_of(length)
-        before = states[0]
-        states[0], new = made.advance(made.params, rows, before, tuple(caches[0][: part + 1]))
-        caches[0][part] = made.append(caches[0][part], new, before.length_B, made.starts[part])
-        left += 1
-        if left == count or length + 1 in made.starts:
-            *others, last = caches[1][: part + 1]
-            arguments = made.params, rows, states[1], tuple(others), last, left, -1
-            states[1], caches[1][part], told = made.lone_steps(*arguments)
-            np.testing.assert_array_equal(told.logits_BV[left - 1], states[0].logits_BV)
-            left = 0
-    jax.tree.map(np.testing.assert_array_equal, (states[1], caches[1]), (states[0], caches[0]))
+def test_steps_give_the_bits_of_a_step_that_copies_the_cache(rows: int, dtype: str, most: int) -> None:
+    """XLA must not write a slot before what was in the buffer is read; a row that has no steps left stays as it is."""
+    window, model, rng = 70, dataclasses.replace(MODEL, num_layers=1), np.random.RandomState(rows)
+    made = made_for(rows, model, window=window, dtype=dtype)
+    of_rows, state = carry.blank(rows, window, MODEL.vocab_size, made.device)
+    cache, kept = (kv.empty(model, rows, made.sizes, dtype, made.device) for _ in range(2))
+    expected, length_B, end_B = state, np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
+    plain = jax.jit(functools.partial(decoding.decode_step, made.module, made.params, of_rows))
+    while (longest := int(length_B.max())) < window:
+        live = made.part_of(longest) + 1
+        count = min(most, made.starts[live] - longest)
+        left_B = rng.randint(0, count + 1, rows).astype(np.int32)
+        left_B[length_B.argmax()] = count
+        first = live - 1 if rows == 1 else 0
+        state, own, told = made.steps(made.params, of_rows, state, cache[:first], cache[first:live], left_B, end_B)
+        cache = (*cache[:first], *own, *cache[live:])
+        for index in range(count):
+            expected, parts = plain(expected, kept[:live], live_B=index < left_B)
+            kept = (*parts, *kept[live:])
+            np.testing.assert_array_equal(told.logits_BV[index], expected.logits_BV)
+        length_B += left_B
+    jax.tree.map(np.testing.assert_array_equal, (state, cache), (expected, kept))

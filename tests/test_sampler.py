@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fakes
@@ -244,16 +244,24 @@ def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int
 
 
 def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long and short samples in three rows: every one is what it is alone, in as few steps as three rows need."""
-    source = fakes.make_sampler(width=3)
+    """Long and short samples in three rows: every one is what it is alone, none has a token too many, in few steps."""
+    source = fakes.make_sampler(width=3, window=16)
     steps: list[int] = []
+    tokens: list[int] = []
     following = batch.Batch.step
-    monkeypatch.setattr(batch.Batch, "step", lambda self, wanted: steps.append(len(wanted)) or following(self, wanted))
-    lengths = [9, 2, 2, 2, 2, 1, 3, 8, 2]
-    requests = [fakes.request(fakes.prompt(n), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
-    assert fakes.tokens_of(source, requests) == [naive(one, WINDOW, 1) for one in requests]
-    assert sum(steps) == sum(lengths)
-    assert len(steps) <= 16, "in groups of three, which wait for their longest, they would be 19"
+
+    def spy(self: batch.Batch, wanted: Mapping[int, int]) -> list[batch.Drawn]:
+        drawn = following(self, wanted)
+        steps.extend(max(each.counts.values()) for each in drawn)
+        tokens.extend(sum(each.counts.values()) for each in drawn)
+        return drawn
+
+    monkeypatch.setattr(batch.Batch, "step", spy)
+    lengths = [16, 4, 4, 4, 4, 2, 6, 15, 4]
+    requests = [fakes.request(fakes.prompt(1), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
+    assert fakes.tokens_of(source, requests) == [naive(one, 16, 1) for one in requests]
+    assert sum(tokens) == sum(lengths)
+    assert sum(steps) <= 27, "in groups of three, which wait for their longest, they would be 35"
 
 
 @pytest.mark.parametrize("measure", [False, True])
@@ -313,15 +321,15 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
     """It steps beside one that is not full, for nothing: a user's own check for NaN finds none."""
     model = dataclasses.replace(MODEL, max_seq_len=8, num_layers=1)
     full = []
-    take_step = batch.Batch._take_step
+    advance = batch.Batch._advance
 
-    def spy(self: batch.Batch, wanted: Collection[int]) -> batch.Drawn:
-        full.append(max(np.asarray(self._state.length_B)) == 8)
-        drawn = take_step(self, wanted)
-        assert np.isfinite(self._state.logits_BV).all()
+    def spy(self: batch.Batch, wanted: Mapping[int, int]) -> list[batch.Drawn]:
+        full.append(bool(wanted) and max(np.asarray(self._state.length_B)) == 8)
+        drawn = advance(self, wanted)
+        assert all(np.isfinite(each.told.logits_BV).all() for each in drawn)
         return drawn
 
-    monkeypatch.setattr(batch.Batch, "_take_step", spy)
+    monkeypatch.setattr(batch.Batch, "_advance", spy)
     decode = config.DecodingConfig(width=2, window_stride=4)
     requests = [fakes.request(fakes.prompt(length), num_tokens=13) for length in (8, 3)]
     assert len(list(sampler.Sampler(model, fakes.random_params(model), decode).run(requests))) == 2 * 13
@@ -351,9 +359,9 @@ def test_nothing_compiles_after_the_first_token(width: int, length: int, stride:
 
 @pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_alternatives_are_found_by_one_program_within_the_window_and_another_comes_when_it_rolls(width: int) -> None:
-    """A lone row's steps tell of several tokens at once, a window that rolls of one; several rows always of one."""
+    """Steps tell of several tokens at once, a window that rolls of one."""
     source = fakes.make_sampler.__wrapped__(width=width)
-    for num_tokens, expected in ((4, 1), (WINDOW, 1 if width == 1 else 0), (WINDOW, 0)):
+    for num_tokens, expected in ((4, 1), (WINDOW, 1), (WINDOW, 0)):
         with fakes.compilations() as compiled:
             drawn = source.run([fakes.request((5,), num_tokens=num_tokens + 1, top_logprobs=3)], measure=True)
             assert all(event.facts is not None and len(event.facts.top[0]) > 0 for event in drawn)
@@ -366,7 +374,7 @@ def test_two_lanes_compile_no_program_twice() -> None:
     wanted = [fakes.request(fakes.prompt(3), sample=n, num_tokens=4) for n in range(16)]
     with fakes.compilations() as names:
         fakes.tokens_of(fresh, wanted)
-    assert {"jit(fill)", "jit(advance)"} <= set(names)
+    assert {"jit(fill)", "jit(steps)"} <= set(names)
     assert len(names) == len(set(names))
 
 

@@ -106,7 +106,7 @@ def test_samples_keep_their_order_and_their_groups() -> None:
     samples = (
         waiting.Sample(n, one, 2, one.prompt_ids) for n, one in enumerate(asked_for([3, 10, 4, 11, 5, 11, 6, 7, 8, 2]))
     )
-    queue = waiting.Queue(engine._programs, WIDTH, samples)
+    queue = waiting.Queue(engine._programs, samples)
     taken = list(itertools.takewhile(bool, iter(queue.take, None)))
     assert [sample.index for sample, _ in taken] == list(range(10))
     groups = [group for _, group in taken]

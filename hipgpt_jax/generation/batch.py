@@ -1,6 +1,6 @@
 """Rows on the device that compiled steps take on together: their state, their cache, and which programs they need."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,24 +19,19 @@ class Drawn(NamedTuple):
 
 
 class Batch:
-    """Rows, each with a sample's context or without meaning; they never affect one another.
+    """Rows, each with a sample's context or without meaning; they never affect one another."""
 
-    Attributes:
-        is_lone: Whether it is one row on a CPU, which has programs of its own.
-    """
-
-    def __init__(self, programs: compiled.Programs, rows: int) -> None:
+    def __init__(self, programs: compiled.Programs) -> None:
         """Prepares rows; nothing is compiled.
 
         Args:
             programs: Their functions, with parameters loaded.
-            rows: How many.
         """
-        self._programs, self._width = programs, rows
+        self._programs = programs
+        self._width = rows = programs.rows
         self._lengths = [0] * rows  # the host's copy of the state's
         self._wide = [False] * rows  # whether the settings need more candidates than a step on a GPU has
         self._ends = [-1] * rows  # the token that ends each
-        self.is_lone = rows == 1 and not programs.on_gpu
         self._of_rows, self._state = carry.blank(rows, programs.window, programs.model.vocab_size, programs.device)
         self._cache: tuple[kv.Cache, ...] = ()  # as many parts as were needed so far
 
@@ -54,7 +49,7 @@ class Batch:
             one = jax.device_put(one, programs.device)  # else what comes of it is not bound to it, and is lowered for
         self._put(programs.enter, place, one, read, row)
         self._lengths[place] = len(sample.context)
-        self._wide[place] = programs.search.is_wide(request.sampling)
+        self._wide[place] = programs.on_gpu and programs.search.is_wide(request.sampling)
         self._ends[place] = request.generation.eos_id
 
     def clear(self, place: int) -> None:
@@ -68,8 +63,8 @@ class Batch:
         larger one rows fill up at different steps, and each is read alone.
 
         Args:
-            wanted: Places, each with the most tokens it may have. On a GPU, and where ``is_lone``, it gets several of
-                them, as long as its window is not full; else one.
+            wanted: Places, each with the most tokens it may have. As long as its window is not full it gets several
+                of them, by one program; then one.
         """
         programs, rows, state = self._programs, self._of_rows, self._state
         full = [place for place in wanted if self._lengths[place] >= programs.window]
@@ -88,61 +83,44 @@ class Batch:
         return [*drawn, Drawn(dict.fromkeys(full, 1), programs.told(self._state))] if full else drawn
 
     def _advance(self, wanted: Mapping[int, int]) -> list[Drawn]:
-        """Takes rows on that are not full."""
-        if not wanted:
-            return []
-        if self.is_lone:
-            return [self._take_lone_steps(wanted[0])]
-        if not self._programs.on_gpu:
-            return [self._take_step(wanted)]
-        # A row is taken on by the program that its own settings call for, whatever the others'.
+        """Takes rows on that are not full, each by the program that its own settings call for, whatever the others'."""
         groups = [
             {place: most for place, most in wanted.items() if self._wide[place] == wide} for wide in (False, True)
         ]
-        programs = self._programs.steps, self._programs.steps_wide
-        return [self._take_steps(program, group) for program, group in zip(programs, groups, strict=True) if group]
+        return [self._take_steps(group, wide=wide) for wide, group in enumerate(groups) if group]
 
-    def _drawn(self, counts: Mapping[int, int], told: carry.Told) -> Drawn:
+    def _take_steps(self, wanted: Mapping[int, int], *, wide: int) -> Drawn:
+        """Takes rows on by several tokens, no further than their window."""
+        programs, W = self._programs, self._programs.window
+        live, most = self._reach(max(self._lengths[place] for place in wanted))
+        counts = {place: min(limit, most, W - self._lengths[place]) for place, limit in wanted.items()}
+        left_B = np.zeros(self._width, np.int32)
+        left_B[list(counts)] = list(counts.values())
+        end_B = np.array(self._ends, np.int32)
+        before, cache = self._divided(self._parts(live))
+        arguments = programs.params, self._of_rows, self._state, before, cache, left_B, end_B
+        self._state, cache, told = (programs.steps_wide if wide else programs.steps)(*arguments)
+        self._cache = (*before, *cache, *self._cache[live:])
         for place, count in counts.items():
             self._lengths[place] += count
         return Drawn(counts, told)
 
-    def _take_steps(self, program: Any, wanted: Mapping[int, int]) -> Drawn:
-        """Takes rows on by several tokens, no further than their window."""
-        programs, W = self._programs, self._programs.window
-        counts = {place: min(most, programs.most_steps, W - self._lengths[place]) for place, most in wanted.items()}
-        left_B = np.zeros(self._width, np.int32)
-        left_B[list(counts)] = list(counts.values())
-        # Of the cache a row reads what all of the program's steps might, so that its last tokens read as others do.
-        live = 1 + programs.part_of(max(min(self._lengths[place] + programs.most_steps, W) - 1 for place in counts))
-        arguments = programs.params, self._of_rows, self._state, self._parts(live), left_B
-        self._state, cache, told = program(*arguments)
-        self._cache = (*cache, *self._cache[live:])
-        return self._drawn(counts, told)
+    def _reach(self, longest: int) -> tuple[int, int]:
+        """Returns how many parts of the cache a program reads for a longest context, and how far it takes that.
 
-    def _take_lone_steps(self, most: int) -> Drawn:
-        """Takes the only row on by several tokens, no further than the part of the cache where the first stands."""
-        programs, length = self._programs, self._lengths[0]
-        live = programs.part_of(length) + 1
-        count = min(most, programs.most_steps, programs.starts[live] - length)
-        *before, last = self._parts(live)
-        arguments = programs.params, self._of_rows, self._state, tuple(before), last, count, self._ends[0]
-        self._state, last, told = programs.lone_steps(*arguments)
-        self._cache = (*before, last, *self._cache[live:])
-        return self._drawn({0: count}, told)
+        On a CPU, no further than the part where its next slot stands: it reads no part before it is needed. On a
+        GPU a row reads what all of the program's steps might, so that its last tokens read as others do.
+        """
+        programs, most = self._programs, self._programs.most_steps
+        if programs.on_gpu:
+            return 1 + programs.part_of(min(longest + most, programs.window) - 1), most
+        live = 1 + programs.part_of(longest)
+        return live, min(most, programs.starts[live] - longest)
 
-    def _take_step(self, wanted: Collection[int]) -> Drawn:
-        """Takes rows on by a token, and appends to the parts of the cache where it stands: theirs may be several."""
-        programs, rows, state = self._programs, self._of_rows, self._state
-        written = {programs.part_of(self._lengths[place]) for place in wanted}
-        live = max(written) + 1
-        *before, last = self._parts(live)
-        self._state, new = programs.advance(programs.params, rows, state, (*before, last))
-        cache = list(self._cache)
-        for part in written:
-            cache[part] = programs.append(cache[part], new, state.length_B, programs.starts[part])
-        self._cache = tuple(cache)
-        return self._drawn(dict.fromkeys(wanted, 1), programs.told(self._state))
+    def _divided(self, cache: tuple[kv.Cache, ...]) -> tuple[tuple[kv.Cache, ...], tuple[kv.Cache, ...]]:
+        """Returns the parts that a program only reads, which a lone row on a CPU has, and those it may write to."""
+        first = len(cache) - 1 if self._programs.is_lone else 0
+        return cache[:first], cache[first:]
 
     def _parts(self, number: int) -> tuple[kv.Cache, ...]:
         """Returns the first parts of the cache, those made anew that were never needed before."""
@@ -176,28 +154,19 @@ class Batch:
         stepped = {*range(first, min(reach, W))}
         if last > W and programs.stride > 1:  # and what a full window falls back to
             stepped |= {*range(again, min(again + reach - W - 1, W))}
-        cache, (new,) = (programs.shapes(self._width, sizes) for sizes in (programs.sizes, (1,)))
+        cache, none_B = programs.shapes(self._width, programs.sizes), np.zeros(self._width, np.int32)
         for live in sorted({programs.part_of(length) + 1 for length in stepped}):
-            if not programs.is_new("advance", live):
-                continue
-            if programs.on_gpu:  # both, whatever this sample's settings: others compile nothing
-                for program in (programs.steps, programs.steps_wide):
-                    yield program, (params, rows, state, cache[:live], np.zeros(self._width, np.int32))
-                continue
-            if self.is_lone:
-                yield programs.lone_steps, (params, rows, state, cache[: live - 1], cache[live - 1], 0, 0)
-                continue
-            yield programs.advance, (params, rows, state, cache[:live])
-            for part in range(live):
-                if programs.is_new("append", programs.sizes[part]):
-                    yield programs.append, (cache[part], new, state.length_B, programs.starts[part])
+            if programs.is_new("steps", live):
+                arguments = params, rows, state, *self._divided(cache[:live]), none_B, none_B
+                yield programs.steps, arguments
+                if programs.on_gpu:  # both, whatever this sample's settings: others compile nothing
+                    yield programs.steps_wide, arguments
         if last > W and programs.is_new("roll"):
             yield from self._rolling(cache)
         if likeliest:
-            several = programs.on_gpu or self.is_lone
-            if (last > W or not several) and programs.is_new("likeliest of one step"):
+            if last > W and programs.is_new("likeliest of one step"):
                 yield programs.likeliest, (state.logits_BV,)
-            if several and stepped and programs.is_new("likeliest of several"):
+            if stepped and programs.is_new("likeliest of several"):
                 shape = (programs.most_steps, *state.logits_BV.shape)
                 yield programs.likeliest, programs.on_device((jax.ShapeDtypeStruct(shape, state.logits_BV.dtype),))
 

@@ -17,6 +17,8 @@ from hipgpt_jax.model import cache as kv
 if TYPE_CHECKING:
     from hipgpt_jax.model import transformer
 
+_Carried = tuple[jax.Array, carry.State, tuple[kv.Cache, ...], carry.Told]  # from step to step
+
 
 def read(
     model: "transformer.Transformer",
@@ -65,14 +67,17 @@ def draw(
     return state._replace(index_B=state.index_B + 1, token_B=token_B, numbers_B4=numbers_B4, logits_BV=logits_BV)
 
 
-def advance(
+def decode_step(
     model: "transformer.Transformer",
     params: Any,
     rows: carry.Rows,
     state: carry.State,
     cache: tuple[kv.Cache, ...],
+    *,
+    before: tuple[kv.Cache, ...] = (),
     search: candidates.Search | None = None,
-) -> tuple[carry.State, kv.Cache]:
+    live_B: jax.Array | None = None,
+) -> tuple[carry.State, tuple[kv.Cache, ...]]:
     """Takes the newest token into a context that is not full and draws the one after it.
 
     Args:
@@ -80,19 +85,29 @@ def advance(
         params: Its parameters.
         rows: Keys and settings.
         state: Its newest token is taken in.
-        cache: The parts that hold a token of any row, or its next slot. Another number of them compiles again.
+        cache: Parts of the cache, up to those that hold a token of any row or its next slot. Another number of them
+            compiles again.
+        before: The parts in front of these, in which no row's next slot stands.
         search: How candidates are found; as on a CPU, by default.
+        live_B: Whether a row takes the step, as all do by default. The others are left as they are.
 
     Returns:
-        The new state, and the token's own keys and values, to be appended at the old state's length.
-        They are not appended here: unless XLA is told otherwise, a program that reads a cache and writes it
-        copies it, which made a token of GPT-2 take 80 to 109 ms instead of 42.
+        The new state, and ``cache`` with the token's own keys and values. They lie where the old ones lay if XLA is
+        told that they may: see ``programs.in_place``.
     """
-    logits_BV, new = model.bind({"params": params}).decode(state.token_B, cache, state.length_B)
+    past = (*before, *cache)
+    logits_BV, new = model.bind({"params": params}).decode(state.token_B, past, state.length_B)
     put = jax.vmap(lambda context_S, token, slot: context_S.at[slot].set(token))
     context_BS = put(state.context_BS, state.token_B, state.length_B)
-    state = _seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1)
-    return draw(rows, state, logits_BV, search), new
+    next_state = _seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1)
+    next_state = draw(rows, next_state, logits_BV, search)
+    next_state, new = jax.lax.optimization_barrier((next_state, new))  # written when all is read, so where it lies
+    slot_B = state.length_B
+    if live_B is not None:
+        slot_B, next_state = jnp.where(live_B, slot_B, -1), carry.where(live_B, next_state, state)
+    starts = itertools.accumulate((part.slots for part in past), initial=0)
+    own = list(zip(past, starts, strict=False))[len(before) :]
+    return next_state, tuple(kv.append(part, new, slot_B - start) for part, start in own)
 
 
 def _seen(state: carry.State) -> carry.State:
@@ -101,104 +116,53 @@ def _seen(state: carry.State) -> carry.State:
     return state._replace(seen_BV=state.seen_BV | is_newest_BV)
 
 
-def lone_steps(
-    model: "transformer.Transformer",
-    params: Any,
-    rows: carry.Rows,
-    state: carry.State,
-    before: tuple[kv.Cache, ...],
-    last: kv.Cache,
-    left: jax.Array,
-    end: jax.Array,
-    *,
-    count: int,
-) -> tuple[carry.State, kv.Cache, carry.Told]:
-    """Takes a lone row on by ``left`` steps, ``advance`` and its keys and values appended, or up to its end.
-
-    The new ``last`` lies where the old one lay if XLA is told that it may: see ``programs.in_place``.
-
-    Args:
-        model: The model.
-        params: Its parameters.
-        rows: Key and settings.
-        state: Its newest token is taken in, unless that is the end.
-        before: The parts of the cache that are full.
-        last: The part behind them, where the steps' tokens stand.
-        left: Steps, at most ``count`` of them.
-        end: The token that ends the row; it goes no further than that, nor beyond a token -1.
-        count: Steps told of. Another number compiles again.
-
-    Returns:
-        The state and the last part after them, and what is told of each step's token, arrays ``[T, 1, ...]``, which
-        mean nothing from the end on.
-    """
-    start = sum(part.slots for part in before)
-
-    def goes_on(carried: tuple[jax.Array, carry.State, kv.Cache, carry.Told]) -> jax.Array:
-        index, state, _, _ = carried
-        token = state.token_B[0]
-        has_ended = (state.index_B[0] > 0) & ((token == end) | (token < 0))
-        return (index < left) & ~has_ended
-
-    def step(carried: tuple[jax.Array, carry.State, kv.Cache, carry.Told]) -> Any:
-        index, state, last, told = carried
-        next_state, new = advance(model, params, rows, state, (*before, last))
-        last = kv.append(last, new, state.length_B - start)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
-        return index + 1, next_state, last, jax.tree.map(put, told, carry.Told.of(next_state))
-
-    none_told = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), carry.Told.of(state))
-    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, last, none_told))[1:]
-
-
-def decode_step(
-    model: "transformer.Transformer",
-    params: Any,
-    rows: carry.Rows,
-    state: carry.State,
-    cache: tuple[kv.Cache, ...],
-    search: candidates.Search | None = None,
-    live_B: jax.Array | None = None,
-) -> tuple[carry.State, tuple[kv.Cache, ...]]:
-    """One token, whole: ``advance``, and its keys and values appended to the parts of the cache.
-
-    Arguments are those of ``advance``, and ``live_B``: whether a row takes the step, as all do by default. The others
-    are left as they are.
-    """
-    next_state, new = advance(model, params, rows, state, cache, search)
-    next_state, new = jax.lax.optimization_barrier((next_state, new))  # written when all is read, so where it lies
-    slot_B = state.length_B
-    if live_B is not None:
-        slot_B, next_state = jnp.where(live_B, slot_B, -1), carry.where(live_B, next_state, state)
-    starts = itertools.accumulate((part.slots for part in cache), initial=0)
-    parts = (kv.append(part, new, slot_B - start) for part, start in zip(cache, starts, strict=False))
-    return next_state, tuple(parts)
-
-
 def steps(
     model: "transformer.Transformer",
     params: Any,
     rows: carry.Rows,
     state: carry.State,
+    before: tuple[kv.Cache, ...],
     cache: tuple[kv.Cache, ...],
     left_B: jax.Array,
+    end_B: jax.Array,
     *,
     search: candidates.Search,
     count: int,
+    looks: bool,
 ) -> tuple[carry.State, tuple[kv.Cache, ...], carry.Told]:
-    """Takes ``count`` steps, ``decode_step``, of which a row takes the first ``left``.
+    """Takes steps, ``decode_step``, until no row goes on, and at most ``count`` of them.
+
+    Arguments beside these are those of ``decode_step``.
+
+    Args:
+        left_B: Steps of each row, at most ``count``.
+        end_B: The token that ends each row, which goes no further than that, nor beyond a token -1.
+        count: Steps told of. Another number compiles again.
+        looks: Whether the loop ends as soon as no row goes on. A GPU's host would wait to see that at each step, so
+            there all ``count`` are taken.
 
     Returns:
-        The state and the cache after them, and what is told of each step's tokens, arrays ``[T, B, ...]``.
+        The state and ``cache`` after them, and what is told of each step's tokens, arrays ``[T, B, ...]``. From a
+        row's last step on they mean nothing.
     """
 
-    def step(carried: tuple[carry.State, tuple[kv.Cache, ...]], index: jax.Array) -> Any:
-        state, cache = carried[0], kv.pinned(carried[1])
-        state, cache = decode_step(model, params, rows, state, cache, search, index < left_B)
-        return (state, kv.pinned(cache)), carry.Told.of(state)
+    def live(index: jax.Array, state: carry.State) -> jax.Array:
+        has_ended_B = (state.index_B > 0) & ((state.token_B == end_B) | (state.token_B < 0))
+        return (index < left_B) & ~has_ended_B
 
-    (state, cache), told = jax.lax.scan(step, (state, cache), jnp.arange(count, dtype=jnp.int32))
-    return state, cache, told
+    def goes_on(carried: _Carried) -> jax.Array:
+        index, state, _, _ = carried
+        return jnp.any(live(index, state)) if looks else index < count
+
+    def step(carried: _Carried) -> _Carried:
+        index, state, cache, told = carried
+        cache, live_B = kv.pinned(cache), live(index, state)
+        state, cache = decode_step(model, params, rows, state, cache, before=before, search=search, live_B=live_B)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return index + 1, state, kv.pinned(cache), jax.tree.map(put, told, carry.Told.of(state))
+
+    none_told = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), carry.Told.of(state))
+    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, cache, none_told))[1:]
 
 
 def roll(

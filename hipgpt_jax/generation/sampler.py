@@ -46,7 +46,9 @@ class Sampler:
         self._decode = decode
         platform = platform or jax.default_backend()
         stride, dtype = decode.window_stride, decode.dtype
-        self._programs = programs.Programs(model, self.window, stride, dtype, attention, platform)
+        self._lanes = lane.count(decode.width, platform, model)
+        rows = decode.width // self._lanes
+        self._programs = programs.Programs(model, rows, self.window, stride, dtype, attention, platform)
         self._programs.load(params)
 
     @property
@@ -76,10 +78,8 @@ class Sampler:
         Raises:
             ValueError: A request is empty, or cannot fit the window where overflow is an error.
         """
-        count = lane.count(self._decode.width, self._programs.platform, self.model)
-        rows = self._decode.width // count
-        lanes = [lane.Lane(self._programs, rows, measure=measure) for _ in range(count)]
-        queue = waiting.Queue(self._programs, rows, self._samples(requests))
+        lanes = [lane.Lane(self._programs, measure=measure) for _ in range(self._lanes)]
+        queue = waiting.Queue(self._programs, self._samples(requests))
         with contextlib.ExitStack() as stack:
             # JAX runs what one thread starts on a CPU one after the other, so each lane has a thread of its own.
             threads = [stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in lanes[1:] and lanes]

@@ -67,25 +67,24 @@ class Queue:
 
     A prompt's numbers depend on how many rows are read by its program, so those follow from the decode width
     and the bucket alone: as many as make 64 tokens, and no more than a lane has. Where fewer prompts are at
-    hand the rest is padding, so samples are taken from their source ahead of need. 8 prompts of 8 tokens take
-    11 ms together and 32 alone at D256 L8, 85 and 340 at GPT-2's size.
+    hand the rest is padding, so samples are taken from their source ahead of need, unless a lane is of one row.
+    8 prompts of 8 tokens take 11 ms together and 32 alone at D256 L8, 85 and 340 at GPT-2's size.
     """
 
-    def __init__(self, compiled: programs.Programs, rows: int, source: Iterator[Sample]) -> None:
+    def __init__(self, compiled: programs.Programs, source: Iterator[Sample]) -> None:
         """Prepares a queue; nothing is taken from ``source`` yet.
 
         Args:
-            compiled: What reads the prompts.
-            rows: Of a lane. Where they are 1 no sample is taken before it is needed.
+            compiled: What reads the prompts, for a lane's rows.
             source: The samples, in order.
         """
-        self._programs, self._rows, self._source = compiled, rows, source
+        self._programs, self._source = compiled, source
         self._ahead: collections.deque[_Waiting] = collections.deque()
         self._last: Group | None = None  # the samples of one prompt may be more than are taken ahead
 
     def take(self) -> tuple[Sample, Group | None] | None:
         """Returns the next sample and its group, None where the sample may have no token; None after the last."""
-        while len(self._ahead) < (_AHEAD if self._rows > 1 else 1):
+        while len(self._ahead) < (_AHEAD if self._programs.rows > 1 else 1):
             if (sample := next(self._source, None)) is None:
                 break
             self._ahead.append(_Waiting(sample))
@@ -103,7 +102,7 @@ class Queue:
         alone = [each for each in self._ahead if each.group is None and each.sample.limit]
         if self._last is None or context not in self._last.row_of:
             size = self._programs.bucket(context)
-            rows = max(1, min(self._rows, _TOGETHER // size))
+            rows = max(1, min(self._programs.rows, _TOGETHER // size))
             alike = dict.fromkeys(each.sample.context for each in alone)
             contexts = [ids for ids in alike if self._programs.bucket(ids) == size]
             self._last = Group(self._programs, contexts[:rows], rows)

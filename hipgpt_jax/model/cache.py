@@ -163,5 +163,10 @@ def append(part: Cache, new: Cache, slot_B: jax.Array) -> Cache:
 
 
 def pinned(cache: tuple[Cache, ...]) -> tuple[Cache, ...]:
-    """Returns a cache that lies as it came: a loop's XLA would turn on entry, and back, 2.4 GB for 64 rows of GPT-2."""
+    """Returns a cache that lies as it came: a loop's XLA would turn on entry, and back, 2.4 GB for 64 rows of GPT-2.
+
+    On a CPU it does not, and a program that says so cannot be exported: there the cache is returned as it is.
+    """
+    if not all(part.is_stacked for part in cache):
+        return cache
     return jax.tree.map(lambda x: layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim)))), cache)
