@@ -51,6 +51,7 @@ def test_programs_for_a_gpu_draw_what_those_for_a_cpu_draw(width: int, stride: i
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_a_row_is_the_same_in_any_company_and_settings_compile_nothing() -> None:
     """Rows whose settings need more candidates than others' are taken on by a program of their own."""
     engine = fakes.make_sampler("gpu", width=3, window_stride=3)
@@ -151,7 +152,7 @@ LOGITS = arrays.arrays(
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_top_in_chunks_is_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
     """Ties too, which are many among these."""
-    k = min(data.draw(st.sampled_from([1, 2, 3, 17, 65, 200])), x_BV.shape[1])
+    k = min(data.draw(st.sampled_from([1, 3, 65, 200])), x_BV.shape[1])
     x_BV = x_BV + np.float32(0)  # -0.0 is less than 0.0 to top_k
     values, indices = candidates.top_in_chunks(jnp.asarray(x_BV), k)
     expected, places = jax.lax.top_k(jnp.asarray(x_BV), k)

@@ -74,11 +74,10 @@ def test_a_user_s_own_xla_flag_decides() -> None:
 @pytest.mark.parametrize(
     ("rows", "dtype", "most"),
     [
-        (1, "float32", 8),
         (3, "float32", 4),
         *(
             pytest.param(*x, marks=pytest.mark.slow)
-            for x in ((1, "float32", 1), (1, "bfloat16", 3), (3, "bfloat16", 1))
+            for x in ((1, "float32", 8), (1, "float32", 1), (1, "bfloat16", 3), (3, "bfloat16", 1))
         ),
     ],
 )
@@ -104,3 +103,24 @@ def test_steps_give_the_bits_of_a_step_that_copies_the_cache(rows: int, dtype: s
             np.testing.assert_array_equal(told.logits_BV[index], expected.logits_BV)
         length_B += left_B
     jax.tree.map(np.testing.assert_array_equal, (state, cache), (expected, kept))
+
+
+def test_a_row_ends_with_its_end_token_and_the_others_go_on() -> None:
+    made = made_for(2, dataclasses.replace(MODEL, num_layers=1))
+    of_rows, start = carry.blank(2, MODEL.max_seq_len, MODEL.vocab_size, made.device)
+
+    def steps(left_B: list[int], end_B: list[int]) -> tuple[carry.State, np.ndarray]:
+        cache = made.empty(2, made.sizes[:1])
+        arguments = of_rows, start, (), cache, np.array(left_B, np.int32), np.array(end_B, np.int32)
+        state, _, told = made.steps(made.params, *arguments)
+        return state, np.asarray(told.token_B)
+
+    whole, token_TB = steps([4, 4], [-1, -1])
+    assert whole.index_B.tolist() == [4, 4]
+    end = int(token_TB[1, 0])
+    assert end not in token_TB[[0, 2, 3], 0], "the first row draws it once"
+    state, told_TB = steps([4, 3], [end, -1])
+    assert state.index_B.tolist() == state.length_B.tolist() == [2, 3]
+    assert state.token_B.tolist() == [end, token_TB[2, 1]]
+    np.testing.assert_array_equal(told_TB[:2], token_TB[:2])
+    assert told_TB[3].tolist() == [0, 0], "no fourth step is taken, as no row goes on"

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 # Width, the window's stride and the type. Prompts of up to 14 tokens lie in both buckets and beyond the window of 11.
 SHAPES: list[Any] = [
     (1, 1, "float32"),
-    (3, 1, "float32"),
+    pytest.param(3, 1, "float32", marks=pytest.mark.slow),
     (3, 4, "float32"),
     pytest.param(3, 4, "bfloat16", marks=pytest.mark.slow),
 ]

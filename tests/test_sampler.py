@@ -66,7 +66,7 @@ def wide() -> sampler.Sampler:
     [
         pytest.param(WINDOW, 1, 1, marks=pytest.mark.slow),
         pytest.param(WINDOW, 1, 3, marks=pytest.mark.slow),
-        (WINDOW, 4, 3),
+        pytest.param(WINDOW, 4, 3, marks=pytest.mark.slow),
         pytest.param(MODEL.max_seq_len, MODEL.max_seq_len, 1, marks=pytest.mark.slow),
         (1, 1, 2),
     ],
@@ -245,7 +245,7 @@ def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int
 
 def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long and short samples in three rows: every one is what it is alone, none has a token too many, in few steps."""
-    source = fakes.make_sampler(width=3, window=16)
+    source = fakes.make_sampler(width=3)
     steps: list[int] = []
     tokens: list[int] = []
     following = batch.Batch.step
@@ -257,9 +257,9 @@ def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyP
         return drawn
 
     monkeypatch.setattr(batch.Batch, "step", spy)
-    lengths = [16, 4, 4, 4, 4, 2, 6, 15, 4]
+    lengths = [11, 3, 3, 3, 3, 2, 5, 10, 3]
     requests = [fakes.request(fakes.prompt(1), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
-    assert fakes.tokens_of(source, requests) == [naive(one, 16, 1) for one in requests]
+    assert fakes.tokens_of(source, requests) == [naive(one, WINDOW, 1) for one in requests]
     assert sum(tokens) == sum(lengths)
     assert sum(steps) <= 27, "in groups of three, which wait for their longest, they would be 35"
 
@@ -368,6 +368,7 @@ def test_alternatives_are_found_by_one_program_within_the_window_and_another_com
         assert compiled.count("jit(likeliest)") == expected
 
 
+@pytest.mark.slow
 def test_two_lanes_compile_no_program_twice() -> None:
     """Both take in samples at once, from prompts of one bucket in a new sampler."""
     fresh = sampler.Sampler(MODEL, fakes.random_params(MODEL), config.DecodingConfig(width=16))

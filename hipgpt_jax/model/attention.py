@@ -86,8 +86,8 @@ def attend_cached(
 ) -> jax.Array:
     """Attention of one new token to the ``length`` cached ones and itself; softmax in float32.
 
-    The cache is read as it was before the token, and the token's own key and value stand beside it:
-    a cache that is written and read in one program is copied, 144 MB a token at GPT-2's size.
+    The cache is read as it was before the token, and the token's own key and value stand beside it: a cache that is
+    written before all of it is read is copied, 144 MB a token at GPT-2's size.
 
     Args:
         q_BNH: Query of the new token.
