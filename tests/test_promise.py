@@ -129,6 +129,7 @@ def test_tokens_come_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> Non
         assert event.token is not None or drawn == 30
 
 
+@pytest.mark.slow
 def test_another_sampler_gives_the_same_and_compiles_for_one_group_alone() -> None:
     """Compiled afresh, from copied parameters, and no more once both buckets were seen and a window rolled.
 

@@ -39,7 +39,8 @@ def first(made: record.Record, number: int) -> tuple[Any, ...]:
     return tuple(part and part[:number] for part in drawn(made))
 
 
-@pytest.mark.parametrize("width", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1, 4])
 def test_first_50_of_100_tokens_are_the_run_of_50(width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run) -> None:
     run = {1: narrow, 4: wide}[width]
     long = run.generate(PROMPTS, num_tokens=100, top_logprobs=3)

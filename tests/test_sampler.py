@@ -264,7 +264,7 @@ def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyP
     assert sum(steps) <= 27, "in groups of three, which wait for their longest, they would be 35"
 
 
-@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("measure", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(
     measure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +343,7 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan(monkeypatch: pytest.Monk
         pytest.param(2, 2, 4, True, marks=pytest.mark.slow),
         pytest.param(1, WINDOW - 1, 9, False, marks=pytest.mark.slow),
         pytest.param(2, WINDOW, 9, False, marks=pytest.mark.slow),
-        (2, WINDOW, 1, True),
+        pytest.param(2, WINDOW, 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_compiles_after_the_first_token(width: int, length: int, stride: int, measure: bool) -> None:
