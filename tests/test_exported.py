@@ -45,12 +45,13 @@ def drawn(engine: sampler.Sampler, lengths: Sequence[int]) -> list[tuple[Any, ..
     return [(event.index, event.token, event.facts and np.asarray(event.facts.numbers_4).tobytes()) for event in events]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "settings"),
     [
         ((2,), {}),
-        pytest.param((2, 9, 11), {}, marks=pytest.mark.slow),
-        pytest.param((2, 9, 11), {"width": 3, "window_stride": 4, "dtype": "bfloat16"}, marks=pytest.mark.slow),
+        ((2, 9, 11), {}),
+        ((2, 9, 11), {"width": 3, "window_stride": 4, "dtype": "bfloat16"}),
     ],
 )
 def test_bits_are_the_same_without_made_and_found_which_traces_nothing(

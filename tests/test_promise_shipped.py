@@ -48,7 +48,8 @@ def test_first_50_of_100_tokens_are_the_run_of_50(width: int, narrow: hipgpt_jax
     assert [first(one, 50) for one in long] == [drawn(one) for one in short]
 
 
-@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1, 4])
 def test_a_sample_is_the_same_alone_and_in_any_company(
     width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run
 ) -> None:

@@ -51,6 +51,7 @@ def write_prompts(name: str, lines: list[Any]) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_a_file_shuffled_split_or_doubled_gives_each_prompt_the_same_lines(run) -> None:
     result = run("--prompts_file", write_prompts("p.txt", PROMPTS), "--num_samples", "2", "--output", "all.jsonl")
     assert (result.code, result.out) == (0, "")
