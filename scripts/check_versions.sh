@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests that the promise rests on with the newest JAX, on each newer Python that is installed: on PATH, or
-# with pyenv; after the newest of them, which JAX is the same for, only what the command line and the programs kept on
-# disk do. Makes .venv-3.12 and .venv-3.13 where they are missing or stale. Arguments go to pytest.
+# Runs the tests that the promise rests on with the newest JAX, on the newest Python from 3.12 on that is installed: on
+# PATH, or with pyenv. On the other one, which has the same JAX, it runs those of whole runs and commands. Makes
+# .venv-3.13 and .venv-3.12 where they are missing or stale. Arguments go to pytest.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
