@@ -92,6 +92,14 @@ def test_slide_keeps_the_window_that_the_design_states(stride: int) -> None:
         np.testing.assert_array_equal(state.context_BS[:, length:], 0)
 
 
+def test_a_full_row_has_no_position_left_and_yet_no_nan() -> None:
+    """It is computed beside one that is not full, for nothing: a user's own check for NaN finds none."""
+    params, cache = fakes.random_params(MODEL), kv.empty(MODEL, 2, (MODEL.max_seq_len,), "float32")
+    decode = jax.jit(lambda *arguments: MODULE.bind({"params": params}).decode(*arguments))
+    for x in jax.tree.leaves(decode(jnp.asarray([5, 7]), cache, jnp.asarray([MODEL.max_seq_len, 3]))):
+        assert np.isfinite(x).all()
+
+
 def test_where_takes_whole_rows() -> None:
     _, chosen = start([fakes.request(fakes.prompt(n)) for n in (2, 3, 4)])
     _, other = start([fakes.request(fakes.prompt(n)) for n in (5, 6, 7)])

@@ -84,12 +84,12 @@ class Batch:
 
     def _advance(self, wanted: Mapping[int, int]) -> list[Drawn]:
         """Takes rows on that are not full, each by the program that its own settings call for, whatever the others'."""
-        groups = [
-            {place: most for place, most in wanted.items() if self._wide[place] == wide} for wide in (False, True)
-        ]
-        return [self._take_steps(group, wide=wide) for wide, group in enumerate(groups) if group]
+        groups = {
+            wide: {place: most for place, most in wanted.items() if self._wide[place] == wide} for wide in (False, True)
+        }
+        return [self._take_steps(group, wide=wide) for wide, group in groups.items() if group]
 
-    def _take_steps(self, wanted: Mapping[int, int], *, wide: int) -> Drawn:
+    def _take_steps(self, wanted: Mapping[int, int], *, wide: bool) -> Drawn:
         """Takes rows on by several tokens, no further than their window."""
         programs, W = self._programs, self._programs.window
         live, most = self._reach(max(self._lengths[place] for place in wanted))

@@ -128,7 +128,7 @@ def steps(
     *,
     search: candidates.Search,
     count: int,
-    looks: bool,
+    stops_early: bool,
 ) -> tuple[carry.State, tuple[kv.Cache, ...], carry.Told]:
     """Takes steps, ``decode_step``, until no row goes on, and at most ``count`` of them.
 
@@ -138,12 +138,12 @@ def steps(
         left_B: Steps of each row, at most ``count``.
         end_B: The token that ends each row, which goes no further than that, nor beyond a token -1.
         count: Steps told of. Another number compiles again.
-        looks: Whether the loop ends as soon as no row goes on. A GPU's host would wait to see that at each step, so
-            there all ``count`` are taken.
+        stops_early: Whether the loop ends as soon as no row goes on. A GPU's host would wait to see that at each step,
+            so there all ``count`` are taken.
 
     Returns:
-        The state and ``cache`` after them, and what is told of each step's tokens, arrays ``[T, B, ...]``. From a
-        row's last step on they mean nothing.
+        The state and ``cache`` after them, and what is told of each step's tokens, arrays ``[T, B, ...]``. After a
+        row's last step they mean nothing.
     """
 
     def live(index: jax.Array, state: carry.State) -> jax.Array:
@@ -152,7 +152,7 @@ def steps(
 
     def goes_on(carried: _Carried) -> jax.Array:
         index, state, _, _ = carried
-        return jnp.any(live(index, state)) if looks else index < count
+        return jnp.any(live(index, state)) if stops_early else index < count
 
     def step(carried: _Carried) -> _Carried:
         index, state, cache, told = carried

@@ -73,7 +73,7 @@ class Programs:
 
         def stepping(search: candidates.Search) -> Callable[..., Any]:
             def steps(params: Any, rows: carry.Rows, state: carry.State, *more: Any) -> Any:
-                options = {"search": search, "count": count, "looks": not stacked}
+                options = {"search": search, "count": count, "stops_early": not stacked}
                 return decoding.steps(module(), params, rows, state, *more, **options)
 
             return steps
