@@ -3,10 +3,14 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+_MAX_DIGITS = 30  # of an integer in JSON; none of ours has more than 19
 
 
 @contextlib.contextmanager
@@ -24,6 +28,18 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync_directory(path.parent)
 
 
+def destination(path: Path) -> Path:
+    """Returns the file that a write to ``path`` changes: the target of a link, else ``path`` itself.
+
+    A pipe or a device keeps its name: ``/dev/stdout`` resolves to ``/proc/1/fd/pipe:[7]``, which is no path.
+    """
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return path
+    return path.resolve()
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[TextIO]:
     """Opens a text file that becomes whole or stays what it was; a link's target is written, not the link.
@@ -33,7 +49,7 @@ def writing(path: Path) -> Iterator[TextIO]:
     Raises:
         OSError: It cannot be written; the message has its name.
     """
-    target = path.resolve()
+    target = destination(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if target.is_dir():
@@ -57,6 +73,74 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+class _Float(float):
+    """A number written with a point or an exponent, which JSON schemas would otherwise accept as an integer."""
+
+    def is_integer(self) -> bool:
+        """Returns False: ``1.0`` is no integer."""
+        return False
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON strictly.
+
+    Args:
+        text: One JSON value; bytes are UTF-8.
+
+    Returns:
+        The value. ``fastjsonschema`` does not accept its floats as integers.
+
+    Raises:
+        ValueError: The text is not JSON, repeats a key, is nested too deeply, or holds NaN, an infinity or a number
+            that float64 cannot represent.
+
+    >>> parse_json('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ValueError: key 'a' appears twice
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
+            parse_int=_parse_int,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _parse_float(digits: str) -> _Float:
+    value = _Float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {_shortened(digits)} is too large for float64")
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"the number {_shortened(digits)} has {len(digits)} digits: at most {_MAX_DIGITS} are allowed")
+    return int(digits)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 20 else f"{text[:17]}..."
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
@@ -65,10 +149,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: The file holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object: got {type(value).__name__}")

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import fastjsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +114,9 @@ def test_json_comes_back_as_it_was(scratch: Path, value: dict[str, object]) -> N
         (b'"model"', "must hold a JSON object: got str"),
         pytest.param(b'{"a":' + b"9" * 5000 + b"}", "is not JSON", id="digits"),
         pytest.param(b'{"a":' * 100_000, "is not JSON", id="depth"),
+        (b'{"a": 1e400}', "is not JSON: the number 1e400 is too large for float64"),
+        (b'{"a": NaN}', "is not JSON: NaN is not a JSON number"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "is not JSON: key 'c' appears twice"),
     ],
 )
 def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path, content: bytes, text: str) -> None:
@@ -186,3 +190,19 @@ def test_a_reader_never_finds_the_link_missing(tmp_path: Path) -> None:
 def test_sha256_is_the_digest_of_the_content(scratch: Path, content: bytes) -> None:
     scratch.write_bytes(content)
     assert files.sha256(scratch) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_float_is_no_integer_to_a_schema() -> None:
+    is_integer = fastjsonschema.compile({"type": "integer"})
+    assert is_integer(files.parse_json("3")) == 3
+    with pytest.raises(fastjsonschema.JsonSchemaValueException):
+        is_integer(files.parse_json("3.0"))
+
+
+def test_an_output_may_be_a_pipe_named_by_a_descriptor() -> None:
+    reading, writing = os.pipe()
+    with files.writing(Path(f"/dev/fd/{writing}")) as file:
+        file.write("text")
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == "text"

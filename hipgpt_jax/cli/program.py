@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,6 +18,10 @@ from hipgpt_jax.text import prompts
 # Importing and tracing make many objects and no garbage, and Python looks for it in all of them: of the 1.55 s that
 # hipgpt-generate took, 0.12 to start and 0.14 to exit, where they are frozen now.
 _GC_THRESHOLD = 1_000_000
+
+# What moves a terminal's cursor, ends a line of a report, or cannot be encoded: control characters, Unicode's line
+# separators and bidirectional overrides, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _USAGE = {"--help": "help", "--h": "help", "--version": "version"}
 
@@ -136,6 +141,15 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> list[prompts.P
     if prompt is None:
         raise ValueError("--prompt is required, or --prompts_file; --help tells of every flag")
     return [prompts.Prompt(text=sys.stdin.buffer.read().decode("utf-8", errors="replace") if prompt == "-" else prompt)]
+
+
+def printable(text: str) -> str:
+    r"""Returns untrusted text as part of one line of a report, with control characters escaped.
+
+    >>> printable("a\x1b[2Jb\n")
+    'a\\x1b[2Jb\\n'
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def keep_freed_memory() -> None:
