@@ -1,7 +1,9 @@
 """Runs from Python: the records that the command line writes, in notebooks and experiment scripts."""
 
+import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 Prompt = prompt_files.Prompt
 
 _LOG = logging.getLogger("hipgpt_jax")
+_SAMPLING = tuple(field.name for field in dataclasses.fields(config.SamplingConfig))
+_GENERATION = tuple(field.name for field in dataclasses.fields(config.GenerationConfig))
 
 
 class Stream:
@@ -68,40 +72,51 @@ class Run:
 
     def generate(
         self,
-        prompts: str | Prompt | Sequence[str | Prompt],
+        prompts: str | Prompt | Iterable[str | Prompt],
         settings: config.SamplingConfig | None = None,
         seed: int = 0,
         num_samples: int = 1,
-        **generation: Any,
+        **more: Any,
     ) -> list[record.Record]:
-        """Generates from prompts and returns a record a sample, prompt by prompt.
+        """Generates from prompts and returns one record per sample, prompt by prompt.
 
         Args:
             prompts: A text, or several; a ``Prompt`` may have settings of its own.
             settings: How each token is chosen; the defaults of ``hipgpt-generate`` if absent.
             seed: In ``[0, 2**32)``.
-            num_samples: Samples for each prompt, at least 1.
-            **generation: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``eos_id``,
-                ``stop``, ``top_logprobs``.
+            num_samples: Samples for each prompt, from 1 to 2**32.
+            **more: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``eos_id``, ``stop``,
+                ``top_logprobs``; and, in place of ``settings``, those of ``config.SamplingConfig``: ``temperature``,
+                ``top_k``, ``top_p``, ``repetition_penalty``.
 
         Raises:
-            ValueError: A prompt is empty, or a value is out of its range.
+            TypeError: A prompt is not a text, a keyword is unknown, or ``settings`` is given beside a field of it.
+            ValueError: A prompt is empty, two different ones have one id, or a value is out of its range.
         """
-        several = [prompts] if isinstance(prompts, (str, Prompt)) else prompts
-        return list(self.records(several, settings, seed, num_samples, **generation))
+        return list(self.records(prompts, settings, seed, num_samples, **more))
 
     def records(
         self,
-        prompts: Iterable[str | Prompt],
+        prompts: str | Prompt | Iterable[str | Prompt],
         settings: config.SamplingConfig | None = None,
         seed: int = 0,
         num_samples: int = 1,
-        **generation: Any,
+        **more: Any,
     ) -> Iterator[record.Record]:
-        """Yields what ``generate`` returns, each record when its sample ends: for more samples than memory holds."""
-        defaults = self._defaults(seed=seed, num_samples=num_samples, **generation)
-        asked = self.source.ask_all(map(_prompt, prompts), settings or config.SamplingConfig(), defaults)
-        yield from self.records_of(self.jobs(asked))
+        """Yields what ``generate`` returns, each record when its sample ends: for more samples than memory holds.
+
+        Arguments and errors are those of ``generate``. The prompts of an iterator are taken as they are needed, and so
+        an error in one of them is raised when its turn comes.
+        """
+        defaults = self._configs(settings, seed=seed, num_samples=num_samples, **more)
+        if isinstance(prompts, (str, Prompt)):
+            prompts = [prompts]
+        if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Mapping)):
+            raise TypeError(f"prompts must be a text, a Prompt or several: got {config.shortened(prompts)}")
+        if isinstance(prompts, Iterator):
+            return self.records_of(self.jobs(self.source.ask_all(_distinct(prompts), *defaults)))
+        several = [_prompt(prompt, number) for number, prompt in enumerate(prompts, 1)]
+        return self.records_of(self.jobs(source.Plan(self.source, several, *defaults)))
 
     def stream(
         self,
@@ -109,40 +124,55 @@ class Run:
         settings: config.SamplingConfig | None = None,
         seed: int = 0,
         sample: int = 0,
-        **generation: Any,
+        **more: Any,
     ) -> Stream:
-        """Makes one sample of those that ``generate`` would, and gives its text as it is made.
+        """Generates one of the samples that ``generate`` would, and gives its text as it is generated.
 
         Args:
             prompt: The text to continue.
             settings: As for ``generate``.
             seed: As for ``generate``.
-            sample: Index of the sample among those of its prompt.
-            **generation: As for ``generate``.
+            sample: Index of the sample among those of its prompt, in ``[0, 2**32)``.
+            **more: As for ``generate``, except ``num_samples``.
+
+        Raises:
+            TypeError: As for ``generate``.
+            ValueError: As for ``generate``, or ``sample`` is out of its range.
         """
-        defaults = self._defaults(seed=seed, num_samples=sample + 1, **generation)
-        (asked,) = self.source.ask_all([_prompt(prompt)], settings or config.SamplingConfig(), defaults)
+        sample = config.require_int("sample", sample, 0, "index among the samples of the prompt")
+        if sample >= config.MAX_SAMPLES:
+            raise ValueError(f"sample must be below {config.MAX_SAMPLES} (32 bits): got {sample}")
+        if "num_samples" in more:
+            raise TypeError("a stream is of one sample: give its index as sample, not num_samples")
+        defaults = self._configs(settings, seed=seed, **more)
+        (asked,) = source.Plan(self.source, [_prompt(prompt)], *defaults)
         return Stream(self, _job(asked, sample))
 
     def score(
-        self, texts: str | Sequence[str | Sequence[int] | record.Record], stride: int | None = None
+        self, texts: "str | Iterable[str | Sequence[int] | np.ndarray | record.Record]", stride: int | None = None
     ) -> "list[score.TextScore]":
         """Returns the log-probability of every token of each text but the first, which nothing predicts.
 
         Args:
-            texts: Texts, or their token ids; each needs at least two tokens. Or records: then the ids that
-                were read of the prompt and those that were drawn, whose scores are what the record says.
+            texts: Texts, or their token ids as lists or arrays; each needs at least two tokens. Or records: then the
+                ids that were read of the prompt and those that were drawn, whose scores are what the record says.
             stride: Tokens by which the window moves on where a text is longer than it; that of
                 generation if absent.
 
         Raises:
-            ValueError: A text has fewer than two tokens, an id is unknown, or the stride is out of range.
+            TypeError: ``texts`` is neither a text nor several.
+            ValueError: A text has fewer than two tokens, an id is not an integer or not in the vocabulary, or the
+                stride is no integer or out of range.
         """
         from hipgpt_jax.evaluation import score
 
+        if not isinstance(texts, Iterable) or isinstance(texts, (bytes, bytearray, Mapping)):
+            raise TypeError(f"texts must be a text or a list of texts or of ids: got {config.shortened(texts)}")
         several = [self._ids_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
         vocabulary = self.source.vocabulary
-        stride = self.source.decoding.window_stride if stride is None else stride
+        number = self.source.decoding.window_stride if stride is None else config.as_int(stride)
+        if number is None:
+            raise ValueError(f"stride must be an integer: got {config.shortened(stride)}")
         return [
             score.score_text(
                 self._engine.module,
@@ -150,25 +180,35 @@ class Run:
                 ids,
                 vocabulary=vocabulary,
                 window=self.source.window,
-                stride=stride,
+                stride=number,
             )
             for ids in several
         ]
 
-    def _defaults(self, **generation: Any) -> config.GenerationConfig:
-        """What a call asks for; the end token is the run's own unless one is given."""
-        return config.GenerationConfig(**{"eos_id": self.source.checkpoint.eos_id, **generation})
+    def _configs(
+        self, settings: config.SamplingConfig | None, **values: Any
+    ) -> tuple[config.SamplingConfig, config.GenerationConfig]:
+        """Returns the keywords of a call as settings; the end token is the run's own unless one is given."""
+        if unknown := [name for name in values if name not in (*_SAMPLING, *_GENERATION)]:
+            raise TypeError(f"unknown keyword {unknown[0]!r}: the keywords are {', '.join((*_GENERATION, *_SAMPLING))}")
+        sampling = {name: values.pop(name) for name in _SAMPLING if name in values}
+        if settings is None:
+            settings = config.SamplingConfig(**sampling)
+        elif not isinstance(settings, config.SamplingConfig):
+            raise TypeError(f"settings must be a SamplingConfig: got {config.shortened(settings)}")
+        elif sampling:
+            raise TypeError(f"settings and {next(iter(sampling))} are both given: give one of them")
+        return settings, config.GenerationConfig(**{"eos_id": self.source.checkpoint.eos_id, **values})
 
-    def _ids_of(self, text: str | Sequence[int] | record.Record) -> Sequence[int]:
-        """The ids to score; ``score.check_ids`` raises ValueError where they cannot be."""
+    def _ids_of(self, text: Any) -> Sequence[int]:
+        """Returns the ids to score; ``score.check_ids`` raises ValueError where they cannot be."""
         from hipgpt_jax.evaluation import score
 
         if isinstance(text, record.Record):
-            ids: Sequence[int] = (*text.prompt_ids[-self.source.window :], *text.ids)
-        else:
-            ids = self.source.vocabulary.encode(text) if isinstance(text, str) else text
-        score.check_ids(ids, self.source.vocabulary.vocab_size)
-        return ids
+            text = (*text.prompt_ids[-self.source.window :], *text.ids)
+        elif isinstance(text, str):
+            text = self.source.vocabulary.encode(text)
+        return score.check_ids(text, self.source.vocabulary.vocab_size)
 
     def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "loss.Score":
         """Scores every token of a long text but the first, each once; ``loss.Windows`` has the context rule.
@@ -192,9 +232,9 @@ class Run:
         )
 
     def jobs(self, asked: Iterable[source.Ask]) -> "Iterator[samples.Job]":
-        """Yields the samples that are asked for, prompt by prompt."""
+        """Yields the samples of each prompt, prompt by prompt."""
         for ask in asked:
-            for sample in range(ask.generation.num_samples):
+            for sample in range(ask.generation.num_samples) if ask.samples is None else ask.samples:
                 yield _job(ask, sample)
 
     def job_of(self, recorded: record.Record) -> "samples.Job":
@@ -222,10 +262,24 @@ class Run:
                 yield self.recorder.describe(update.sample)
 
     def make(self, jobs: "Iterable[samples.Job]", *, measure: bool = True) -> "Iterator[samples.Update]":
-        """Yields the steps of samples as they are made; ``measure`` is needed for their records."""
+        """Yields the steps of samples as they are made; ``measure`` is needed for their records.
+
+        Raises:
+            MemoryError: There is too little memory for the batch size.
+        """
         from hipgpt_jax.generation import samples
 
-        return samples.make(self._engine, self.source.vocabulary, jobs, measure=measure)
+        try:
+            yield from samples.make(self._engine, self.source.vocabulary, jobs, measure=measure)
+        except (MemoryError, RuntimeError) as error:
+            # XLA raises a RuntimeError of its own, which begins so.
+            if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+                raise
+            width = self.source.decoding.width
+            raise MemoryError(
+                f"too little memory for batch_size {width} (the width) and a window of {self.source.window}: "
+                f"give a smaller one ({error or type(error).__name__})"
+            ) from error
 
 
 def load_run(
@@ -245,9 +299,20 @@ def load_run(
         where: The run's directory, where it is not in ``checkpoints/``.
 
     Raises:
+        TypeError: An argument is of another type.
         FileNotFoundError: There is no such run, step or file.
         ValueError: A file is not the one that the run's config names, or JAX has no such device.
     """
+    for argument, value, kinds in (
+        ("name", name, str),
+        ("device", device, str),
+        ("decoding", decoding, (config.DecodingConfig, type(None))),
+        ("where", where, (str, os.PathLike, type(None))),
+    ):
+        if not isinstance(value, kinds):
+            raise TypeError(f"{argument} is of the wrong type: got {config.shortened(value)}")
+    if step is not None and not isinstance(step, str):
+        step = config.require_int("step", step, 0, "a training step, or best")
     origin = provenance.Origin()
     found = source.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
     started = devices.start(device, _LOG.info)
@@ -261,5 +326,20 @@ def _job(ask: source.Ask, sample: int) -> "samples.Job":
     return samples.Job(id=ask.id, prompt=ask.prompt, request=request)
 
 
-def _prompt(prompt: str | Prompt) -> Prompt:
-    return Prompt(text=prompt) if isinstance(prompt, str) else prompt
+def _prompt(prompt: object, number: int | None = None) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    if not isinstance(prompt, str):
+        name = "prompt" if number is None else f"prompt {number}"
+        raise TypeError(f"{name} must be a text or a Prompt: got {config.shortened(prompt)}")
+    return Prompt(text=prompt)
+
+
+def _distinct(several: Iterable[str | Prompt]) -> Iterator[Prompt]:
+    """Yields prompts; raises ValueError where two different ones have one id."""
+    digests: dict[int, int] = {}  # by the id's hash: 64 bits of each
+    for number, each in enumerate(several, 1):
+        prompt = _prompt(each, number)
+        if prompt.id is not None and digests.setdefault(hash(prompt.id), hash(prompt.digest)) != hash(prompt.digest):
+            raise ValueError(f"prompt {number}: id {config.shortened(prompt.id)} is that of a different prompt too")
+        yield prompt

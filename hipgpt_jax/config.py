@@ -1,4 +1,4 @@
-"""What a model and a generation are made of: frozen, validated values. ``training_config`` has those of training.
+"""Model, sampling, decoding and generation settings: frozen, validated dataclasses. ``training_config`` is training's.
 
 Every default in the package stands here, once. Nothing here imports JAX, so the command line can
 refuse a bad flag before the slow imports begin.
@@ -6,14 +6,54 @@ refuse a bad flag before the slow imports begin.
 
 import dataclasses
 import math
+import numbers
+import operator
+from typing import Any
 
 DTYPES = ("float32", "bfloat16")
 
 
-def require_int(name: str, value: object, low: int, meaning: str) -> None:
-    """Raises ValueError where a value is no integer of at least ``low``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low} ({meaning}): got {value!r}")
+def as_int(value: Any) -> int | None:
+    """Returns an integer of any type, NumPy's and JAX's scalars among them, as Python's; None for anything else.
+
+    >>> as_int(3), as_int(3.0), as_int(True)
+    (3, None, None)
+    """
+    if type(value) is int:
+        return value
+    # NumPy 2 gives its booleans no __index__, and an array has one only if it holds a single integer.
+    if isinstance(value, bool) or getattr(value, "shape", ()) != ():
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def require_int(name: str, value: object, low: int, meaning: str) -> int:
+    """Returns a value as a Python integer; raises ValueError where it is no integer of at least ``low``."""
+    number = as_int(value)
+    if number is None or number < low:
+        raise ValueError(f"{name} must be an integer of at least {low} ({meaning}): got {shortened(value)}")
+    return number
+
+
+def require_number(name: str, value: Any) -> float:
+    """Returns a real number of any type as a Python float; raises ValueError for anything else, text and bool too."""
+    if getattr(value, "shape", None) == ():  # a scalar of NumPy or JAX
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number: got {shortened(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large for float64") from error
+
+
+def shortened(value: object) -> str:
+    """Returns ``repr(value)`` for a message, cut in its middle where it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}...{text[-17:]}"
 
 
 def require_text(name: str, value: object) -> None:
@@ -102,9 +142,15 @@ class SamplingConfig:
     repetition_penalty: float = 1.1
 
     def __post_init__(self) -> None:
+        _normalize(
+            self,
+            temperature=require_number("temperature (temp)", self.temperature),
+            top_k=require_int("top_k", self.top_k, 0, "0 keeps every token"),
+            top_p=require_number("top_p", self.top_p),
+            repetition_penalty=require_number("repetition_penalty (rep_penalty)", self.repetition_penalty),
+        )
         require_finite("temp", self.temperature, "0 takes the most likely token, 1 is neutral")
         require_finite("rep_penalty", self.repetition_penalty, "1 is neutral")
-        require_int("top_k", self.top_k, 0, "0 keeps every token")
         if self.temperature < 0:
             raise ValueError(f"temp must be at least 0 (0 takes the most likely token): got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -117,6 +163,7 @@ class SamplingConfig:
 
 OVERFLOW_RULES = ("roll", "stop", "error")
 MAX_SEED = 2**32 - 1
+MAX_SAMPLES = 2**32  # a sample's index is one 32-bit word of its random key
 MAX_ALTERNATIVES = 20
 
 
@@ -146,9 +193,12 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            require_int("max_seq_len", self.window, 1, "tokens the model may see")
-        require_int("window_stride", self.window_stride, 1, "tokens dropped at a time, 1 is exact")
-        require_int("batch_size", self.width, 1, "rows decoded side by side")
+            _normalize(self, window=require_int("max_seq_len", self.window, 1, "the window, tokens the model may see"))
+        _normalize(
+            self,
+            window_stride=require_int("window_stride", self.window_stride, 1, "tokens dropped at a time, 1 is exact"),
+            width=require_int("batch_size", self.width, 1, "the width, rows decoded side by side"),
+        )
         if self.overflow not in OVERFLOW_RULES:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOW_RULES)}: got {self.overflow!r}")
         require_dtype(self.dtype)
@@ -180,15 +230,16 @@ class DecodingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What one request asks for, beside the prompt and the way a token is chosen.
+    """Number, length and ends of the samples of a prompt.
 
     Attributes:
         num_tokens: New tokens for each sample; at least 0.
-        num_samples: Samples for each prompt; at least 1.
+        num_samples: Samples for each prompt; from 1 to 2**32.
         seed: In ``[0, 2**32)``; with the prompt's ids, the sample's index and the token's index it is
             all that the random numbers depend on.
         eos_id: Token that ends a sample and is not part of its text; -1 for none.
-        stop: Strings that end a sample where its text comes to hold one; the text is cut before it.
+        stop: Strings that end a sample where its text comes to hold one; the text is cut before it. A single string
+            and a list are accepted too.
         top_logprobs: Alternatives recorded with each token, the likeliest ones; at most 20.
 
     Raises:
@@ -203,17 +254,19 @@ class GenerationConfig:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        require_int("num_tokens", self.num_tokens, 0, "new tokens to generate")
-        require_int("num_samples", self.num_samples, 1, "samples for each prompt")
-        require_int("eos_id", self.eos_id, -1, "-1 disables it")
-        require_int("seed", self.seed, 0, "the same seed gives the same tokens")
+        _normalize(
+            self,
+            num_tokens=require_int("num_tokens", self.num_tokens, 0, "new tokens to generate"),
+            num_samples=require_int("num_samples", self.num_samples, 1, "samples for each prompt"),
+            seed=require_int("seed", self.seed, 0, "the same seed gives the same tokens"),
+            eos_id=require_int("eos_id", self.eos_id, -1, "-1 disables it"),
+            stop=_texts("stop", self.stop),
+            top_logprobs=require_int("top_logprobs", self.top_logprobs, 0, "alternatives recorded with each token"),
+        )
         if self.seed > MAX_SEED:
             raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {self.seed}")
-        if not isinstance(self.stop, tuple):
-            raise ValueError(f"stop must be a tuple of texts: got {self.stop!r}")
-        for text in self.stop:
-            require_text("stop", text)
-        require_int("top_logprobs", self.top_logprobs, 0, "alternatives recorded with each token")
+        if self.num_samples > MAX_SAMPLES:
+            raise ValueError(f"num_samples must be at most {MAX_SAMPLES} (32 bits): got {self.num_samples}")
         if self.top_logprobs > MAX_ALTERNATIVES:
             raise ValueError(f"top_logprobs must be at most {MAX_ALTERNATIVES}: got {self.top_logprobs}")
 
@@ -221,3 +274,19 @@ class GenerationConfig:
         """Raises ValueError where ``eos_id`` is no token of a vocabulary of ``vocab_size``."""
         if self.eos_id >= vocab_size:
             raise ValueError(f"eos_id must be -1 or below the vocabulary's size {vocab_size}: got {self.eos_id}")
+
+
+def _normalize(config: Any, **values: object) -> None:
+    """Sets fields of a frozen dataclass while it is being made."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """Returns one text, or a tuple or list of texts, as a tuple."""
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (tuple, list)):
+        raise ValueError(f"{name} must be a text or a list of texts: got {shortened(value)}")
+    for text in texts:
+        require_text(name, text)
+    return tuple(map(str, texts))

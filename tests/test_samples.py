@@ -40,7 +40,7 @@ def jobs(count: int, **changes: Any) -> list[samples.Job]:
 
 
 def made(wanted: list[samples.Job], width: int = 3) -> list[samples.Sample]:
-    updates = list(samples.make(fakes.make_sampler(width=width), SHIFTED, wanted, measure=False))
+    updates = list(samples.make(fakes.make_sampler(width=width), SHIFTED, wanted, measure=True))
     ended = sorted((update for update in updates if update.finish_reason is not None), key=lambda update: update.index)
     for update in ended:
         pieces = [one.text for one in updates if one.index == update.index]

@@ -100,7 +100,7 @@ def _evaluate() -> None:
     stride = found.window if _STRIDE.value is None else _STRIDE.value
     if not 1 <= stride <= found.window:
         raise ValueError(f"stride must be at least 1 and at most the window of {found.window} tokens: got {stride}")
-    texts = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value) if _is_prompts() else None
+    texts = _read_texts() if _is_prompts() else None
     for place, one in enumerate(texts or (), 1):
         if len(found.vocabulary.encode(one.text)) < 2:
             raise ValueError(f"{one.place or f'text {place}'} ({one.name}): a text to score needs at least 2 tokens")
@@ -118,6 +118,14 @@ def _evaluate() -> None:
             print(f"{text.name}: {len(text.ids)} tokens, {text.bytes} bytes")
             scored_bytes = text.bytes - len(found.vocabulary.decode_bytes(text.ids[:1].tolist()))
             _print(run.evaluate(text.ids, text_bytes=scored_bytes, stride=stride))
+
+
+def _read_texts() -> list[prompts.Prompt]:
+    texts = list(program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value))
+    prompts.require_distinct(texts)
+    if any(one.generation or one.sampling for one in texts):
+        program.note("settings of generation in the prompts file are ignored: they do not change a text's score")
+    return texts
 
 
 def _is_prompts() -> bool:

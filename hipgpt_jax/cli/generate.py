@@ -1,6 +1,7 @@
 """``hipgpt-generate``: text from a trained run."""
 
 import dataclasses
+import re
 import secrets
 import sys
 
@@ -20,6 +21,7 @@ streaming are. Examples:
   hipgpt-generate --prompt "Once upon a time" --run-name my_run --step 1500 --temp 0.8 --seed 7"""
 
 FLAGS = flags.FlagValues()
+_ESCAPE = re.compile(r"\\[nrt]")  # typed, instead of the character that it means
 _WIDE = 16  # rows whose logits may be more memory than glibc keeps
 _SAMPLING, _DECODING, _GENERATION = config.SamplingConfig(), config.DecodingConfig(), config.GenerationConfig()
 
@@ -29,8 +31,8 @@ _PROMPT = flags.DEFINE_string(
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",
     None,
-    "File of prompts instead: one a line, or in a .jsonl file a JSON object a line, with prompt, id, seed, "
-    "num_samples, num_tokens, eos_id, stop, temp, top_k, top_p, rep_penalty.",
+    "File of prompts instead: one per line, or in a .jsonl file one JSON object per line, with prompt, id, seed, "
+    "num_samples, num_tokens, eos_id, stop, temp, top_k, top_p, rep_penalty; also .gz or .zst. - reads stdin.",
     flag_values=FLAGS,
 )
 _RUN_NAME = flags.DEFINE_string(
@@ -133,9 +135,11 @@ def _generate() -> None:
     found = source.open_run(run_name, directory.parse_step(_STEP.value), decode)
     if _EOS_ID.value is None:
         generation = dataclasses.replace(generation, eos_id=found.checkpoint.eos_id)
-    ask = found.ask_all if _PROMPTS_FILE.value else lambda prompts, *defaults: [found.ask(prompts[0], *defaults)]
-    asked = ask(several, sampling, generation)
-    with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value) as out:
+    with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value, inputs=[_PROMPTS_FILE.value]) as out:
+        records = out if isinstance(out, output.Output) else None
+        if _SEED.value == -1:
+            generation = dataclasses.replace(generation, seed=_draw_seed(records))
+        plan = source.Plan(found, several, sampling, generation, records)
         device = devices.start(_DEVICE.value, program.note)
         compilation.use_cache(program.note)
         program.note_emulation(device.platform, decode.dtype)
@@ -143,22 +147,25 @@ def _generate() -> None:
             program.keep_freed_memory()  # a step of 64 rows of GPT-2 takes 132 ms instead of 163
         step = found.checkpoint
         program.note(f"{step.run} step {step.step} of {_place(step)} on {device}, seed {generation.seed}")
-        for one in asked:
-            if len(one.prompt_ids) > found.window:
-                program.note(
-                    f"{'the prompt' if len(asked) == 1 else f'prompt {one.id}'} has {len(one.prompt_ids)} tokens: "
-                    f"the first {len(one.prompt_ids) - found.window} are beyond the window and not read"
-                )
         run = api.Run(found, device, origin)
-        if isinstance(out, output.Output):
-            known = {one.id: run.recorder.basis(one) for one in asked}
-            out.require_same(known.get, run.recorder.common_basis())
+        if records:
+            records.require_shared(run.recorder.shared_basis())
         shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)
-        writing.write(run, asked, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
+        writing.write(run, plan, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
+
+
+def _draw_seed(records: output.Output | None) -> int:
+    """Returns the seed for ``--seed -1``: that of the records in the output, so that a command can be run again."""
+    seeds = records.seeds if records else set()
+    if not seeds:
+        return secrets.randbelow(config.MAX_SEED + 1)
+    if len(seeds) > 1:
+        raise ValueError("--seed -1 goes on with the seed in --output, and that has records of several: give --seed")
+    return next(iter(seeds))
 
 
 def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.SamplingConfig]:
-    """The flags as validated values; a seed of -1 becomes a drawn one."""
+    """Returns the flags as validated settings; for a seed of -1, which is drawn later, with seed 0."""
     decode = config.DecodingConfig(
         window=_MAX_SEQ_LEN.value,
         window_stride=_WINDOW_STRIDE.value,
@@ -169,14 +176,18 @@ def _configs() -> tuple[config.DecodingConfig, config.GenerationConfig, config.S
     generation = config.GenerationConfig(
         num_tokens=_NUM_TOKENS.value,
         num_samples=_NUM_SAMPLES.value,
-        seed=secrets.randbelow(config.MAX_SEED + 1) if _SEED.value == -1 else _SEED.value,
+        seed=0 if _SEED.value == -1 else _SEED.value,
         eos_id=_GENERATION.eos_id if _EOS_ID.value is None else _EOS_ID.value,
         stop=tuple(_STOP.value),
         top_logprobs=_TOP_LOGPROBS.value,
     )
+    for text in filter(_ESCAPE.search, generation.stop):
+        program.note(
+            f"--stop {program.printable(text)!r} holds a backslash and a letter: a line break is $'\\n' in bash"
+        )
     if generation.top_logprobs and _OUTPUT.value is None:
         raise ValueError("--top_logprobs is for the record: give --output too")
-    if _OVERWRITE.value and _OUTPUT.value in (None, "-"):
+    if _OVERWRITE.value and (_OUTPUT.value is None or writing.is_stdout(_OUTPUT.value)):
         raise ValueError("--overwrite is for the record file: give --output too")
     sampling = config.SamplingConfig(
         temperature=_TEMP.value,

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -132,15 +132,24 @@ def required(holder: flags.FlagHolder[_T | None]) -> _T:
     return holder.value
 
 
-def read_prompts(prompt: str | None, prompts_file: str | None) -> list[prompts.Prompt]:
-    """Returns the prompts that the two flags name: one, one from stdin, or those of a file."""
+def read_prompts(prompt: str | None, prompts_file: str | None) -> Iterable[prompts.Prompt]:
+    """Returns the prompts that the two flags name: one, one from stdin, or those of a file, read as they are taken."""
     if prompts_file is not None:
         if prompt is not None:
             raise ValueError("--prompt and --prompts_file are both given: give one of them")
-        return prompts.read(Path(prompts_file))
+        return _open_prompts(prompts_file)
     if prompt is None:
         raise ValueError("--prompt is required, or --prompts_file; --help tells of every flag")
     return [prompts.Prompt(text=sys.stdin.buffer.read().decode("utf-8", errors="replace") if prompt == "-" else prompt)]
+
+
+def _open_prompts(name: str) -> prompts.File:
+    if name == "-" and sys.stdin is None:
+        raise ValueError("--prompts_file - reads stdin, which is closed")
+    found = prompts.File(Path("stdin"), sys.stdin.buffer) if name == "-" else prompts.File(Path(name))
+    if found.hint:
+        note(found.hint)
+    return found
 
 
 def printable(text: str) -> str:

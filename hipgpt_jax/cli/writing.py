@@ -1,7 +1,9 @@
-"""What ``hipgpt-generate`` writes while samples are made: text, records, a progress bar, the facts at the end."""
+"""Output of ``hipgpt-generate`` while samples are made: text, records, a progress bar, and figures at the end."""
 
 import contextlib
 import dataclasses
+import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +17,29 @@ from hipgpt_jax.runs import output
 if TYPE_CHECKING:
     from hipgpt_jax.generation import samples, source
 
+_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
 
 @contextlib.contextmanager
-def open_output(name: str | None, *, overwrite: bool) -> Iterator[output.Output | TextIO | None]:
-    """Opens what ``--output`` names: a record file, stdout where it is ``-``, or nothing."""
-    if name is None or name == "-":
+def open_output(
+    name: str | None, *, overwrite: bool, inputs: Iterable[str | None]
+) -> Iterator[output.Output | TextIO | None]:
+    """Opens the file that ``--output`` names.
+
+    Args:
+        name: The flag's value.
+        overwrite: Whether the records in it are replaced.
+        inputs: Files that the same command reads, of which it must be none.
+
+    Yields:
+        A record file, stdout where it is ``-`` or another name of stdout, or None where there is no name.
+    """
+    if name is None or is_stdout(name):
         yield None if name is None else sys.stdout
         return
+    for path in filter(None, inputs):
+        if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
+            raise ValueError(f"--output {name} is a file that this command reads: use another --output")
     out = output.Output(Path(name), overwrite=overwrite)
     try:
         if out.dropped:
@@ -31,48 +49,83 @@ def open_output(name: str | None, *, overwrite: bool) -> Iterator[output.Output 
         out.close()
 
 
+def is_stdout(name: str) -> bool:
+    """Returns whether a file name stands for stdout, and not for a file that stdout was redirected to."""
+    if name in _STDOUT:
+        return True
+    try:
+        target, stdout = os.stat(name), os.fstat(1)
+    except (OSError, ValueError):
+        return False
+    if not os.path.samestat(target, stdout) or stat.S_ISCHR(target.st_mode):
+        return False
+    if stat.S_ISREG(target.st_mode):
+        raise ValueError(f"--output {name} is the file that stdout goes to: use another one, or --output -")
+    return True
+
+
 def write(
     run: api.Run,
-    asked: "Iterable[source.Ask]",
+    plan: "source.Plan",
     out: output.Output | TextIO | None,
     *,
     shows_text: bool,
     stream: bool,
     echo: bool,
 ) -> None:
-    """Makes the samples that are asked for and not done yet, and writes them.
+    """Makes the samples of a plan, and writes them.
 
     Args:
-        run: What is generated from.
-        asked: The prompts.
-        out: Where each sample's record goes when it ends.
+        run: The run to generate from.
+        plan: The prompts and their samples.
+        out: Destination of each sample's record, when it has ended.
         shows_text: Whether the text goes to stdout, sample after sample.
         stream: Whether each token is written there at once.
         echo: Whether the prompt stands before its text.
     """
     from hipgpt_jax.generation import events
 
-    asked = list(asked)
-    jobs, wanted = run.jobs(asked), sum(one.generation.num_samples for one in asked)
     if isinstance(out, output.Output):
-        jobs = _undone(jobs, set(out.done))
-        keys = {(one.id, sample) for one in asked for sample in range(one.generation.num_samples)}
-        wanted = len(keys - out.done.keys())
-        if wanted < len(keys):
-            program.note(f"{out.path} has {len(keys) - wanted} of the samples: {wanted} are left")
-        if repeated := len(asked) - len({one.id for one in asked}):
-            program.note(f"{repeated} prompts repeat an earlier one: their samples would be the same and are made once")
-    clock = _Clock(load=run.load_seconds, programs=compilation.Compilations())
-    with _progress(wanted, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
+        if plan.left < plan.samples:
+            program.note(f"{out.path} has {plan.samples - plan.left} of the samples: {plan.left} are left")
+        if plan.repeated:
+            program.note(
+                f"{plan.repeated} prompts repeat an earlier one: their samples would be the same and are made once"
+            )
+    clock, cut = _Clock(load=run.load_seconds, programs=compilation.Compilations()), _Cut(run.source.window)
+    with _progress(plan.left, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
+        jobs = run.jobs(cut.noted(plan))
         updates = _recorded(run, run.make(jobs, measure=out is not None), out, clock, advance)
         if shows_text:
             _write_text(events.in_order(updates), stream=stream, echo=echo)
         else:
             for _ in updates:
                 pass
+    if cut.count > 1:
+        program.note(f"{cut.count} of {plan.prompts} prompts are longer than the window, of which the end was read")
     program.note(clock.summary())
     if clock.errors:
         raise ValueError(f"{clock.errors} of {clock.samples} samples ended in an error; the last: {clock.last_error}")
+
+
+class _Cut:
+    """Count of the prompts that are longer than the window, with a note about the first."""
+
+    def __init__(self, window: int) -> None:
+        self.count = 0
+        self._window = window
+
+    def noted(self, plan: "source.Plan") -> "Iterator[source.Ask]":
+        """Yields the prompts of a plan and counts those that are too long."""
+        for one in plan:
+            if len(one.prompt_ids) > self._window:
+                self.count += 1
+                if self.count == 1:
+                    program.note(
+                        f"{'the prompt' if plan.prompts == 1 else f'prompt {one.id}'} has {len(one.prompt_ids)} "
+                        f"tokens: the first {len(one.prompt_ids) - self._window} are beyond the window and not read"
+                    )
+            yield one
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,14 +164,6 @@ class _Clock:
         total = self.load + time.perf_counter() - self.began
         made = f"{self.tokens} tokens" if self.samples < 2 else f"{self.samples} samples, {self.tokens} tokens"
         return f"{made}: {', '.join(facts)}, {total:.2f} s in all"
-
-
-def _undone(jobs: "Iterable[samples.Job]", done: set[tuple[str, int]]) -> "Iterator[samples.Job]":
-    for job in jobs:
-        key = (job.id, job.request.sample)
-        if key not in done:
-            done.add(key)
-            yield job
 
 
 def _recorded(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hipgpt_jax import config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
 from hipgpt_jax.text import tokenizer
@@ -33,14 +34,24 @@ class TextScore:
     score: loss.Score
 
 
-def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError where ids are fewer than two, or not those of a vocabulary."""
-    if not isinstance(ids, Sequence):
-        raise ValueError(f"a text to score must be a text or a list of ids: got {ids!r}")
+def check_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """Returns ids, a list or a one-dimensional array of any integer type, as Python's integers.
+
+    Raises:
+        ValueError: They are not such, fewer than two, or not in the vocabulary.
+    """
+    is_array = getattr(ids, "ndim", None) == 1
+    if not is_array and (not isinstance(ids, Sequence) or isinstance(ids, (str, bytes, bytearray))):
+        raise ValueError(f"a text to score must be a text or a list of ids: got {config.shortened(ids)}")
     if len(ids) < 2:
         raise ValueError(f"a text to score needs at least 2 tokens, the first of which has no score: got {len(ids)}")
-    if not all(0 <= token_id < vocab_size for token_id in ids):
+    found = [config.as_int(token_id) for token_id in (np.asarray(ids).tolist() if is_array else ids)]
+    if None in found:
+        raise ValueError(f"ids must be integers: got {config.shortened(ids[found.index(None)])}")
+    numbers = tuple(number for number in found if number is not None)
+    if not 0 <= min(numbers) <= max(numbers) < vocab_size:
         raise ValueError(f"ids must be at least 0 and below the vocabulary's size {vocab_size}")
+    return numbers
 
 
 def score_text(
@@ -65,7 +76,7 @@ def score_text(
     Raises:
         ValueError: There are fewer than two tokens, an id is not in the vocabulary, or the stride is out of range.
     """
-    check_ids(ids, model.config.vocab_size)
+    ids = check_ids(ids, model.config.vocab_size)
     loss.check_stride(stride, window)
     array = np.asarray(ids, np.int32)
     length = min(window, 1 << (len(ids) - 2).bit_length())  # few lengths, few compilations; padding is to the right

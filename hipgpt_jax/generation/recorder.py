@@ -94,24 +94,11 @@ class Recorder:
             "started": self._started,
         }
 
-    def common_basis(self) -> dict[str, Any]:
-        """Returns the part of ``basis`` that no prompt can change."""
-        own = config.GenerationConfig(), config.SamplingConfig()
-        some = source.Ask(id="", prompt="", prompt_ids=(), generation=own[0], sampling=own[1])
-        asked = {"prompt", "seed", *vars(own[1]), "num_tokens", "eos_id", "stop", "top_logprobs"}
-        return {name: value for name, value in self.basis(some).items() if name not in asked}
-
-    def basis(self, ask: source.Ask) -> dict[str, Any]:
-        """Returns ``output.basis`` of the records that ``ask`` leads to."""
-        return output.basis(
-            {
-                "prompt": ask.prompt,
-                "seed": ask.generation.seed,
-                "settings": {**vars(self._settings(ask.generation, ask.sampling)), "stop": list(ask.generation.stop)},
-                "run": vars(self._run),
-                "numerics": vars(self._numerics),
-            }
-        )
+    def shared_basis(self) -> dict[str, Any]:
+        """Returns ``output.shared_basis`` of the records."""
+        settings = self._settings(config.GenerationConfig(), config.SamplingConfig())
+        parts = {"settings": settings, "run": self._run, "numerics": self._numerics}
+        return output.shared_basis({name: vars(part) for name, part in parts.items()})
 
     @property
     def _started(self) -> str:

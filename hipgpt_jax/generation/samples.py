@@ -1,4 +1,4 @@
-"""Samples as text: what was drawn, what it says so far, and what is known of it when it ends."""
+"""Samples as text: their tokens decoded as they are drawn, cut at stop strings, and collected for records."""
 
 import dataclasses
 import time
@@ -25,14 +25,14 @@ class Job:
 
 @dataclasses.dataclass(kw_only=True)
 class Sample:
-    """A sample as it grows; see ``record.Record`` for the meaning of what it holds.
+    """A sample as it grows; ``record.Record`` documents the fields.
 
     Attributes:
         job: What was asked for.
-        ids: The ids drawn.
+        ids: The ids drawn so far; empty if samples are not measured, as are ``tokens``, ``text`` and ``facts``.
         tokens: The text that each completed.
-        text: The text so far, without what a stop string could still cut off.
-        facts: The facts of each, where they were measured.
+        text: The text, once the sample has ended.
+        facts: The facts of each token.
         finish_reason: None until it ends.
         stop: The stop string found.
         error: Why it could not be finished.
@@ -74,8 +74,11 @@ class Update:
 class _Draft:
     """A sample and the decoding of its text."""
 
-    def __init__(self, job: Job, vocabulary: tokenizer.Tokenizer) -> None:
+    def __init__(self, job: Job, vocabulary: tokenizer.Tokenizer, *, keep: bool) -> None:
         self.sample = Sample(job=job)
+        self._keep = keep  # a text that is only streamed may be longer than memory holds
+        self._count = 0
+        self._pieces: list[str] = []
         self._decoder = vocabulary.decoder()
         self._stops = stops.StopFilter(job.request.generation.stop)
         self._passed = ""
@@ -88,18 +91,21 @@ class _Draft:
     def draw(self, token: int) -> bool:
         """Takes a token that is not the end token, and returns whether a stop string ends the sample."""
         text = self._decoder.push(token)
-        self.sample.tokens.append(text)
+        if self._keep:
+            self.sample.tokens.append(text)
         self._passed += self._stops.push(text)
         self.sample.stop = self._stops.found
         return self._stops.found is not None
 
     def update(self, event: events.Event) -> Update:
-        """Takes the sampler's word of what happened and returns the step of the sample."""
+        """Applies an event of the sampler and returns the step of the sample."""
         sample, now = self.sample, time.perf_counter() - self._began
         if event.token is not None:
-            sample.ids.append(event.token)
+            self._count += 1
             sample.first_token = now if sample.first_token is None else sample.first_token
-        if event.facts is not None:
+            if self._keep:
+                sample.ids.append(event.token)
+        if event.facts is not None and self._keep:
             sample.facts.append(event.facts)
         text, self._passed = self._passed, ""
         reason = event.finish_reason
@@ -108,8 +114,11 @@ class _Draft:
             reason = "stop" if sample.stop is not None else reason
             sample.finish_reason, sample.total = reason, now
             if reason == "error":
-                sample.error = f"the model's numbers are not finite at token {len(sample.ids)}: its weights are no good"
-        sample.text += text
+                sample.error = f"the model's numbers are not finite at token {self._count}: its weights are no good"
+        if self._keep and text:
+            self._pieces.append(text)
+        if reason is not None:
+            sample.text = "".join(self._pieces)
         return Update(index=event.index, text=text, sample=sample, drew=event.token is not None, finish_reason=reason)
 
     def _end(self) -> str:
@@ -118,7 +127,7 @@ class _Draft:
         rest = self._decoder.finish()
         if sample.tokens:
             sample.tokens[-1] += rest
-        sample.tokens += [""] * (len(sample.ids) - len(sample.tokens))
+        sample.tokens += [""] * (len(sample.ids) - len(sample.tokens))  # the end token has no text
         text = self._stops.push(rest) + self._stops.finish()
         sample.stop = self._stops.found
         return text
@@ -133,7 +142,7 @@ def make(
         engine: The sampler.
         vocabulary: Its model's tokenizer.
         jobs: Taken as ``Sampler.run`` takes requests.
-        measure: Whether tokens are measured; it changes none.
+        measure: Whether tokens are measured, and kept for the sample's record; it changes none.
 
     Raises:
         ValueError: A job cannot be served; ``sampler.Sampler.check`` tells beforehand.
@@ -142,7 +151,7 @@ def make(
 
     def requests() -> Iterator[events.Request]:
         for index, job in enumerate(jobs):
-            draft = drafts[index] = _Draft(job, vocabulary)
+            draft = drafts[index] = _Draft(job, vocabulary, keep=measure)
             yield dataclasses.replace(job.request, begins=draft.begin, ends=draft.draw)
 
     for event in engine.run(requests(), measure=measure):

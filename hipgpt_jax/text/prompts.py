@@ -1,29 +1,44 @@
-"""Prompts from a file: a prompt a line, or JSON lines with settings of their own."""
+"""Prompts and files of them: one per line, or JSON lines with settings of their own."""
 
+import array
 import codecs
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from hipgpt_jax import config
+import numpy as np
+
+from hipgpt_jax import config, files
+from hipgpt_jax.text import documents
+
+MAX_LINE_BYTES = 16 << 20  # tokenizing a prompt takes about 200 times its size in memory
+
+_ENCODER = json.JSONEncoder(sort_keys=True)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt, and what it asks for in place of the defaults.
+    """Text to continue, and settings that take precedence over the defaults.
 
     Attributes:
         text: The text to continue.
-        id: Names it in records; None takes ``digest``.
+        id: Names the prompt in records; None takes ``digest``.
         generation: Fields of ``config.GenerationConfig`` and their values.
         sampling: Fields of ``config.SamplingConfig`` and their values.
-        place: Where it stands, for messages.
+        place: File and line, for messages.
 
     Raises:
-        ValueError: The id is empty, or holds what UTF-8 cannot.
+        TypeError: The text is not a string, or a setting is unknown.
+        ValueError: The id is empty or not valid Unicode, or the value of a setting is out of its range.
     """
 
     text: str
@@ -33,111 +48,292 @@ class Prompt:
     place: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f"text must be a string: got {config.shortened(self.text)}")
         if self.id is not None:
             config.require_text("id", self.id)
+        if self.generation:
+            object.__setattr__(self, "generation", _validated(config.GenerationConfig, "generation", self.generation))
+        if self.sampling:
+            object.__setattr__(self, "sampling", _validated(config.SamplingConfig, "sampling", self.sampling))
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that depend on the text and on what it asks for, the number of samples apart."""
-        asked = {name: value for name, value in self.generation.items() if name != "num_samples"}
-        words = json.dumps([self.text, asked, dict(self.sampling)], sort_keys=True)
-        return hashlib.sha256(words.encode()).hexdigest()[:16]
+        """16 hexadecimal digits that depend on the text and all settings except the number of samples."""
+        words = "{}, {}"
+        if self.generation or self.sampling:
+            asked = {name: value for name, value in self.generation.items() if name != "num_samples"}
+            words = _ENCODER.encode([asked, dict(self.sampling)])[1:-1]
+        return hashlib.sha256(f"[{_ENCODER.encode(self.text)}, {words}]".encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
-        """The id, or the digest where it has none."""
+        """The id, or the digest of a prompt without one."""
         return self.digest if self.id is None else self.id
 
 
-# The keys of a JSON line are the command line's flags.
-_GENERATION = {name: name for name in ("seed", "num_samples", "num_tokens", "eos_id", "top_logprobs")}
+def _validated(kind: type, field: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings as values of ``kind``, NumPy's numbers as Python's."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{field} must be a mapping of settings to values: got {config.shortened(values)}")
+    known = [each.name for each in dataclasses.fields(kind)]
+    if unknown := [name for name in values if name not in known]:
+        raise TypeError(f"{field} has no setting {unknown[0]!r}: the settings are {', '.join(known)}")
+    try:
+        return dict(_cached(kind, tuple(values), *values.values()))
+    except TypeError:  # a value that cannot be hashed, such as a list of stop strings
+        return _cached.__wrapped__(kind, tuple(values), *values.values())
+
+
+# Typed, because 1, 1.0 and True are one key otherwise. The lines of a file have few settings, and many times.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _cached(kind: type, names: tuple[str, ...], *values: Any) -> dict[str, Any]:
+    made = kind(**dict(zip(names, values, strict=True)))
+    return {name: getattr(made, name) for name in names}
+
+
+# The keys of a JSON line are the command line's flags; the names that records use are accepted too.
+_GENERATION = {name: name for name in ("seed", "num_samples", "num_tokens", "eos_id", "top_logprobs", "stop")}
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "rep_penalty": "repetition_penalty"}
-_KEYS = ("id", "prompt", *_GENERATION, "stop", *_SAMPLING)
+_ALIASES = {"temperature": "temp", "repetition_penalty": "rep_penalty", "rep-penalty": "rep_penalty"}
+_KEYS = ("id", "prompt", *_GENERATION, *_SAMPLING)
+_ACCEPTED = {*_KEYS, *_ALIASES}
+_PLAIN = {"id", "prompt"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
-def read(path: Path) -> list[Prompt]:
-    """Reads the prompts of a file, in order.
+class File:
+    """The prompts of a file, in order, read again at each iteration and never held all at once.
 
-    A file whose name ends in ``.jsonl``, ``.ndjson`` or ``.json`` holds a JSON object a line: ``prompt``,
-    and as it pleases ``id`` and the settings that are flags of ``hipgpt-generate``. Any other file holds
-    a prompt a line; a prompt with a line break in it needs the JSON form. Empty lines are passed over.
+    A file whose name ends in ``.jsonl``, ``.ndjson`` or ``.json`` holds one JSON object per line: ``prompt``,
+    and optionally ``id`` and the settings that are flags of ``hipgpt-generate``; lines of white space are skipped.
+    Any other file holds one prompt per line; a prompt with a line break in it needs the JSON form, and empty lines
+    are skipped. A name may end in ``.gz`` or ``.zst`` in addition.
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not UTF-8, has no prompt, or a line is broken; the message has its number.
+    A pipe can be read only once, so it is copied to a temporary file first. It has no name to go by: it holds JSON
+    lines if its first line is an object with a prompt.
+
+    Iterating raises ValueError where a line is broken, and the message has its number.
+
+    Attributes:
+        path: The file; ``stdin`` where it is that.
+        hint: A sentence for the user where the file may not be what its name says, or None.
     """
-    if not path.exists() or path.is_dir():
-        raise FileNotFoundError(f"prompts file not found: {path}")
-    as_json = path.suffix.lower() in _JSON_SUFFIXES
-    prompts: list[Prompt] = []
-    numbers: dict[str, int] = {}
-    for number, line in _lines(path):
-        place = f"{path} line {number}"
-        try:
-            prompt = dataclasses.replace(_parse(line) if as_json else Prompt(text=line), place=place)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{place}: {error}") from error
-        if prompt.id is not None and numbers.setdefault(prompt.id, number) != number:
-            raise ValueError(f"{place}: id {prompt.id!r} is that of line {numbers[prompt.id]} too")
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{path} has no prompt: it needs at least one line with text")
-    return prompts
 
+    def __init__(self, path: Path, stream: BinaryIO | None = None) -> None:
+        """Opens the file and looks at its beginning.
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise ValueError(f"{path} is UTF-16 text: it must be UTF-8 (iconv -f UTF-16 -t UTF-8 makes it so)")
-                line = line.removeprefix(codecs.BOM_UTF8)
+        Args:
+            path: The file.
+            stream: Read instead of the file, to its end.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            IsADirectoryError: It is a directory.
+            ValueError: It is not UTF-8.
+        """
+        self.path = path
+        self.hint: str | None = None
+        self._spool: BinaryIO | None = None
+        if stream is not None:
+            self._spool = _spooled(stream)
+        elif not path.exists():
+            raise FileNotFoundError(f"prompts file not found: {path}")
+        elif path.is_dir():
+            raise IsADirectoryError(f"prompts file {path} is a directory: give a file in it")
+        elif not path.is_file():
+            with path.open("rb") as pipe:
+                self._spool = _spooled(pipe)
+        self._state = None if self._spool else _state(path)
+        packing = "" if self._spool else documents.Form.of(path.name).packing
+        self._is_json = path.name.lower().removesuffix(packing).endswith(_JSON_SUFFIXES)
+        with self._open() as file:
+            _require_utf8(file.read(4096), path)
+        if not self._is_json and self._begins_with_object():
+            self._is_json = self._spool is not None
+            self.hint = (
+                f"{path}: read as JSON lines, as its first line is an object with a prompt"
+                if self._is_json
+                else f"{path}: its first line is a JSON object, but each line is read as a prompt in plain text: "
+                f"the name of a file of JSON lines must end in .jsonl"
+            )
+
+    def __iter__(self) -> Iterator[Prompt]:
+        is_empty = True
+        for number, line in self._lines():
+            place = f"{self.path} line {number}"
             try:
-                text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} line {number} is not UTF-8 text (byte {error.start + 1} is 0x{line[error.start]:02x}). "
-                    f"If it is Latin-1, iconv -f LATIN1 -t UTF-8 converts it"
-                ) from error
-            if text:
-                yield number, text
+                prompt = _parse(line, place) if self._is_json else Prompt(text=line, place=place)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            is_empty = False
+            yield prompt
+        if is_empty:
+            raise ValueError(f"{self.path} has no prompt: it needs at least one line with text")
+
+    def _open(self) -> contextlib.AbstractContextManager[BinaryIO]:
+        if self._spool:
+            self._spool.seek(0)
+            return contextlib.nullcontext(self._spool)
+        if _state(self.path) != self._state:
+            raise ValueError(f"{self.path} was changed while it was being read: run the command again")
+        return documents.File(path=self.path, name=self.path.name).open()
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """Yields the lines that are not empty, and their numbers from 1."""
+        with self._open() as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE_BYTES + 1)
+                if not line:
+                    return
+                if len(line) > MAX_LINE_BYTES:
+                    most = f"{MAX_LINE_BYTES >> 20} MiB"
+                    raise ValueError(
+                        f"{self.path} line {number} is longer than {most}, the most that a prompt may have"
+                    )
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                try:
+                    text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{self.path} line {number} is not UTF-8 text (byte {error.start + 1} is "
+                        f"0x{line[error.start]:02x}). If it is Latin-1, iconv -f LATIN1 -t UTF-8 converts it"
+                    ) from error
+                if text and not (self._is_json and text.isspace()):
+                    yield number, text
+
+    def _begins_with_object(self) -> bool:
+        try:
+            _, line = next(self._lines(), (0, ""))
+            value = files.parse_json(line)
+        except ValueError:
+            return False
+        return isinstance(value, dict) and "prompt" in value
 
 
-def _parse(line: str) -> Prompt:
+class Names:
+    """Names of prompts, in 16 bytes each: which of them repeat, and whether one stands for two different prompts.
+
+    Names are compared by 64 bits of their hashes: two of 10^6 are taken for equal with probability 3e-8.
+    """
+
+    def __init__(self) -> None:
+        self._names, self._digests = array.array("q"), array.array("q")
+
+    def add(self, prompt: Prompt) -> None:
+        """Adds the name of the next prompt."""
+        digest = hash(prompt.digest)
+        self._digests.append(digest)
+        self._names.append(digest if prompt.id is None else hash(prompt.id))
+
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the indices of the prompts, those of equal names together in order, and where each name begins."""
+        names = np.array(self._names, np.int64)
+        order = np.argsort(names, kind="stable")
+        return order, np.flatnonzero(np.append(True, names[order[1:]] != names[order[:-1]]))[: len(names)]
+
+    def require_distinct(self, several: Iterable[Prompt]) -> None:
+        """Raises ValueError where an id stands for two different prompts, or is given twice in one file.
+
+        Args:
+            several: The prompts that were added, to be read again for the message.
+        """
+        order, _ = self.groups()
+        names, digests = np.array(self._names, np.int64)[order], np.array(self._digests, np.int64)[order]
+        is_given = names != digests  # an id, or one that happens to be the digest
+        suspect = (names[1:] == names[:-1]) & ((digests[1:] != digests[:-1]) | is_given[1:])
+        pairs = [(int(order[place]), int(order[place + 1])) for place in np.flatnonzero(suspect)]
+        indices = {index for pair in pairs for index in pair}
+        found = {index: prompt for index, prompt in enumerate(several) if index in indices} if pairs else {}
+        for first, second in sorted(pairs, key=max):
+            one, other = found[first], found[second]
+            if other.place is not None or one.digest != other.digest:
+                before = f"prompt {first + 1}" if one.place is None else f"line {one.place.rpartition(' ')[2]}"
+                again = other.place or f"prompt {second + 1}"
+                raise ValueError(f"{again}: id {config.shortened(other.name)} is that of {before} too")
+
+
+def read(path: Path) -> list[Prompt]:
+    """Returns the prompts of a file, in order; ``File`` has the format and the errors."""
+    several = list(File(path))
+    require_distinct(several)
+    return several
+
+
+def require_distinct(several: Sequence[Prompt]) -> None:
+    """Raises ValueError where prompts have one id, as ``Names.require_distinct`` does."""
+    names = Names()
+    for prompt in several:
+        names.add(prompt)
+    names.require_distinct(several)
+
+
+def _spooled(stream: BinaryIO) -> BinaryIO:
+    """Copies a stream to a file without a name, which vanishes with the process."""
+    descriptor, name = tempfile.mkstemp()
+    os.unlink(name)
+    spool = os.fdopen(descriptor, "w+b")
+    shutil.copyfileobj(stream, spool, 1 << 20)
+    return spool
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Returns what changes when a file is replaced or written to."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _require_utf8(head: bytes, path: Path) -> None:
+    """Raises ValueError where a file begins like UTF-16 or UTF-32 text, with a byte order mark or without."""
+    # Half or more of the bytes of Latin letters in UTF-16 are NUL, all of them at odd or all at even places.
+    most = max((part.count(0) for part in (head[::2], head[1::2])), default=0)
+    bits = 32 if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else 16
+    if bits == 32 or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or most > len(head) / 4:
+        name = f"UTF-{bits}"
+        raise ValueError(f"{path} is {name} text: it must be UTF-8 (iconv -f {name} -t UTF-8 makes it so)")
+
+
+def _parse(line: str, place: str) -> Prompt:
     try:
-        value = json.loads(line, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that a prompt could be: it is nested too deeply") from error
+        value = files.parse_json(line)
+    except ValueError as error:
+        cause = error.__cause__
+        reason = f"{cause.msg} at column {cause.colno}" if isinstance(cause, json.JSONDecodeError) else str(error)
+        raise ValueError(f"not JSON: {reason}. Each line must be one whole JSON object") from error
     if not isinstance(value, dict):
-        raise ValueError(f"must be a JSON object with a prompt: got {type(value).__name__}")
-    if unknown := [key for key in value if key not in _KEYS]:
-        raise ValueError(f"unknown key {unknown[0]!r}: the keys are {', '.join(_KEYS)}")
-    if not isinstance(value.get("prompt"), str) or not value["prompt"]:
-        raise ValueError(f"prompt must be a text of at least one character: got {value.get('prompt')!r}")
+        kind = type(value).__name__
+        raise ValueError(f"must be a JSON object with a prompt: got {kind}. Each line must be one whole JSON object")
+    text = value.get("prompt")
+    if not value.keys() <= _ACCEPTED:
+        unknown = next(key for key in value if key not in _ACCEPTED)
+        raise ValueError(f"unknown key {config.shortened(unknown)}: the keys are {', '.join(_KEYS)}")
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"prompt must be a text of at least one character: got {config.shortened(text)}")
     if "id" in value:
         config.require_text("id", value["id"])
+    if value.keys() <= _PLAIN:
+        return Prompt(text=text, id=value.get("id"), place=place)
+    value = _without_aliases(value)
+    if value.get("seed") == -1:
+        raise ValueError("seed must be an integer of at least 0: -1, which draws a seed, is for the flag --seed")
     generation = {field: value[key] for key, field in _GENERATION.items() if key in value}
-    if "stop" in value:
-        stop = value["stop"]
-        generation["stop"] = tuple(stop) if isinstance(stop, list) else (stop,)
-    sampling: dict[str, Any] = {field: _number(key, value[key]) for key, field in _SAMPLING.items() if key in value}
-    config.GenerationConfig(**generation)
-    config.SamplingConfig(**sampling)
-    return Prompt(text=value["prompt"], id=value.get("id"), generation=generation, sampling=sampling)
+    sampling = {field: _number(key, value[key]) for key, field in _SAMPLING.items() if key in value}
+    return Prompt(text=text, id=value.get("id"), generation=generation, sampling=sampling, place=place)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return value
+def _without_aliases(value: dict[str, Any]) -> dict[str, Any]:
+    """Returns an object with each alias replaced by its key."""
+    renamed: dict[str, Any] = {}
+    for key, part in value.items():
+        own = _ALIASES.get(key, key)
+        if own in renamed:
+            raise ValueError(f"{own} is given twice, once under another name: {', '.join(value)}")
+        renamed[own] = part
+    return renamed
 
 
 def _number(key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key} must be a number: got {value!r}")
-    return value if key == "top_k" else float(value)
+        raise ValueError(f"{key} must be a number: got {config.shortened(value)}")
+    return value

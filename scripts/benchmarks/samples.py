@@ -66,7 +66,7 @@ def write_run(model: config.ModelConfig, directory: Path) -> None:
 
 def _make(run: api.Run, num_tokens: int, path: Path | None) -> table.Request:
     generation = config.GenerationConfig(num_tokens=num_tokens, num_samples=_SAMPLES)
-    asked = run.source.ask_all([prompts.Prompt(text="mana tovi")], config.SamplingConfig(), generation)
+    asked = list(run.source.ask_all([prompts.Prompt(text="mana tovi")], config.SamplingConfig(), generation))
 
     def request() -> tuple[float, float]:
         began = time.perf_counter()
