@@ -8,6 +8,7 @@ import dataclasses
 import math
 import numbers
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
@@ -40,9 +41,11 @@ def require_int(name: str, value: object, low: int, meaning: str) -> int:
 
 def require_number(name: str, value: Any) -> float:
     """Returns a real number of any type as a Python float; raises ValueError for anything else, text and bool too."""
+    if type(value) is float:
+        return value
     if getattr(value, "shape", None) == ():  # a scalar of NumPy or JAX
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (float, numbers.Real)):
         raise ValueError(f"{name} must be a number: got {shortened(value)}")
     try:
         return float(value)
@@ -66,6 +69,12 @@ def require_finite(name: str, value: float, meaning: str) -> None:
     """Raises ValueError where a number is infinite or not a number."""
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number ({meaning}): got {value}")
+
+
+def require_token(name: str, token_id: int, vocab_size: int) -> None:
+    """Raises ValueError where an id is neither -1, which is none, nor in a vocabulary."""
+    if token_id >= vocab_size:
+        raise ValueError(f"{name} must be -1 or below the vocabulary's size {vocab_size}: got {token_id}")
 
 
 def require_dtype(value: object) -> None:
@@ -142,23 +151,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.1
 
     def __post_init__(self) -> None:
-        _normalize(
-            self,
-            temperature=require_number("temperature (temp)", self.temperature),
-            top_k=require_int("top_k", self.top_k, 0, "0 keeps every token"),
-            top_p=require_number("top_p", self.top_p),
-            repetition_penalty=require_number("repetition_penalty (rep_penalty)", self.repetition_penalty),
-        )
-        require_finite("temp", self.temperature, "0 takes the most likely token, 1 is neutral")
-        require_finite("rep_penalty", self.repetition_penalty, "1 is neutral")
-        if self.temperature < 0:
-            raise ValueError(f"temp must be at least 0 (0 takes the most likely token): got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (1 keeps every token): got {self.top_p}")
-        if not 1e-6 <= self.repetition_penalty <= 1e6:  # beyond that, float32 logits overflow
-            raise ValueError(
-                f"rep_penalty must be above 0, from 1e-6 to 1e6 (1 is neutral): got {self.repetition_penalty}"
-            )
+        _apply(SAMPLING_RULES, self)
 
 
 OVERFLOW_RULES = ("roll", "stop", "error")
@@ -192,13 +185,7 @@ class DecodingConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.window is not None:
-            _normalize(self, window=require_int("max_seq_len", self.window, 1, "the window, tokens the model may see"))
-        _normalize(
-            self,
-            window_stride=require_int("window_stride", self.window_stride, 1, "tokens dropped at a time, 1 is exact"),
-            width=require_int("batch_size", self.width, 1, "the width, rows decoded side by side"),
-        )
+        _apply(_DECODING_RULES, self)
         if self.overflow not in OVERFLOW_RULES:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOW_RULES)}: got {self.overflow!r}")
         require_dtype(self.dtype)
@@ -254,39 +241,113 @@ class GenerationConfig:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        _normalize(
-            self,
-            num_tokens=require_int("num_tokens", self.num_tokens, 0, "new tokens to generate"),
-            num_samples=require_int("num_samples", self.num_samples, 1, "samples for each prompt"),
-            seed=require_int("seed", self.seed, 0, "the same seed gives the same tokens"),
-            eos_id=require_int("eos_id", self.eos_id, -1, "-1 disables it"),
-            stop=_texts("stop", self.stop),
-            top_logprobs=require_int("top_logprobs", self.top_logprobs, 0, "alternatives recorded with each token"),
-        )
-        if self.seed > MAX_SEED:
-            raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {self.seed}")
-        if self.num_samples > MAX_SAMPLES:
-            raise ValueError(f"num_samples must be at most {MAX_SAMPLES} (32 bits): got {self.num_samples}")
-        if self.top_logprobs > MAX_ALTERNATIVES:
-            raise ValueError(f"top_logprobs must be at most {MAX_ALTERNATIVES}: got {self.top_logprobs}")
+        _apply(GENERATION_RULES, self)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError where ``eos_id`` is no token of a vocabulary of ``vocab_size``."""
-        if self.eos_id >= vocab_size:
-            raise ValueError(f"eos_id must be -1 or below the vocabulary's size {vocab_size}: got {self.eos_id}")
+        require_token("eos_id", self.eos_id, vocab_size)
 
 
-def _normalize(config: Any, **values: object) -> None:
-    """Sets fields of a frozen dataclass while it is being made."""
-    for name, value in values.items():
-        object.__setattr__(config, name, value)
+# The rule of each setting: a function that returns a value in the type that is stored, and raises ValueError for one
+# that is no good. A prompts file has few settings per line but may have millions of lines, so each is checked alone.
+Rules = Mapping[str, Callable[[Any], Any]]
 
 
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    """Returns one text, or a tuple or list of texts, as a tuple."""
+def _temperature(value: Any) -> float:
+    number = require_number("temperature (temp)", value)
+    require_finite("temp", number, "0 takes the most likely token, 1 is neutral")
+    if number < 0:
+        raise ValueError(f"temp must be at least 0 (0 takes the most likely token): got {number}")
+    return number
+
+
+def _top_k(value: Any) -> int:
+    return require_int("top_k", value, 0, "0 keeps every token")
+
+
+def _top_p(value: Any) -> float:
+    number = require_number("top_p", value)
+    if not 0 < number <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (1 keeps every token): got {number}")
+    return number
+
+
+def _repetition_penalty(value: Any) -> float:
+    number = require_number("repetition_penalty (rep_penalty)", value)
+    require_finite("rep_penalty", number, "1 is neutral")
+    if not 1e-6 <= number <= 1e6:  # beyond that, float32 logits overflow
+        raise ValueError(f"rep_penalty must be above 0, from 1e-6 to 1e6 (1 is neutral): got {number}")
+    return number
+
+
+def _num_tokens(value: Any) -> int:
+    return require_int("num_tokens", value, 0, "new tokens to generate")
+
+
+def _num_samples(value: Any) -> int:
+    number = require_int("num_samples", value, 1, "samples for each prompt")
+    if number > MAX_SAMPLES:
+        raise ValueError(f"num_samples must be at most {MAX_SAMPLES} (32 bits): got {number}")
+    return number
+
+
+def _seed(value: Any) -> int:
+    number = require_int("seed", value, 0, "the same seed gives the same tokens")
+    if number > MAX_SEED:
+        raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {number}")
+    return number
+
+
+def _eos_id(value: Any) -> int:
+    return require_int("eos_id", value, -1, "-1 disables it")
+
+
+def _stop(value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (tuple, list)):
-        raise ValueError(f"{name} must be a text or a list of texts: got {shortened(value)}")
+        raise ValueError(f"stop must be a text or a list of texts: got {shortened(value)}")
     for text in texts:
-        require_text(name, text)
+        require_text("stop", text)
     return tuple(map(str, texts))
+
+
+def _top_logprobs(value: Any) -> int:
+    number = require_int("top_logprobs", value, 0, "alternatives recorded with each token")
+    if number > MAX_ALTERNATIVES:
+        raise ValueError(f"top_logprobs must be at most {MAX_ALTERNATIVES}: got {number}")
+    return number
+
+
+def _window(value: Any) -> int | None:
+    return None if value is None else require_int("max_seq_len", value, 1, "the window, tokens the model may see")
+
+
+def _window_stride(value: Any) -> int:
+    return require_int("window_stride", value, 1, "tokens dropped at a time, 1 is exact")
+
+
+def _width(value: Any) -> int:
+    return require_int("batch_size", value, 1, "the width, rows decoded side by side")
+
+
+SAMPLING_RULES: Rules = {
+    "temperature": _temperature,
+    "top_k": _top_k,
+    "top_p": _top_p,
+    "repetition_penalty": _repetition_penalty,
+}
+GENERATION_RULES: Rules = {
+    "num_tokens": _num_tokens,
+    "num_samples": _num_samples,
+    "seed": _seed,
+    "eos_id": _eos_id,
+    "stop": _stop,
+    "top_logprobs": _top_logprobs,
+}
+_DECODING_RULES: Rules = {"window": _window, "window_stride": _window_stride, "width": _width}
+
+
+def _apply(rules: Rules, config: Any) -> None:
+    """Replaces fields of a frozen dataclass, while it is being made, by what their rules return."""
+    for name, rule in rules.items():
+        object.__setattr__(config, name, rule(getattr(config, name)))

@@ -99,13 +99,7 @@ def parse_json(text: str | bytes) -> Any:
     ValueError: key 'a' appears twice
     """
     try:
-        return json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_parse_float,
-            parse_int=_parse_int,
-        )
+        return _DECODER.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from error
     except RecursionError as error:
@@ -135,6 +129,15 @@ def _parse_int(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"the number {_shortened(digits)} has {len(digits)} digits: at most {_MAX_DIGITS} are allowed")
     return int(digits)
+
+
+# Made once: json.loads would make one per call, which takes as long as parsing a short line.
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys,
+    parse_constant=_refuse_constant,
+    parse_float=_parse_float,
+    parse_int=_parse_int,
+)
 
 
 def _shortened(text: str) -> str:

@@ -3,6 +3,7 @@
 import array
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,7 @@ class Plan:
         if self._found.decoding.overflow == "error":
             self._found.ask(prompt, *self._defaults)
         elif "eos_id" in prompt.generation:
-            own = config.GenerationConfig(eos_id=prompt.generation["eos_id"])
-            own.check_vocabulary(self._found.vocabulary.vocab_size)
+            config.require_token("eos_id", prompt.generation["eos_id"], self._found.vocabulary.vocab_size)
 
     def _count_done(self, prompt: prompts.Prompt) -> int:
         """Returns how many of a prompt's samples are in the output; raises ValueError if other settings made them."""
@@ -215,7 +215,8 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
         ValueError: A file is not the one that the config names, or ``decoding`` does not fit the model.
     """
     checkpoint = directory.read_checkpoint(name, step, where)
-    decoding.resolve_window(checkpoint.model)
+    window = decoding.resolve_window(checkpoint.model)
+    _require_memory(decoding.width, window, checkpoint.model.vocab_size)
     checkpoint.verify()
     vocabulary = tokenizer.Tokenizer.load(checkpoint.tokenizer)
     if vocabulary.vocab_size != checkpoint.model.vocab_size:
@@ -224,3 +225,14 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
             f"{checkpoint.model.vocab_size}. Restore the tokenizer that the run was trained with"
         )
     return Source(checkpoint=checkpoint, vocabulary=vocabulary, decoding=decoding)
+
+
+def _require_memory(width: int, window: int, vocab_size: int) -> None:
+    """Raises ValueError where the smallest part of a batch's state takes more memory than the machine has."""
+    needed = width * (5 * vocab_size + 4 * window)  # float32 logits and a byte for each token seen; the context's ids
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise ValueError(
+            f"batch_size {config.shortened(width)} (the width) needs at least {needed / 2**30:.3g} GiB of memory, and "
+            f"this machine has {present / 2**30:.3g}: give a smaller one"
+        )

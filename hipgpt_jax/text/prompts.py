@@ -4,7 +4,6 @@ import array
 import codecs
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -50,12 +49,12 @@ class Prompt:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise TypeError(f"text must be a string: got {config.shortened(self.text)}")
-        if self.id is not None:
+        if self.id is not None and not _is_plain(self.id):
             config.require_text("id", self.id)
         if self.generation:
-            object.__setattr__(self, "generation", _validated(config.GenerationConfig, "generation", self.generation))
+            object.__setattr__(self, "generation", _validated("generation", self.generation, config.GENERATION_RULES))
         if self.sampling:
-            object.__setattr__(self, "sampling", _validated(config.SamplingConfig, "sampling", self.sampling))
+            object.__setattr__(self, "sampling", _validated("sampling", self.sampling, config.SAMPLING_RULES))
 
     @property
     def digest(self) -> str:
@@ -72,33 +71,26 @@ class Prompt:
         return self.digest if self.id is None else self.id
 
 
-def _validated(kind: type, field: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings as values of ``kind``, NumPy's numbers as Python's."""
-    if not isinstance(values, Mapping):
+def _is_plain(text: object) -> bool:
+    """Returns whether text is of printable ASCII, which most ids are; a slow check of each character is needed else."""
+    return isinstance(text, str) and text.isascii() and text.isprintable() and text != ""
+
+
+def _validated(field: str, values: Mapping[str, Any], rules: config.Rules) -> dict[str, Any]:
+    """Returns settings as their rules return them."""
+    if type(values) is not dict and not isinstance(values, Mapping):
         raise TypeError(f"{field} must be a mapping of settings to values: got {config.shortened(values)}")
-    known = [each.name for each in dataclasses.fields(kind)]
-    if unknown := [name for name in values if name not in known]:
-        raise TypeError(f"{field} has no setting {unknown[0]!r}: the settings are {', '.join(known)}")
-    try:
-        return dict(_cached(kind, tuple(values), *values.values()))
-    except TypeError:  # a value that cannot be hashed, such as a list of stop strings
-        return _cached.__wrapped__(kind, tuple(values), *values.values())
-
-
-# Typed, because 1, 1.0 and True are one key otherwise. The lines of a file have few settings, and many times.
-@functools.lru_cache(maxsize=1024, typed=True)
-def _cached(kind: type, names: tuple[str, ...], *values: Any) -> dict[str, Any]:
-    made = kind(**dict(zip(names, values, strict=True)))
-    return {name: getattr(made, name) for name in names}
+    if unknown := [name for name in values if name not in rules]:
+        raise TypeError(f"{field} has no setting {unknown[0]!r}: the settings are {', '.join(rules)}")
+    return {name: rules[name](value) for name, value in values.items()}
 
 
 # The keys of a JSON line are the command line's flags; the names that records use are accepted too.
-_GENERATION = {name: name for name in ("seed", "num_samples", "num_tokens", "eos_id", "top_logprobs", "stop")}
+_GENERATION = ("seed", "num_samples", "num_tokens", "eos_id", "top_logprobs", "stop")
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "rep_penalty": "repetition_penalty"}
 _ALIASES = {"temperature": "temp", "repetition_penalty": "rep_penalty", "rep-penalty": "rep_penalty"}
 _KEYS = ("id", "prompt", *_GENERATION, *_SAMPLING)
 _ACCEPTED = {*_KEYS, *_ALIASES}
-_PLAIN = {"id", "prompt"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -219,13 +211,12 @@ class Names:
     """
 
     def __init__(self) -> None:
-        self._names, self._digests = array.array("q"), array.array("q")
+        self._names, self._is_given = array.array("q"), bytearray()
 
     def add(self, prompt: Prompt) -> None:
         """Adds the name of the next prompt."""
-        digest = hash(prompt.digest)
-        self._digests.append(digest)
-        self._names.append(digest if prompt.id is None else hash(prompt.id))
+        self._is_given.append(prompt.id is not None)
+        self._names.append(hash(prompt.name))
 
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the indices of the prompts, those of equal names together in order, and where each name begins."""
@@ -240,15 +231,15 @@ class Names:
             several: The prompts that were added, to be read again for the message.
         """
         order, _ = self.groups()
-        names, digests = np.array(self._names, np.int64)[order], np.array(self._digests, np.int64)[order]
-        is_given = names != digests  # an id, or one that happens to be the digest
-        suspect = (names[1:] == names[:-1]) & ((digests[1:] != digests[:-1]) | is_given[1:])
+        names, is_given = np.array(self._names, np.int64)[order], np.frombuffer(self._is_given, bool)[order]
+        suspect = (names[1:] == names[:-1]) & (is_given[1:] | is_given[:-1])
         pairs = [(int(order[place]), int(order[place + 1])) for place in np.flatnonzero(suspect)]
         indices = {index for pair in pairs for index in pair}
         found = {index: prompt for index, prompt in enumerate(several) if index in indices} if pairs else {}
         for first, second in sorted(pairs, key=max):
             one, other = found[first], found[second]
-            if other.place is not None or one.digest != other.digest:
+            is_again = other.place is not None and other.id is not None and one.id is not None
+            if is_again or one.digest != other.digest:
                 before = f"prompt {first + 1}" if one.place is None else f"line {one.place.rpartition(' ')[2]}"
                 again = other.place or f"prompt {second + 1}"
                 raise ValueError(f"{again}: id {config.shortened(other.name)} is that of {before} too")
@@ -304,22 +295,23 @@ def _parse(line: str, place: str) -> Prompt:
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise ValueError(f"must be a JSON object with a prompt: got {kind}. Each line must be one whole JSON object")
-    text = value.get("prompt")
-    if not value.keys() <= _ACCEPTED:
-        unknown = next(key for key in value if key not in _ACCEPTED)
-        raise ValueError(f"unknown key {config.shortened(unknown)}: the keys are {', '.join(_KEYS)}")
+    for key in value:
+        if key not in _ACCEPTED:
+            raise ValueError(f"unknown key {config.shortened(key)}: the keys are {', '.join(_KEYS)}")
+    text, name = value.get("prompt"), value.get("id", "")
     if not isinstance(text, str) or not text:
         raise ValueError(f"prompt must be a text of at least one character: got {config.shortened(text)}")
-    if "id" in value:
-        config.require_text("id", value["id"])
-    if value.keys() <= _PLAIN:
-        return Prompt(text=text, id=value.get("id"), place=place)
-    value = _without_aliases(value)
+    if not _is_plain(name) and "id" in value:
+        config.require_text("id", name)
+    if len(value) == ("id" in value) + 1:
+        return Prompt(text=text, id=name or None, place=place)
+    if not _ALIASES.keys().isdisjoint(value):
+        value = _without_aliases(value)
     if value.get("seed") == -1:
         raise ValueError("seed must be an integer of at least 0: -1, which draws a seed, is for the flag --seed")
-    generation = {field: value[key] for key, field in _GENERATION.items() if key in value}
+    generation = {field: value[field] for field in _GENERATION if field in value}
     sampling = {field: _number(key, value[key]) for key, field in _SAMPLING.items() if key in value}
-    return Prompt(text=text, id=value.get("id"), generation=generation, sampling=sampling, place=place)
+    return Prompt(text=text, id=name or None, generation=generation, sampling=sampling, place=place)
 
 
 def _without_aliases(value: dict[str, Any]) -> dict[str, Any]:
@@ -336,4 +328,4 @@ def _without_aliases(value: dict[str, Any]) -> dict[str, Any]:
 def _number(key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{key} must be a number: got {config.shortened(value)}")
-    return value
+    return float(value) if isinstance(value, float) else value  # that of strict JSON is a type of its own
