@@ -63,12 +63,12 @@ def test_a_file_of_another_kind_or_size_is_noticed(run: Path, name: str, damage:
     data = path.read_bytes()
     path.unlink()
     if damage == "link":
-        (run / "elsewhere").write_bytes(data + b" ")
+        (run / "elsewhere").write_bytes(data[1:])
         path.symlink_to(run / "elsewhere")
     elif damage == "directory":
         path.mkdir()
     elif damage != "missing":
-        path.write_bytes({"empty": b"", "cut": data[:-1], "grown": data + b"\0"}[damage])
+        path.write_bytes({"empty": b"", "cut": data[:-9], "grown": data + b"\0"}[damage])
     at, (note,) = states.choose(run)
     assert at == 4
     assert str(path) in note or "no sha256.json" in note
