@@ -51,7 +51,7 @@ def test_a_run_writes_nothing_foreign(root: Path, trained: Path) -> None:
 
 def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(made: Path, tmp_path: Path) -> None:
     """At every change of the disk, in the replacement, in the deletion, and in the recovery of either."""
-    old, outcomes = names(made / "mine"), []
+    old, outcomes, ended = names(made / "mine"), [], False
     for kill in range(1, 100):
         root = Path(shutil.copytree(made, tmp_path / str(kill) / "checkpoints", symlinks=True))
         run, left = root / "mine", [kill]
@@ -67,7 +67,7 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(made: Path, tmp_
                 reset.finish(run)
                 ended = True
             except Killed:
-                ended = False
+                pass
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(directory, "CHECKPOINTS", root)
             reset.recover(run)

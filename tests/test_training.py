@@ -150,9 +150,20 @@ def test_metrics_lose_what_comes_after_a_step_and_a_torn_end(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "line",
-    ['{"step": null}', '{"step": "2"}', '{"step": 2.0}', '{"step": true}', '{"step": 0}', '{"loss": 1}', "[2]", "2"]
-    + ['{"step": 2, "validation_loss": "1"}', '{"step": 2, "loss": null}', '{"step": 2, "loss": NaN}']
-    + ['{"step": 2, "step": 2}', '{"step": 2, "loss": 1e400}', "[" * 100_000],
+    [
+        *(
+            '{"step": null}',
+            '{"step": "2"}',
+            '{"step": 2.0}',
+            '{"step": true}',
+            '{"step": 0}',
+            '{"loss": 1}',
+            "[2]",
+            "2",
+        ),
+        *('{"step": 2, "validation_loss": "1"}', '{"step": 2, "loss": null}', '{"step": 2, "loss": NaN}'),
+        *('{"step": 2, "step": 2}', '{"step": 2, "loss": 1e400}', "[" * 100_000),
+    ],
 )
 def test_a_line_of_metrics_of_another_kind_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
