@@ -27,11 +27,14 @@ NUMERICS = record.Numerics(
     platform="cpu",
     device_kind="cpu",
     machine="x86_64",
+    processor="AMD EPYC 7B13",
+    instruction_sets=("avx", "avx2", "fma"),
     cores=2,
     dtype="float32",
     attention="xla",
     decode_width=1,
     xla_flags="",
+    environment=(),
 )
 VERSIONS = provenance.Versions(
     hipgpt_jax="0.1.0",

@@ -19,7 +19,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "text": (1, set()),
     "model": (1, set()),
     "runs": (1, set()),
-    "hipgpt_jax, devices": (1, {"compilation", "devices", "processes"}),
+    "hipgpt_jax, devices": (1, {"compilation", "devices", "numerics", "processes"}),
     "generation": (2, set()),
     "evaluation": (2, set()),
     "training": (3, set()),

@@ -7,9 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from hipgpt_jax import compilation, devices, doctor
+from hipgpt_jax import compilation, devices, doctor, numerics
 from hipgpt_jax.doctor import drivers, packages
-from hipgpt_jax.runs import provenance
 
 PROBE_TIMEOUT_S = 180.0
 SETTINGS = (
@@ -46,7 +45,7 @@ _STAGES = ("does not start", "does not compute", "starts, but Flax does not impo
 def examine() -> Iterator[doctor.Finding]:
     """Looks at the processor, the GPU drivers, the environment and the devices that JAX finds."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield doctor.Finding("machine", f"{provenance.cores()} CPU cores, {memory / 1e9:.1f} GB of memory")
+    yield doctor.Finding("machine", f"{numerics.cores()} CPU cores, {memory / 1e9:.1f} GB of memory")
     yield from drivers.examine()
     for name in SETTINGS:
         if name in os.environ:

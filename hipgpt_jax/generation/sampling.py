@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hipgpt_jax import config
+from hipgpt_jax import config, numerics
 from hipgpt_jax.generation import candidates
 
 
@@ -60,14 +60,14 @@ def sample_key(words_3: np.ndarray | jax.Array) -> jax.Array:
     Args:
         words_3: From ``key_words``.
     """
-    key = jax.random.key(words_3[0], impl="threefry2x32")
+    key = numerics.key_of(words_3[0])
     return jax.random.fold_in(jax.random.fold_in(key, words_3[1]), words_3[2])
 
 
 def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
     """Returns the uniform number of the token at ``index``: a multiple of 2**-24 in [0, 1).
 
-    The number is made of raw threefry words, so no setting of JAX's changes it.
+    Key and number are made of raw threefry words, so no JAX setting changes them.
     """
     word = jax.random.key_data(jax.random.fold_in(key, index))[..., 0]
     return (word >> 8).astype(jnp.float32) * jnp.float32(2**-24)

@@ -78,11 +78,6 @@ def versions(plugin: str | None) -> Versions:
     )
 
 
-def cores() -> int:
-    """Returns the CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def without_directories(text: str) -> str:
     """Returns ``text`` with each absolute path cut to its last name.
 

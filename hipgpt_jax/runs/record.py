@@ -78,21 +78,27 @@ class Numerics:
         platform: As JAX names it: ``cpu``, ``gpu``, ``cuda`` or ``rocm``.
         device_kind: As JAX names it.
         machine: Architecture of the processor.
+        processor: Its model name.
+        instruction_sets: Its vector extensions. The last bits of a log-probability depend on them.
         cores: CPU cores that the process could use.
         dtype: Type of the arithmetic.
         attention: Implementation of a prompt's attention, ``xla`` or ``cudnn``.
         decode_width: Rows decoded side by side, ``--batch_size``.
         xla_flags: ``XLA_FLAGS``, paths cut to their last name.
+        environment: Settings of JAX and of GPU libraries that can change a number and are not at their defaults.
     """
 
     platform: str
     device_kind: str
     machine: str
+    processor: str
+    instruction_sets: tuple[str, ...]
     cores: int
     dtype: str
     attention: str
     decode_width: int
     xla_flags: str
+    environment: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
