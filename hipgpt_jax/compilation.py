@@ -97,6 +97,13 @@ def max_bytes() -> int | None:
     return size
 
 
+def cache_in(
+    directory: Path, limit: int | None = None, tell: Callable[[str], None] = lambda line: None
+) -> disk_cache.DiskCache:
+    """Returns the cache in a directory; see ``disk_cache.DiskCache`` for its size limit and ``tell``."""
+    return disk_cache.DiskCache(directory, (EXECUTABLE, PROGRAM), limit, tell)
+
+
 class _Executables:
     """XLA's executables in the cache, with the methods that JAX calls.
 
@@ -134,7 +141,7 @@ def _install(directory: Callable[[], Path], tell: Callable[[str], None]) -> disk
         place = disk_cache.safe_directory(directory())
     except (OSError, RuntimeError, ValueError) as error:
         return _go_without(f"{error}; {CACHE_VARIABLE} can name another directory", tell)
-    _active = disk_cache.DiskCache(place, (EXECUTABLE, PROGRAM), max_bytes(), tell)
+    _active = cache_in(place, max_bytes(), tell)
     jax.config.update("jax_compilation_cache_dir", str(place))
     # Not XLA's caches of its own in that directory: they have neither digests nor a size limit.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

@@ -150,17 +150,26 @@ def safe_directory(directory: Path) -> Path:
         PermissionError: Another user can; the message says what to do.
         OSError: It cannot be made, or is no directory.
     """
+    for place in missing_directories(directory):  # mkdir(parents=True) would make the parents by the umask alone
+        place.mkdir(mode=0o700, exist_ok=True)
+    missing_directories(directory)
+    return directory.resolve(strict=True)
+
+
+def missing_directories(directory: Path) -> list[Path]:
+    """Returns the directories that have to be made for one to exist, parents first.
+
+    Raises:
+        PermissionError: The directory, or where it would be made, is not safe as ``safe_directory`` has it.
+        OSError: It cannot be looked at, or is no directory.
+    """
     directory = directory.absolute()
     missing = list(itertools.takewhile(lambda place: not place.exists(), (directory, *directory.parents)))
-    if missing:  # nothing is made in an unsafe place
-        _refuse_writable_by_others(missing[-1].parent.resolve(strict=True), is_parent=True)
-    for place in reversed(missing):  # mkdir(parents=True) would make the parents by the umask alone
-        place.mkdir(mode=0o700, exist_ok=True)
-    resolved = directory.resolve(strict=True)
-    if not resolved.is_dir():
-        raise NotADirectoryError(f"{directory} is not a directory")
-    _refuse_writable_by_others(resolved, is_parent=False)
-    return resolved
+    existing = (missing[-1].parent if missing else directory).resolve(strict=True)
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is not a directory")
+    _refuse_writable_by_others(existing, is_parent=bool(missing))
+    return missing[::-1]
 
 
 def _refuse_writable_by_others(directory: Path, *, is_parent: bool) -> None:

@@ -189,7 +189,7 @@ def _users_own_writable_one(base: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (_in_a_file, "Not a directory: '{base}/file/hipgpt_jax'"),
+        (_in_a_file, "{base}/file is not a directory"),
         (_writable_parent, "other users can write {base}/open, .*chmod go-w {base}/open"),
         (_owned_by_another, "{base}/xdg/hipgpt_jax/compiled belongs to user 65534"),
         (_link_to_a_writable_one, "other users can write {base}/shared, .*chmod go-w {base}/shared"),

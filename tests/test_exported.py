@@ -2,7 +2,10 @@
 
 import gc
 import hashlib
+import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +112,36 @@ finally:
         lines.append(done.stdout.splitlines())
     assert (lines[0][-1], lines[1][-1]) == ("0 flax", "0")
     assert lines[0][:-1] == lines[1][:-1] != []
+
+
+@pytest.mark.slow
+def test_no_damage_to_the_cache_changes_a_token_or_ends_the_process(tmp_path: Path) -> None:
+    """By the command: bits of executables and exported programs, chosen by a fixed seed, and files that are cut."""
+    asked = ("--run-name", "shakespeare", "--prompt", "To be", "--num_tokens", "9", "--output", "-")
+
+    def generate() -> tuple[str, list[str]]:
+        done = cli.spawn("generate", *asked, cwd=tmp_path, cache=tmp_path)
+        assert done.code == 0, done.err
+        assert not re.search("Traceback|Warning", done.err)
+        return json.loads(done.out)["ids"], [line for line in done.err.splitlines() if "damaged" in line]
+
+    right, _ = generate()
+    entries = sorted((tmp_path / "hipgpt_jax/compiled").iterdir())
+    assert {path.suffix for path in entries} == {compilation.EXECUTABLE, compilation.PROGRAM}
+    chance = random.Random(0)
+    chance.shuffle(entries)
+    while entries:
+        for path in (entries.pop(), entries.pop()):
+            content = bytearray(path.read_bytes())
+            if chance.random() < 0.3:
+                del content[chance.randrange(len(content)) :]
+            else:
+                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+        ids, told = generate()
+        assert ids == right
+        assert len(told) == 1
+    assert generate() == (right, [])
 
 
 def double(state: carry.Rows) -> carry.Rows:
