@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipgpt_jax import config, devices
+from hipgpt_jax import compilation, config, devices
 from hipgpt_jax.generation import source
 from hipgpt_jax.runs import provenance, record, weights
 from hipgpt_jax.text import prompts as prompt_files
@@ -237,6 +237,8 @@ def load_run(
 ) -> Run:
     """Loads a run: one in ``checkpoints/``, else one of the package.
 
+    If JAX's persistent compilation cache is on in this process, ``compilation.check_cache`` has its entries checked.
+
     Args:
         name: Name of the run.
         step: Training step, or ``best``; the latest if absent.
@@ -251,6 +253,7 @@ def load_run(
     origin = provenance.Origin()
     found = source.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
     started = devices.start(device, _LOG.info)
+    compilation.check_cache(_LOG.warning)
     return Run(found, started, origin)
 
 

@@ -264,7 +264,7 @@ def test_ctrl_c_ends_quietly(trained: Path, cache: Path) -> None:
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_says_so(trained: Path, tmp_path: Path) -> None:
     first = programs.spawn("generate", *HI, cwd=trained, cache=tmp_path)
-    directory = tmp_path / "hipgpt_jax" / "xla"
+    directory = tmp_path / "hipgpt_jax" / "compiled"
     assert directory.stat().st_mode & 0o777 == 0o700
     compiled = {path.name for path in directory.iterdir() if not path.name.endswith("-atime")}
     assert compiled
