@@ -80,7 +80,7 @@ def test_a_jax_that_does_not_start_is_a_trouble_and_no_crash(
     lines = result.out.splitlines()
     (line,) = (i for i, text in enumerate(lines) if "TROUBLE" in text)
     assert re.fullmatch(rf" +TROUBLE +JAX +{re.escape(said)}", lines[line])
-    assert re.fullmatch(r" +→ pip install --force-reinstall 'jax==[\d.]+' 'jaxlib==[\d.]+'", lines[line + 1])
+    assert re.fullmatch(r" +-> pip install --force-reinstall 'jax==[\d.]+' 'jaxlib==[\d.]+'", lines[line + 1])
     assert lines[-1] == "1 trouble"
     assert "shakespeare" in result.out
     assert "Traceback" not in result.out

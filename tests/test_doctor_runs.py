@@ -51,7 +51,7 @@ def test_a_damaged_latest_step_is_named_with_the_step_to_take(tiny: Path, call: 
     assert re.search(
         r"TROUBLE run +tiny: step 40, the latest, is damaged: .*tiny_step40\.bin is not the file", result.out
     )
-    assert re.search(r"\n +→ Restore the file; until then, take --step 20\n\n1 trouble\n$", result.out)
+    assert re.search(r"\n +-> Restore the file; until then, take --step 20\n\n1 trouble\n$", result.out)
     cut(tiny / "tiny_step20.bin")
     latest, older = runs.examine("tiny")
     assert latest.advice == "Restore the file, or train the run anew: hipgpt-train --run-name tiny --reset …"

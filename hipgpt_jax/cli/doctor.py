@@ -48,11 +48,10 @@ def _report(title: str, findings: Iterable[doctor.Finding]) -> int:
     print(f"\n{title}")
     troubles = 0
     for finding in findings:
-        print(
-            f"  {'TROUBLE' if finding.advice else 'ok':8}{finding.topic:18}{' '.join(finding.text.split())}", flush=True
-        )
+        text = program.printable(" ".join(finding.text.split()))
+        print(f"  {'TROUBLE' if finding.advice else 'ok':8}{finding.topic:18}{text}", flush=True)
         if finding.advice:
-            print(f"{'':28}→ {finding.advice}", flush=True)
+            print(f"{'':28}-> {program.printable(finding.advice)}", flush=True)
             troubles += 1
     return troubles
 
