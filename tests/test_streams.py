@@ -182,6 +182,23 @@ def test_an_error_is_one_printable_line_of_limited_length(
     assert " ... " in long
 
 
+def test_generated_text_is_escaped_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\tb\n\x1b[2J\r\x9bc é\ufffd"
+    for is_terminal, expected in ((False, text), (True, "a\tb\n\\x1b[2J\\r\\x9bc é\ufffd")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert program.displayable(text) == expected
+
+
+def test_a_command_can_be_pasted_whatever_its_words_hold() -> None:
+    words = ["plain", "two words", "it's", "$HOME `x` \\n", "", "a\n\t'\\x", "\x1b[2J\x9b\u2028\u202eé", "\udcff\\"]
+    command = program.shell_command(words)
+    assert program.printable(command) == command
+    done = subprocess.run(
+        ["bash", "-c", f'printf "%s\\0" {command}'], env={**os.environ, "LC_ALL": "C.UTF-8"}, capture_output=True
+    )
+    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in words]
+
+
 def test_a_note_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
     program.note("a\x1b[1A\r\nidentical  b")
     assert capsys.readouterr().err == "a\\x1b[1A\\r\\nidentical  b\n"

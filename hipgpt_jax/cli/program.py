@@ -30,6 +30,8 @@ _REPORTED = (flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, Me
 # Programs print through these names alone.
 note = streams.note
 printable = streams.printable
+displayable = streams.displayable
+shell_command = streams.shell_command
 outlive_stdout = streams.outlive_stdout
 
 

@@ -4,8 +4,10 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO, cast
 
 # Control characters, which move a terminal's cursor or end a line; Unicode's line separators and bidirectional
@@ -77,6 +79,37 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def displayable(text: str) -> str:
+    """Returns generated text as stdout shows it: as it is, but with control characters escaped on a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in "\n\t" else printable(match[0]), text)
+
+
+def shell_command(words: Sequence[str]) -> str:
+    r"""Returns a command to be pasted into a shell, on one line even if words have line breaks or control characters.
+
+    >>> shell_command(["hipgpt-train", "--run-name", "my run", "--sample-prompt=it's\n"])
+    "hipgpt-train --run-name 'my run' $'--sample-prompt=it\\'s\\n'"
+    """
+    return " ".join(map(_shell_word, words))
+
+
+def _shell_word(word: str) -> str:
+    if not _UNPRINTABLE.search(word):
+        return shlex.quote(word)
+    # The ANSI-C quoting of bash and zsh: a byte of no text is a surrogate here and \xNN there; U+009B is \u009b.
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{_UNPRINTABLE.sub(_ansi_c, plain)}'"
+
+
+def _ansi_c(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(match[0], f"\\u{code:04x}")
+
+
 def note(line: str) -> None:
     """Writes a line to stderr, escaped. A stderr that cannot be written is ignored."""
     try:
@@ -93,7 +126,8 @@ def report(program: str, kind: str, error: BaseException | str) -> None:
     """Writes an error or a warning as one line of limited length, ``program: kind: message``."""
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         error = error.strerror  # without the number, and there is no file to name
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else "")
+    message = message or type(error).__name__
     if len(message) > _MESSAGE_HEAD + _MESSAGE_TAIL:
         message = f"{message[:_MESSAGE_HEAD]} ... {message[-_MESSAGE_TAIL:]}"
     note(f"{program}: {kind}: {message}")
