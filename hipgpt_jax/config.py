@@ -6,8 +6,10 @@ refuse a bad flag before the slow imports begin.
 
 import dataclasses
 import math
+import re
 
 DTYPES = ("float32", "bfloat16")
+_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def require_int(name: str, value: object, low: int, meaning: str) -> None:
@@ -20,6 +22,19 @@ def require_text(name: str, value: object) -> None:
     """Raises ValueError where a value is no text of at least one character that UTF-8 can hold."""
     if not isinstance(value, str) or not value or any("\ud800" <= char <= "\udfff" for char in value):
         raise ValueError(f"{name} must be a text of at least one character, in UTF-8: got {value!r}")
+
+
+def valid_text(text: str) -> str:
+    r"""Returns text with U+FFFD in place of what UTF-8 cannot represent: undecodable bytes, lone surrogates.
+
+    Python decodes command lines with the error handler ``surrogateescape``, so bytes that are not UTF-8 arrive as
+    surrogates. They are read as those of a file are.
+
+    >>> valid_text("caf\udcc3\udca9 \udcff")
+    'café \ufffd'
+    """
+    text = _LONE_SURROGATE.sub("\ufffd", text)
+    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
 
 
 def require_finite(name: str, value: float, meaning: str) -> None:

@@ -3,8 +3,10 @@
 import gzip
 import json
 import math
+import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +102,58 @@ def test_a_file_that_exists_is_not_replaced_unasked(run: Run) -> None:
     assert json.loads(Path("u.jsonl").read_text())["text"] == "a queen"
     assert run("--prompt", "a queen", "--output", "/dev/null").code == 0
     assert Path("/dev/null").is_char_device()
+
+
+def test_overwrite_replaces_only_what_evaluate_wrote(run: Run) -> None:
+    score = ("--prompt", "a queen", "--overwrite", "--output")
+    Path("o.jsonl").touch()
+    assert run(*score, "o.jsonl").code == 0, "an empty file"
+    whole = Path("o.jsonl").read_bytes()
+    Path("link").symlink_to("o.jsonl")
+    assert run(*score, "link", "--stride", "1").code == 0
+    assert whole != Path("o.jsonl").read_bytes()
+    assert Path("link").is_symlink()
+    os.link("o.jsonl", "hard.txt")
+    ours = Path("o.jsonl").read_bytes()
+    for content in (
+        b"my thesis",
+        b'{"id":"a","text":"b"}\n',
+        ours[:-30],
+        b"[]\n",
+        b"9" * 5000,
+        b"\xff\n",
+        b"[" * 99999,
+    ):
+        Path("t.jsonl").write_bytes(content)
+        result = run(*score, "t.jsonl")
+        assert result.code == 1
+        assert "--output t.jsonl exists and is no file of hipgpt-evaluate: give another name" in result.err
+        assert Path("t.jsonl").read_bytes() == content
+    for source in ("o.jsonl", "link", "hard.txt"):
+        for target in ("o.jsonl", "link", "hard.txt"):
+            result = run("--prompts_file", source, "--overwrite", "--output", target)
+            assert result.code == 1
+            assert "input of this command" in result.err or "unknown key" in result.err
+            assert Path(target).read_bytes() == ours
+    result = run("--prompts_file", "hard.txt", "--overwrite", "--output", "link")
+    assert "--output link is an input of this command" in result.err
+    assert "--overwrite is for the file of --output" in run("--prompt", "a queen", "--overwrite").err
+
+
+def test_lines_go_to_pipes_and_to_stdout_by_any_name(run: Run) -> None:
+    for output in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        result = run("--prompt", "a queen", "--output", output)
+        assert json.loads(result.out)["text"] == "a queen", "and no table"
+    os.mkfifo("pipe")
+    with open(os.open("pipe", os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        assert run("--prompt", "a queen", "--output", "pipe").code == 0
+        assert json.loads(reader.read())["text"] == "a queen"
+    assert Path("pipe").is_fifo()
+    ended = threading.Thread(target=lambda: os.close(os.open("pipe", os.O_RDONLY)))
+    ended.start()
+    result = run("--prompt", "a queen", "--output", "pipe")
+    ended.join()
+    assert (result.code, "error" in result.err) == (141, False)
 
 
 def test_a_text_is_the_same_in_any_form(run: Run) -> None:

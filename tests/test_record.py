@@ -154,3 +154,11 @@ def test_arguments_tell_no_directory() -> None:
 )
 def test_flags_tell_no_directory(given: str, kept: str) -> None:
     assert provenance.without_directories(given) == kept
+
+
+def test_a_user_without_a_home_directory_has_nothing_to_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert provenance.arguments("hipgpt-x", ["x", "--output", "../b/c.jsonl"]) == ("hipgpt-x", "--output", "c.jsonl")

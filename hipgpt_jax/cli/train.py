@@ -46,6 +46,7 @@ def _train() -> None:
     run = directory.check_name(train_flags.RUN_NAME.value or time.strftime("run_%Y%m%d-%H%M%S"))
     run_directory = directory.CHECKPOINTS / run
     many = _join()
+    program.outlive_stdout(matters=False)  # metrics.jsonl has all that is printed
     if not many:
         _check_start(run_directory)
     device = _start_device()

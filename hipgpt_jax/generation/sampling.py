@@ -30,7 +30,10 @@ def settings(rows: Sequence[config.SamplingConfig]) -> Settings:
     """Returns the settings of each row, as NumPy's arrays; a ``top_k`` of 2**31 or more keeps all, as 0 does."""
 
     def column(values: Iterable[float], dtype: type) -> Any:
-        return np.array(list(values), dtype)
+        with np.errstate(
+            over="ignore"
+        ):  # above 3.4e38, a temperature becomes inf: all that are kept are equally likely
+            return np.array(list(values), dtype)
 
     return Settings(
         column((row.temperature for row in rows), np.float32),

@@ -1,11 +1,12 @@
 """Byte-level BPE: text to ids and back without loss, whole or as a stream."""
 
 import codecs
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
+
+from hipgpt_jax import config
 
 MIN_VOCAB_SIZE = 256
 # The token after a document, by the names that tokenizers give it; the first one is ours and GPT-2's.
@@ -30,7 +31,6 @@ _PROBE = (
     + "".join(map(chr, range(0x250)))
     + "\n \u3000 "
 )
-_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def _token_bytes(token: str) -> bytes:
@@ -142,11 +142,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``; no token is added."""
-        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+        return self._backend.encode(config.valid_text(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yields the ids of each text, encoded on all cores."""
-        for encoding in self._backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False):
+        for encoding in self._backend.encode_batch_fast(
+            [config.valid_text(text) for text in texts], add_special_tokens=False
+        ):
             yield encoding.ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -191,9 +193,3 @@ class StreamDecoder:
     def finish(self) -> str:
         """Returns what an unfinished character at the end becomes: U+FFFD, or nothing."""
         return self._utf8.decode(b"", final=True)
-
-
-def _valid(text: str) -> str:
-    """Replaces what UTF-8 cannot hold: bytes that Python smuggled in as surrogates, and lone surrogates."""
-    text = _LONE_SURROGATE.sub("\ufffd", text)
-    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
