@@ -110,7 +110,7 @@ def prepare(
         return Dataset(directory)
 
     _remove_stale(directory)
-    ready = None if tokenizer_path is None else tokenizer.Tokenizer.load_lossless(tokenizer_path)
+    ready = None if tokenizer_path is None else tokenizer.Tokenizer.load(tokenizer_path)
     digest = None if tokenizer_path is None else files.sha256(tokenizer_path)
     text = corpus.Corpus(sources, text_field, progress)
     if ready is not None and text.documents > 1 and ready.end_id is None:
@@ -223,6 +223,5 @@ def require_same(
 
 
 def _tokenizer_digest(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"tokenizer not found: {path}")
+    tokenizer.require_file(path)
     return files.sha256(path)
