@@ -47,6 +47,7 @@ class Tokenizer:
         self._bytes: list[bytes] = [b""] * backend.get_vocab_size()
         for token, token_id in backend.get_vocab().items():
             self._bytes[token_id] = token.encode() if token_id in added else _token_bytes(token)
+        self._lengths_V = np.array([len(token) for token in self._bytes])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, has_end: bool = False) -> "Tokenizer":
@@ -126,9 +127,9 @@ class Tokenizer:
 
     def count_bytes(self, ids: np.ndarray, end_id: int | None = None) -> int:
         """Returns the number of bytes that ``ids`` stand for; ``end_id``, the end of a document, stands for none."""
-        lengths_V = np.array([0 if token_id == end_id else len(token) for token_id, token in enumerate(self._bytes)])
-        blocks = range(0, len(ids), _BLOCK_IDS)  # of a corpus, whose lengths at once would take 8 bytes per id
-        return sum(int(lengths_V[ids[first : first + _BLOCK_IDS]].sum()) for first in blocks)
+        blocks = (ids[first : first + _BLOCK_IDS] for first in range(0, len(ids), _BLOCK_IDS))  # lengths are int64
+        ends = 0 if end_id is None else int(np.count_nonzero(ids == end_id)) * len(self._bytes[end_id])
+        return sum(int(self._lengths_V[block].sum()) for block in blocks) - ends
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yields the ids of each text, encoded on all cores."""
