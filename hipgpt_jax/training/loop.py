@@ -230,7 +230,7 @@ class _Trainer:
                 self._model,
                 state.params,
                 job.data.validation,
-                text_bytes=job.data.manifest.validation_bytes,
+                text_bytes=job.data.manifest.scored_bytes,
                 batch_size=job.train.batch_size,
                 length=job.model.max_seq_len,
                 max_batches=job.train.eval_batches,
