@@ -137,6 +137,7 @@ class Run:
 
         Raises:
             ValueError: A text has fewer than two tokens, an id is unknown, or the stride is out of range.
+            FloatingPointError: A log-probability is infinite or not a number.
         """
         from hipgpt_jax.evaluation import score
 
@@ -175,13 +176,16 @@ class Run:
 
         Args:
             ids: Token ids of the text, at least two.
-            text_bytes: Its bytes.
+            text_bytes: Bytes of text that the ids after the first stand for.
             stride: Tokens from one window to the next.
+
+        Raises:
+            FloatingPointError: The loss is infinite or not a number.
         """
         from hipgpt_jax.evaluation import loss
 
         length = self.source.window
-        return loss.score(
+        found = loss.score(
             self._engine.module,
             self._engine.params,
             ids,
@@ -190,6 +194,7 @@ class Run:
             length=length,
             stride=stride,
         )
+        return loss.require_finite(found)
 
     def jobs(self, asked: Iterable[source.Ask]) -> "Iterator[samples.Job]":
         """Yields the samples that are asked for, prompt by prompt."""

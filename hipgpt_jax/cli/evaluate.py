@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,9 +127,9 @@ def _evaluate() -> None:
         if texts:
             _score_texts(run, texts, stride, out, shows_table=not _is_stdout(output))
         elif text:
-            print(f"{program.printable(text.name)}: {len(text.ids)} tokens, {text.bytes} bytes")
-            scored_bytes = text.bytes - len(found.vocabulary.decode_bytes(text.ids[:1].tolist()))
-            _print(run.evaluate(text.ids, text_bytes=scored_bytes, stride=stride))
+            count = functools.partial(found.vocabulary.count_bytes, end_id=text.end_id)
+            print(f"{program.printable(text.name)}: {len(text.ids)} tokens, {count(text.ids)} bytes")
+            _print(run.evaluate(text.ids, text_bytes=count(text.ids[1:]), stride=stride))
 
 
 def _is_prompts() -> bool:
@@ -177,24 +179,27 @@ def _is_ours(path: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Text:
-    """What is scored."""
+    """A text to score, and the id in it that ends a document, which stands for no text."""
 
     name: str
     ids: np.ndarray
-    bytes: int
+    end_id: int | None
 
 
 def _read_text(found: source.Source) -> _Text:
     if _DATA_PATH.value is None:
         return _read_own(found)
     text = corpus.Corpus([Path(path) for path in _DATA_PATH.value], _TEXT_FIELD.value)
+    for line in text.notes:
+        program.note(line)
     start = text.split if _SPLIT.value == "validation" else 0
-    ids = encoding.encode(found.vocabulary, text, start, _end_id(found, text))
+    end_id = _end_id(found, text)
+    ids = encoding.encode(found.vocabulary, text, start, end_id)
     name = text.sources[0].name if len(text.sources) == 1 else f"{len(text.sources)} files"
     if len(ids) < 2:
         raise ValueError(f"{name} is too short: {len(ids)} tokens to score, and it needs 2")
     name = f"validation split of {name}" if _SPLIT.value == "validation" else name
-    return _Text(name=name, ids=ids, bytes=text.bytes - start)
+    return _Text(name=name, ids=ids, end_id=end_id)
 
 
 def _end_id(found: source.Source, text: corpus.Corpus) -> int | None:
@@ -217,9 +222,9 @@ def _read_own(found: source.Source) -> _Text:
     data = dataset.Dataset(where)
     if _SPLIT.value == "all":
         ids = np.concatenate([data.train, data.validation])
-        return _Text(name=data.manifest.name, ids=ids, bytes=data.manifest.text_bytes)
+        return _Text(name=data.manifest.name, ids=ids, end_id=data.manifest.eos_id)
     name = f"validation split of {data.manifest.name}"
-    return _Text(name=name, ids=data.validation, bytes=data.manifest.validation_bytes)
+    return _Text(name=name, ids=data.validation, end_id=data.manifest.eos_id)
 
 
 def _score_texts(
@@ -229,7 +234,8 @@ def _score_texts(
     for text in texts:
         (scored,) = run.score([text.text], stride=stride)
         if out is not None:
-            out.write(json.dumps(_line(run, text, scored, stride), ensure_ascii=False, separators=(",", ":")) + "\n")
+            line = _line(run, text, scored, stride)
+            out.write(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
             out.flush()
         if shows_table:
             print(f"{program.printable(text.name)}: {len(scored.ids)} tokens")
@@ -244,7 +250,8 @@ def _line(run: api.Run, text: prompts.Prompt, scored: "score.TextScore", stride:
         "tokens": scored.tokens,
         "logprobs": [None, *(float(str(value)) for value in scored.logprobs)],
         "ranks": [None, *scored.ranks.tolist()],
-        **_figures(scored.score),
+        # JSON has no infinity, which a perplexity may be.
+        **{name: value if math.isfinite(value) else None for name, value in _figures(scored.score).items()},
         "window": run.source.window,
         "stride": stride,
         **run.recorder.about(),
@@ -262,9 +269,10 @@ def _figures(found: "loss.Score") -> dict[str, float]:
 
 
 def _print(found: "loss.Score") -> None:
-    units = {"loss": "nats a token", "accuracy": "of the tokens were the likeliest"}
+    units = {"loss": "nats per token", "accuracy": "of the tokens were the likeliest"}
     for name, value in _figures(found).items():
-        print(f"  {name.replace('_', ' '):14} {value:9.4f} {units.get(name, '')}".rstrip())
+        number = f"{value:9.4f}" if value < 1e6 else f"{value:9.4g}"
+        print(f"  {name.replace('_', ' '):14} {number} {units.get(name, '')}".rstrip())
 
 
 def _open(path: Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
