@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hipgpt_jax.evaluation import loss, score
-    from hipgpt_jax.generation import samples
+    from hipgpt_jax.generation import comparison, samples
 
 Prompt = prompt_files.Prompt
 
@@ -203,20 +203,25 @@ class Run:
                 yield _job(ask, sample)
 
     def job_of(self, recorded: record.Record) -> "samples.Job":
-        """Returns the sample that a record is of, to be made anew; raises ValueError where it cannot be."""
-        from hipgpt_jax.generation import events, replay, samples
+        """Returns the job that regenerates a record, with as few tokens as ``compare`` needs.
 
-        request = events.Request(
-            prompt_ids=recorded.prompt_ids,
-            sample=recorded.sample,
-            generation=replay.generation_of(recorded),
-            sampling=replay.sampling_of(recorded),
-        )
+        Raises:
+            ValueError: This run cannot have made the record.
+        """
+        from hipgpt_jax.generation import replay, samples
+
+        request = replay.request_of(recorded)
         self._engine.check(request)
         if recorded.ids and max(recorded.ids) >= self.source.vocabulary.vocab_size:
             raise ValueError(f"it has ids beyond the vocabulary's size {self.source.vocabulary.vocab_size}")
         prompt = self.source.vocabulary.decode(recorded.prompt_ids)
-        return samples.Job(id=recorded.id, prompt=prompt, request=request)
+        return samples.Job(id=recorded.id, prompt=prompt, request=replay.shortened(request, recorded))
+
+    def compare(self, recorded: record.Record, found: record.Record) -> "comparison.Comparison":
+        """Compares a record with the one that ``records_of`` yields for its job."""
+        from hipgpt_jax.generation import comparison
+
+        return comparison.Judge(self._engine, self.source.vocabulary).compare(recorded, found)
 
     def records_of(self, jobs: "Iterable[samples.Job]") -> Iterator[record.Record]:
         """Makes samples and yields their records, in order."""

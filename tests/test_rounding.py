@@ -69,7 +69,7 @@ def test_a_draw_from_moved_logits_is_explained_with_all_its_numbers(settings: di
             assert margins.holds(numbers_4[2]), (V, index)
             assert gaps.low - 1e-5 <= numbers_4[3] <= gaps.high * 1.000001 + 1e-5
             assert draw.ranks(token).holds(numbers_4[1])
-            assert abs(draw.logprob(token) - numbers_4[0]) < 2 * tolerance + 1e-5
+            assert abs(draw.logprobs[token] - numbers_4[0]) < 2 * tolerance + 1e-5
     assert forked > 3, "rounding must change tokens for this to be a test"
 
 

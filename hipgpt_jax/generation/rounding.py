@@ -5,6 +5,7 @@ a recorded token if and only if logits within the tolerance of the recomputed on
 numbers recorded with the token. Everything here is float64 NumPy; ``sampling`` defines the draw.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,9 +68,10 @@ class Draw:
     def _find_nucleus(self, settings: config.SamplingConfig) -> None:
         """Finds the weights, the share of the ``n`` likeliest candidates, and how many candidates may be kept."""
         V, best = len(self._logits_V), self._high_V.max()
-        self._weights = tuple(np.exp((end_V - best) / self._temperature) for end_V in (self._low_V, self._high_V))
+        self._low_weight_V = np.exp((self._low_V - best) / self._temperature)
+        self._high_weight_V = np.exp((self._high_V - best) / self._temperature)
         self._top_k = min(settings.top_k or V, V)
-        low, high = (_sums(weight_V)[: self._top_k + 1] for weight_V in self._weights)
+        low, high = (_sums(each)[: self._top_k + 1] for each in (self._low_weight_V, self._high_weight_V))
         # Sorted weights are bounded by the sorted bounds.
         self._share_low = _share(low, high[-1] - high, 0)
         self._share_high = _share(high, low[-1] - low, 1)
@@ -80,10 +82,11 @@ class Draw:
             reached = self._share_low >= self._top_p + _SLACK
             self._most_kept = max(1, int(np.argmax(reached))) if reached.any() else self._top_k
 
-    def logprob(self, token: int) -> float:
-        """Returns the log-probability of a token in nats, of all logits at temperature 1."""
-        best = self._logits_V.max()
-        return float(self._logits_V[token] - best - np.log(np.exp(self._logits_V - best).sum()))
+    @functools.cached_property
+    def logprobs(self) -> np.ndarray:
+        """Log-probabilities in nats, of all logits at temperature 1."""
+        shifted_V = self._logits_V - self._logits_V.max()
+        return shifted_V - np.log(np.exp(shifted_V).sum())
 
     def ranks(self, token: int) -> Interval:
         """Returns the ranks that a token may have, 1 for the likeliest."""
@@ -106,7 +109,7 @@ class Draw:
             return None
         if self._temperature < candidates.SMALLEST_TEMPERATURE:
             return self.gaps(token) if self._high_V[token] >= self._low_V.max() else None
-        around = _Around(self._low_V, self._high_V, *self._weights, token)
+        around = _Around(self._low_V, self._high_V, self._low_weight_V, self._high_weight_V, token)
         found = []
         for kept in range(max(self._fewest_kept, around.fewest_above + 1), self._most_kept + 1):
             if around.begins(kept).low - _SLACK <= self._uniform <= around.ends(kept).high + _SLACK:

@@ -255,7 +255,7 @@ def parse(line: bytes, place: str) -> Record:
 def parse_object(line: bytes, place: str) -> dict[str, Any]:
     """Reads the JSON object of a record's line; raises ValueError where it has another schema or contract."""
     try:
-        value = files.parse_json(line)
+        value = files.parse_json(line.strip())
     except ValueError as error:
         # A line is always line 1 of itself, which beside its number in the file would confuse.
         raise ValueError(f"{place} is not JSON: {str(error).replace(' line 1 ', ' ')}") from error
