@@ -14,15 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipgpt_jax import config, files, training_config
+from hipgpt_jax import config, files
 from hipgpt_jax.runs import directory, weights
-from hipgpt_jax.text import dataset
-from hipgpt_jax.training import checkpoint
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
-TEXT = "".join(f"Speaker {i % 7}:\nTo be, or not to be, line {i}.\n\n" for i in range(40))
-MODEL = config.ModelConfig(vocab_size=256, max_seq_len=8, embed_dim=8, num_heads=2, ff_hidden_dim=12, num_layers=1)
+MODEL = fakes.RUN_MODEL
 
 # What the config of a step must hold, and of which kind.
 REQUIRED: dict[tuple[str, str], type] = {
@@ -35,37 +32,10 @@ REQUIRED: dict[tuple[str, str], type] = {
 }
 
 
-def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10)) -> Path:
-    """Writes a run of random weights by the package's own writers, and returns its directory."""
-    path = root / name
-    path.mkdir(parents=True)
-    source = root.parent / "text.txt"
-    source.write_text(TEXT)
-    dataset.prepare(path, source, MODEL.vocab_size)
-    for at in steps:
-        write(path, at)
-    return path
-
-
-def writer(path: Path, keep_last: int = 5) -> checkpoint.Writer:
-    return checkpoint.Writer(
-        directory=path,
-        model=MODEL,
-        train=training_config.TrainConfig(keep_last=keep_last),
-        manifest=dataset.Dataset(path).manifest,
-        weights_dtype="float32",
-        attention="xla",
-    )
-
-
-def write(path: Path, at: int, keep_last: int = 5) -> None:
-    writer(path, keep_last).write(at, fakes.random_params(MODEL, seed=at), latest=True, best=False)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that no test changes."""
-    return make_run(tmp_path_factory.mktemp("made") / "checkpoints", "tiny")
+    return fakes.make_run(tmp_path_factory.mktemp("made") / "checkpoints", "tiny")
 
 
 @pytest.fixture
@@ -338,9 +308,9 @@ def test_a_renamed_run_keeps_its_steps_and_is_tidied(run: Path) -> None:
     assert directory.read_checkpoint("other", 2).weights == renamed / "tiny_step2.bin"
     with pytest.raises(FileNotFoundError, match=r"run 'other' has no step 3\. Steps: 2, 10$"):
         directory.read_checkpoint("other", 3)
-    write(renamed, 12, keep_last=2)
+    fakes.write_step(renamed, 12, keep_last=2)
     assert {path.name for path in renamed.glob("*_step*.bin")} == {*("tiny_step10.bin", "other_step12.bin")}
-    write(renamed, 10, keep_last=2)
+    fakes.write_step(renamed, 10, keep_last=2)
     assert {path.name for path in renamed.glob("*_step*")} == {
         *("other_step10.bin", "other_step10_config.json", "other_step12.bin", "other_step12_config.json")
     }
@@ -349,7 +319,7 @@ def test_a_renamed_run_keeps_its_steps_and_is_tidied(run: Path) -> None:
 
 
 def test_the_links_follow_a_run_that_resumes_from_an_older_step(run: Path) -> None:
-    found = writer(run, keep_last=1)
+    found = fakes.writer(run, keep_last=1)
     found.write(12, fakes.random_params(MODEL), latest=True, best=True)
     found.write(8, fakes.random_params(MODEL), latest=False, best=False)
     found.rewind(8, best=None)

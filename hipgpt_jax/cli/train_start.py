@@ -14,6 +14,8 @@ from hipgpt_jax.cli import train_flags, train_report
 from hipgpt_jax.runs import directory, lock, reset, states
 from hipgpt_jax.text import dataset, documents, tokenizer
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def check_flags(train: training_config.TrainConfig) -> None:
     """Raises ValueError for flags that contradict one another or would end the run at their first use."""
@@ -51,8 +53,10 @@ def open_run() -> Iterator["Start"]:
         start = Start(run_directory, held)
         try:
             yield start
-        except BaseException:
+        except BaseException as error:
             start.undo()
+            if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+                raise OSError(f"{run_directory} cannot be written: {error.strerror}. Make room") from error
             raise
 
 
@@ -103,14 +107,17 @@ class Start:
         if train_flags.RESUME.value:
             return
         fresh = directory.beside(self.directory, "new")
-        fresh.mkdir(exist_ok=True)
+        try:
+            fresh.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{fresh}, where the data is prepared, cannot be made: {error.strerror}") from error
         try:
             with train_report.preparing() as progress:
                 data = dataset.prepare(fresh, **_sources(), progress=progress)
             data.check_length(train_flags.SEQ.value)
             _check_prompt(fresh)
         except BaseException as error:
-            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            is_full = isinstance(error, OSError) and error.errno in _FULL
             if not (is_full or isinstance(error, KeyboardInterrupt)):
                 reset.remove(fresh)
             raise
@@ -161,7 +168,7 @@ class Start:
                 )
             if not is_begun and not reset.is_leftover(here):
                 raise ValueError(f"{here} exists and is no run: give another --run-name")
-            if os.path.ismount(here):
+            if os.path.ismount(os.path.realpath(here)):
                 raise ValueError(f"{here} is a mount point, which cannot be replaced: mount the directory above it")
             reset.require_writable(here)
         if os.path.lexists(old := directory.beside(here, "old")):

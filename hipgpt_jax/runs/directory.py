@@ -27,7 +27,7 @@ _MAX_PID = 1 << 22  # Linux's largest process number, which a temporary name con
 _NOT_IN_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\.\.")
 
 # The run's name in a file name is not compared with the directory's: renaming a directory renames no file in it.
-_STEP_CONFIG = re.compile(r"(?!\.)(.+)_step(\d+)_config\.json", re.DOTALL)
+_STEP_CONFIG = re.compile(r"(?!\.)(.+)_step([0-9]+)_config\.json", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

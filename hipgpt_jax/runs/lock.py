@@ -101,6 +101,8 @@ class Lock:
             try:
                 file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except OSError as error:
+                if self._directory.is_dir():
+                    return  # behind a link into a directory of others: the run's own directory is locked all the same
                 raise OSError(f"the lock {self._path} cannot be opened: {error.strerror}") from error
             try:
                 _lock(file, self._directory.name, self._path)

@@ -75,7 +75,7 @@ def verify(run_directory: Path, step: int) -> State:
     state = path_of(run_directory, step)
     try:
         if not os.path.lexists(state / DIGESTS_NAME):
-            return State(step=step, fault=f"it has no {DIGESTS_NAME}", is_unchecked=True)
+            return State(step=step, fault=f"no {DIGESTS_NAME}: its save was cut short", is_unchecked=True)
         return State(step=step, fault=_fault(state))
     except OSError as error:
         return State(step=step, fault=f"{error.filename or state} cannot be read: {error.strerror or error}")

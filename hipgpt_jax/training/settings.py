@@ -84,6 +84,12 @@ def require_same(
         notes.append(
             f"the run was begun {begun} --remat: its results will be equal within rounding, but not to the last bit"
         )
+    notes += [
+        f"the run was extended to {change['to']} steps at step {change['at']}: steps {at + 1} to {change['at']} are "
+        f"taken again with the longer schedule, and give other weights than the first time"
+        for change in old.get("extended", [])
+        if change["at"] > at
+    ]
     before = old["training"][_HORIZON]
     if before == train.steps:
         return notes
@@ -113,12 +119,20 @@ def _describe_extension(train: training_config.TrainConfig, before: int, at: int
 
 
 def extend(run_directory: Path, train: training_config.TrainConfig, at: int) -> None:
-    """Writes down where a run has more steps from step ``at`` on than it was begun with; else does nothing."""
+    """Writes down from which step on a run has more steps than it was begun with.
+
+    Args:
+        run_directory: The run.
+        train: How it is to be trained now.
+        at: The step that it resumes from. What was written of later steps holds from there on.
+    """
     old = _read(run_directory)
-    before = old["training"][_HORIZON]
-    if before == train.steps:
+    before, changes = old["training"][_HORIZON], old.get("extended", [])
+    if before == train.steps and all(change["at"] <= at for change in changes):
         return
-    old["extended"] = [*old.get("extended", []), {"at": at, "from": before, "to": train.steps}]
+    old["extended"] = [{**change, "at": min(change["at"], at)} for change in changes]
+    if before != train.steps:
+        old["extended"].append({"at": at, "from": before, "to": train.steps})
     old["training"][_HORIZON] = train.steps
     files.write_json(run_directory / directory.SETTINGS_NAME, old)
 
