@@ -444,7 +444,6 @@ def test_a_file_that_the_library_reads_otherwise_is_refused(
             }
         ),
     ],
-    ids=str,
 )
 def test_a_setting_that_loses_nothing_is_accepted(
     tmp_path: Path, edit: Callable[[dict[str, Any]], Any], capfd: pytest.CaptureFixture[str]
