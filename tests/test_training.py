@@ -123,6 +123,17 @@ def test_score_counts_every_token_but_the_first_once(model: transformer.Transfor
     assert scored.perplexity == pytest.approx(np.exp(nll / 30), rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [709.0, 709.7, 710.0, 483_334.0])
+def test_a_perplexity_is_that_of_the_loss_or_infinite(value: float) -> None:
+    scored = loss.Score(loss=value, nats_per_byte=value, accuracy=0.0, tokens=1)
+    line = {"step": 1, **metrics.describe_score(scored)}
+    assert scored.perplexity == (np.exp(value) if value < 709.78 else np.inf)
+    assert line.get("validation_perplexity", np.inf) == scored.perplexity
+    json.dumps(line, allow_nan=False)
+    assert len(metrics.format_evaluation(line)) < 120
+    assert ("Perplexity: inf" in metrics.format_evaluation(line)) == (value > 709.78)
+
+
 def test_a_target_that_shares_the_largest_logit_is_right() -> None:
     logits_BTV = jnp.asarray([[[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [4.0, 3.0, 0.0]]])
     assert int(loss.sum_tokens(logits_BTV, jnp.asarray([[1, 2, 1]])).correct) == 2

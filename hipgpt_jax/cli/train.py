@@ -45,6 +45,7 @@ def _train() -> None:
     train_start.check_flags(train)
     _note_warmup(train)
     many = _join()
+    program.outlive_stdout(matters=False)  # metrics.jsonl has all that is printed
     with contextlib.ExitStack() as stack:
         start = None if many else stack.enter_context(train_start.open_run())
         device = _start_device()

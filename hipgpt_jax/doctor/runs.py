@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from hipgpt_jax import doctor
 from hipgpt_jax.runs import directory
@@ -37,6 +38,12 @@ def examine(only: str | None = None, *, verify: bool = True) -> Iterator[doctor.
             yield from (_unfinished(name),) if name in begun else _run(name, verify=verify)
 
 
+def folders() -> dict[str, Path]:
+    """Returns the directory of every run by its name, those that have no checkpoint yet too."""
+    known = {name: directory.find(name) for name in directory.names()}
+    return dict(sorted({**known, **{name: directory.CHECKPOINTS / name for name in _begun()}}.items()))
+
+
 def _begun() -> list[str]:
     """The directories in ``checkpoints/`` that are named as runs are and have no latest config."""
     known = directory.names()
@@ -51,7 +58,9 @@ def _unfinished(run: str) -> doctor.Finding:
         text = f"{run}: {link} points to {os.readlink(link)}, which is not there"
         if steps := directory.steps(folder):
             return doctor.Finding("run", text, f"ln -sfn {directory.config_path(folder, steps[-1]).name} {link}")
-        return doctor.Finding("run", text, f"Restore that file, or begin anew: hipgpt-train --run-name {run} --reset …")
+        return doctor.Finding(
+            "run", text, f"Restore that file, or begin anew: hipgpt-train --run-name {run} --reset ..."
+        )
     if directory.is_begun(folder):
         return doctor.Finding("run", f"{run}: begun, no whole checkpoint yet; --resume goes on with it")
     return doctor.Finding(
@@ -107,7 +116,7 @@ def _advice(run: str, whole: list[int], *, is_shipped: bool) -> str:
         return "Restore the file (in a clone: git checkout hipgpt_jax/runs/shipped), or install hipgpt-jax anew"
     if whole:
         return f"Restore the file; until then, take --step {whole[-1]}"
-    return f"Restore the file, or train the run anew: hipgpt-train --run-name {run} --reset …"
+    return f"Restore the file, or train the run anew: hipgpt-train --run-name {run} --reset ..."
 
 
 def _advice_on_step(run: str, step: int) -> str:

@@ -148,7 +148,7 @@ class Output:
 def basis(value: dict[str, Any]) -> dict[str, Any]:
     """Returns what a record's tokens follow from, of its JSON, apart from the sample's index.
 
-    Versions and the processor are not in it: a file may be gone on with after an upgrade, and its records say so.
+    Versions and the processor are not in it: a file may be continued after an upgrade, and its records name both.
     """
     run, numerics = value["run"], value["numerics"]
     return {
@@ -159,6 +159,6 @@ def basis(value: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": run["tokenizer_sha256"],
         **{
             name: numerics[name]
-            for name in ("platform", "device_kind", "dtype", "attention", "decode_width", "xla_flags")
+            for name in ("platform", "device_kind", "dtype", "attention", "decode_width", "xla_flags", "environment")
         },
     }

@@ -79,6 +79,7 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
     params: dict[str, Any] = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
+            _check_size(path, model)
             _check_names(path, set(file.keys()), {tensor_name(key) for key in layout(model)})
             for key, shape in layout(model).items():
                 name = tensor_name(key)
@@ -116,6 +117,22 @@ def _aligned(shape: Sequence[int]) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(np.float32).reshape(shape)
+
+
+def count(model: config.ModelConfig) -> int:
+    """Returns the number of parameters of a model, without listing them."""
+    V, P, D, F, L = (model.vocab_size, model.max_seq_len, model.embed_dim, model.ff_hidden_dim, model.num_layers)
+    block = 2 * 2 * D + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * F + (F + 1) * D
+    return (V + P) * D + L * block + 2 * D
+
+
+def _check_size(path: Path, model: config.ModelConfig) -> None:
+    least = 2 * count(model)
+    if (size := path.stat().st_size) < least:
+        raise ValueError(
+            f"{path} has {size} bytes: the model in its config has {count(model)} parameters, which need {least} or "
+            f"more. Restore the file, or its config"
+        )
 
 
 def _check_names(path: Path, found: set[str], expected: set[str]) -> None:

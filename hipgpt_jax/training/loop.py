@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hipgpt_jax import config, training_config
+from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
@@ -85,6 +85,7 @@ class _StopError(Exception):
     """An evaluation was cut short."""
 
 
+@step.fixed_random_bits()
 def train(job: Job, report: Report, *, resume_at: int | None = None) -> End:
     """Trains a run to its last step, or until it is told to stop.
 
@@ -144,7 +145,7 @@ class _Trainer:
 
     def __init__(self, job: Job, report: Report) -> None:
         self._job, self._report = job, report
-        self._key = jax.random.key(job.train.seed, impl="threefry2x32")
+        self._key = numerics.key_of(job.train.seed)
         self._model = transformer.Transformer(job.model, job.train.dtype, job.train.remat, job.attention)
         self._optimizer = optimizer.make(job.train)
         self._step = step.make(self._model, self._optimizer, job.train, self._key, job.layout)
@@ -239,7 +240,7 @@ class _Trainer:
                 self._model,
                 state.params,
                 job.data.validation,
-                text_bytes=job.data.manifest.validation_bytes,
+                text_bytes=job.data.manifest.scored_bytes,
                 batch_size=job.train.batch_size,
                 length=job.model.max_seq_len,
                 max_batches=job.train.eval_batches,

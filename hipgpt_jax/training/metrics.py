@@ -91,7 +91,7 @@ def describe_step(measured: step.Metrics) -> dict[str, float]:
     value = float(measured.loss)
     return {
         "loss": value,
-        "perplexity": math.exp(min(value, 700.0)),
+        **_finite("perplexity", loss.perplexity(value)),
         "accuracy": float(measured.accuracy),
         "gradient_norm": min(float(measured.gradient_norm), sys.float_info.max),  # JSON has no infinity
     }
@@ -101,17 +101,26 @@ def describe_score(scored: loss.Score) -> dict[str, float]:
     """Returns the numbers of a line for an evaluation on the validation split."""
     return {
         "validation_loss": scored.loss,
-        "validation_perplexity": scored.perplexity,
+        **_finite("validation_perplexity", scored.perplexity),
         "validation_nats_per_byte": scored.nats_per_byte,
         "validation_accuracy": scored.accuracy,
         "validation_tokens": scored.tokens,
     }
 
 
+def _finite(name: str, value: float) -> dict[str, float]:
+    return {name: value} if math.isfinite(value) else {}  # JSON has no infinity
+
+
+def _format_perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
 def format_step(line: dict[str, Any]) -> str:
     """Returns HipGPT's log line for the metrics of a step."""
     return (
-        f"[Step {line['step']}] Loss: {line['loss']:.4f} | Perplexity: {_perplexity(line['perplexity'])} | "
+        f"[Step {line['step']}] Loss: {line['loss']:.4f} | "
+        f"Perplexity: {_format_perplexity(line.get('perplexity', math.inf))} | "
         f"Accuracy: {100 * line['accuracy']:.2f}% | LR: {line['learning_rate']:.3g} | "
         f"Time: {line['milliseconds']:.1f} ms | {line['tokens_per_second']:.0f} tok/s"
         + (f" | MFU: {100 * line['utilisation']:.1f}%" if "utilisation" in line else "")
@@ -122,12 +131,7 @@ def format_evaluation(line: dict[str, Any]) -> str:
     """Returns the log line for an evaluation on the validation split."""
     return (
         f"[Step {line['step']}] Validation loss: {line['validation_loss']:.4f} | "
-        f"Perplexity: {_perplexity(line['validation_perplexity'])} | "
-        f"Nats a byte: {line['validation_nats_per_byte']:.4f} | "
+        f"Perplexity: {_format_perplexity(line.get('validation_perplexity', math.inf))} | "
+        f"Nats per byte: {line['validation_nats_per_byte']:.4f} | "
         f"Accuracy: {100 * line['validation_accuracy']:.2f}%"
     )
-
-
-def _perplexity(value: float) -> str:
-    """Two decimals, as HipGPT has it; e^700 has 305 digits before them."""
-    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
