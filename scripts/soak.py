@@ -24,7 +24,7 @@ _FLAGS = shlex.split(
 )
 _TEXT = "the king and his fool went up to see what a queen would say of all that they had lost"
 _CLOCK = ("milliseconds", "tokens_per_second")
-_START_SECONDS = 6  # within which a second trainer is refused, on a busy machine too
+_START_SECONDS = 10  # within which a second trainer is refused, on a busy machine too
 
 
 def main(kills: int, seed: int) -> None:
@@ -37,7 +37,7 @@ def main(kills: int, seed: int) -> None:
         subprocess.run(_command("whole"), check=True, stdout=subprocess.DEVNULL)
         opened = 0
         for kill in range(kills):
-            _kill_both(kill, draw.uniform(0.5, 8))
+            _kill_both(kill, draw.uniform(1, 14))
             if (directory.CHECKPOINTS / "killed" / directory.LATEST_CONFIG).exists():
                 directory.read_checkpoint("killed").verify()
                 states.choose(directory.CHECKPOINTS / "killed")
