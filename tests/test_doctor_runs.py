@@ -133,7 +133,8 @@ def test_deep_reads_the_cache_and_the_training_files(
     names = [f"jit_steps{compilation.EXECUTABLE}", f"steps{compilation.PROGRAM}"]
     for name in names:
         cache.put(name, bytes(100))
-    compiled, tokens = deep.examine()
+    compiled, tokens, trained_states = deep.examine()
+    assert trained_states.text == "tiny: states of step 20, 40, digests checked"
     assert compiled == doctor.Finding("compile cache", "2 programs, all as their digests say")
     assert re.fullmatch(r"tiny: 0\.\d MB, as long as data\.json says", tokens.text)
     assert tokens.advice is None
@@ -165,3 +166,23 @@ def test_names_cannot_forge_a_line_or_move_the_cursor(
     assert r"XLA_FLAGS=\x1b[2K ok JAX device 0: gpu" in result.out
     assert r"points to \x1b]0;title\x07.json" in result.out
     assert "\x1b" not in result.out
+
+
+def test_deep_names_a_damaged_training_state_and_what_resume_does(tiny: Path) -> None:
+    path = tiny / "train_state/40/default/_METADATA"
+    cut(path)
+    *_, damaged, whole = deep.examine("tiny")
+    assert (
+        damaged.text == f"tiny: the state of step 40 is damaged: checkpoints/tiny/{path.relative_to(tiny)} was changed"
+    )
+    assert damaged.advice == "Restore it from a copy, or leave it: --resume goes on from step 20"
+    assert whole.text == "tiny: state of step 20, digests checked"
+    cut(tiny / "train_state/20/default/_METADATA")
+    found = [finding for finding in deep.examine("tiny") if finding.topic == "train_state"]
+    assert [finding.advice for finding in found] == [
+        "Restore it from a copy, or train the run anew: hipgpt-train --run-name tiny --reset ..."
+    ] * 2
+    for step in (20, 40):
+        (tiny / f"train_state/{step}/sha256.json").unlink()
+    found = [finding for finding in deep.examine("tiny") if finding.topic == "train_state"]
+    assert ["has no digests and cannot be checked" in finding.text for finding in found] == [True, True]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hipgpt_jax import compilation, doctor
 from hipgpt_jax.doctor import runs
+from hipgpt_jax.runs import directory, states
 from hipgpt_jax.text import manifest
 
 # As in `text.dataset`, which imports NumPy and tokenizers; the doctor works where they do not.
@@ -59,6 +60,28 @@ def _tokens(run: str, folder: Path) -> Iterator[doctor.Finding]:
     yield doctor.Finding(TOKENS_NAME, f"{run}: {size / 1e6:.1f} MB, as long as {MANIFEST_NAME} says")
 
 
+def _states(run: str, folder: Path) -> Iterator[doctor.Finding]:
+    """Compares the training states, which ``--resume`` reads, with their digests."""
+    name = directory.TRAIN_STATE_NAME
+    try:
+        found = states.verify_states(folder)
+    except OSError as error:
+        yield doctor.Finding(name, f"{run}: {error}", "Make the directory readable")
+        return
+    whole = [state.step for state in found if state.fault is None]
+    for state in found:
+        if state.is_unchecked and not whole:
+            yield doctor.Finding(name, f"{run}: the state of step {state.step} has no digests and cannot be checked")
+        elif state.fault:
+            again = f"train the run anew: hipgpt-train --run-name {shlex.quote(run)} --reset ..."
+            instead = f"leave it: --resume goes on from step {whole[-1]}" if whole else again
+            advice = f"Restore it from a copy, or {instead}"
+            yield doctor.Finding(name, f"{run}: the state of step {state.step} is damaged: {state.fault}", advice)
+    if whole:
+        steps = ", ".join(map(str, whole))
+        yield doctor.Finding(name, f"{run}: {'states' if len(whole) > 1 else 'state'} of step {steps}, digests checked")
+
+
 # One function per kind of training file: from a run's name and directory to what is found, nothing where the run has
 # no such file.
-RUN_CHECKS: tuple[Callable[[str, Path], Iterator[doctor.Finding]], ...] = (_tokens,)
+RUN_CHECKS: tuple[Callable[[str, Path], Iterator[doctor.Finding]], ...] = (_tokens, _states)
