@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under a temporary name, flushed to disk, renamed."""
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -150,7 +151,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(
             text,
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_parse_float,
             parse_int=_parse_int,
@@ -161,11 +162,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON, as ``object_pairs_hook`` of ``json.loads``; raises ValueError if it repeats a key."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shortened(repr(twice))} appears twice")
     return value
 
 
@@ -176,18 +178,22 @@ def _refuse_constant(name: str) -> float:
 def _parse_float(digits: str) -> _Float:
     value = _Float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"the number {_shortened(digits)} is too large for float64")
+        raise ValueError(f"the number {shortened(digits, 20)} is too large for float64")
     return value
 
 
 def _parse_int(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"the number {_shortened(digits)} has {len(digits)} digits: at most {_MAX_DIGITS} are allowed")
+        raise ValueError(
+            f"the number {shortened(digits, 20)} has {len(digits)} digits: at most {_MAX_DIGITS} are allowed"
+        )
     return int(digits)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 20 else f"{text[:17]}..."
+def shortened(text: str, limit: int = 200) -> str:
+    """Returns text for an error message, of one line and at most ``limit`` characters."""
+    text = " ".join(text[: 2 * limit].split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -136,11 +136,13 @@ def test_deep_reads_the_cache_and_the_training_files(
     compiled, tokens, trained_states = deep.examine()
     assert trained_states.text == "tiny: states of step 20, 40, digests checked"
     assert compiled == doctor.Finding("compile cache", "2 programs, all as their digests say")
-    assert re.fullmatch(r"tiny: 0\.\d MB, as long as data\.json says", tokens.text)
+    assert re.fullmatch(r"tiny: 0\.\d MB, as the digest in data\.json says", tokens.text)
     assert tokens.advice is None
     assert [finding.topic for finding in deep.examine("shakespeare")] == ["compile cache"]
     for name in names:
         flip(cache.directory / name, 8 * 90)
+    flip(tiny / "tokens.bin", 8 * 90)
+    assert re.search(r"tokens\.bin was changed: its sha256 is \w{12}\.\.\., not", list(deep.examine("tiny"))[-1].text)
     cut(tiny / "tokens.bin")
     result = call("--deep", "--run-name", "tiny")
     assert (result.code, result.err) == (1, "")

@@ -401,7 +401,14 @@ def test_a_setting_that_loses_text_is_refused(
         (lambda value: value["model"]["vocab"].update(zz=2**32 - 1), "got 4294967295 for 'zz'"),
         (lambda value: value["model"]["vocab"].update(zz=331.0), "got 331.0 for 'zz'"),
         (lambda value: value["model"]["vocab"].update(zz=True), "got True for 'zz'"),
-        (lambda value: value["model"]["merges"].append(["a", "nothing"]), "nothing"),
+        (
+            lambda value: value["model"]["merges"].append(["a", "nothing"]),
+            "the token 'nothing', which model.vocab lacks",
+        ),
+        (lambda value: value["model"]["merges"].append(["é", "ÿ"]), "the token 'éÿ', which model.vocab lacks"),
+        (lambda value: value["model"]["merges"].append(["a"]), "each of model.merges must be two tokens: got an array"),
+        (lambda value: value["model"]["merges"].append("ab"), "each of model.merges must be two tokens: got 'ab'"),
+        (lambda value: value["model"]["merges"].append(7), "each of model.merges must be two tokens: got 7"),
         (lambda value: value["model"].update(merges=None), "merges must be an array: got null"),
         (lambda value: value.update(added_tokens=[5]), "each of added_tokens must be an object: got 5"),
         (added(""), "added_tokens must have a content each, none of them twice: got ''"),
@@ -422,6 +429,7 @@ def test_a_file_that_the_library_reads_otherwise_is_refused(
     "edit",
     [
         lambda value: value["model"].pop("type"),
+        lambda value: value["model"].update(merges=[" ".join(merge) for merge in value["model"]["merges"]]),
         lambda value: value["model"].update(dropout=0.0, unk_token="<unk>", fuse_unk=True, byte_fallback=True),
         lambda value: value["model"].update(continuing_subword_prefix="", end_of_word_suffix=""),
         lambda value: value["model"].update(ignore_merges=True),

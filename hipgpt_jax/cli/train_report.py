@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from hipgpt_jax.training import loop, tensorboard
 
 _SAMPLE_TOKENS = 100
+_SECONDS_BETWEEN_LINES = 60
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def preparing() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, where that is a terminal, for a text that takes its time."""
+    """Progress of preparing the text: a bar on a terminal, otherwise a line per minute."""
     from rich import progress
 
     terminal = _console()
@@ -36,7 +38,22 @@ def preparing() -> Iterator[Callable[[int, int, str], None]]:
     )
     with progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True) as bar:
         task = bar.add_task("reading", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        if terminal.is_terminal:
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        else:
+            yield _lines(time.monotonic)
+
+
+def _lines(clock: Callable[[], float]) -> Callable[[int, int, str], None]:
+    written = clock()
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal written
+        if clock() - written >= _SECONDS_BETWEEN_LINES:
+            written = clock()
+            note(f"{what} the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+    return progress
 
 
 def note(line: str) -> None:

@@ -113,7 +113,7 @@ class Start:
             raise OSError(f"{fresh}, where the data is prepared, cannot be made: {error.strerror}") from error
         try:
             with train_report.preparing() as progress:
-                data = dataset.prepare(fresh, **_sources(), progress=progress)
+                data = dataset.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
             data.check_length(train_flags.SEQ.value)
             _check_prompt(fresh)
         except BaseException as error:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hipgpt_jax import compilation, doctor
+from hipgpt_jax import compilation, doctor, files
 from hipgpt_jax.doctor import runs
 from hipgpt_jax.runs import directory, states
 from hipgpt_jax.text import manifest
@@ -53,11 +53,13 @@ def _tokens(run: str, folder: Path) -> Iterator[doctor.Finding]:
         expected, size = (held.train_tokens + held.validation_tokens) * held.token_bytes, path.stat().st_size
         if size != expected:
             raise ValueError(f"{path} has {size} bytes, and {MANIFEST_NAME} says {expected}")
+        if (digest := files.sha256(path)) != held.tokens_sha256:
+            raise ValueError(f"{path} was changed: its sha256 is {digest[:12]}..., not {held.tokens_sha256[:12]}...")
     except (OSError, ValueError) as error:
         advice = f"Restore the file, or prepare the text anew: hipgpt-train --run-name {run} --reset ..."
         yield doctor.Finding(TOKENS_NAME, f"{run}: {error}", advice)
         return
-    yield doctor.Finding(TOKENS_NAME, f"{run}: {size / 1e6:.1f} MB, as long as {MANIFEST_NAME} says")
+    yield doctor.Finding(TOKENS_NAME, f"{run}: {size / 1e6:.1f} MB, as the digest in {MANIFEST_NAME} says")
 
 
 def _states(run: str, folder: Path) -> Iterator[doctor.Finding]:

@@ -264,9 +264,10 @@ def require_known(path: Path, value: dict[str, Any]) -> None:
     """Raises ValueError where the model of a config has a part that this version knows nothing of."""
     known = {field.name for field in dataclasses.fields(config.ModelConfig)}
     if unknown := sorted(set(value["model"]) - known):
+        key = files.shortened(f"model.{unknown[0]}")
         raise ValueError(
-            f"{path}: this version, {version.__version__}, does not know model.{unknown[0]}: the run was made by "
-            f"another, {json.dumps(value.get('version'))}; use that one"
+            f"{path}: this version, {version.__version__}, does not know {key}: the run was made by another, "
+            f"{files.shortened(json.dumps(value.get('version')))}; use that one"
         )
 
 
@@ -284,11 +285,13 @@ def _get(path: Path, value: dict[str, Any], section: str, key: str, kind: type[_
     part = value.get(section)
     found = part.get(key) if isinstance(part, dict) else None
     if not isinstance(found, kind) or isinstance(found, bool):
-        raise ValueError(f"{path} must hold {section}.{key} of type {kind.__name__}: got {found!r}")
+        raise ValueError(
+            f"{path} must hold {section}.{key} of type {kind.__name__}: got {files.shortened(repr(found))}"
+        )
     return found
 
 
 def _plain(path: Path, name: str) -> str:
     if Path(name).name != name or name in ("", ".."):
-        raise ValueError(f"{path} must name files in its own directory: got {name!r}")
+        raise ValueError(f"{path} must name files in its own directory: got {files.shortened(repr(name))}")
     return name

@@ -91,7 +91,7 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
         for key in layout(model):
             _store(params, key, _read_tensor(path, tensor_name(key)))
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {files.shortened(str(error))}") from error
     return params
 
 
@@ -139,7 +139,9 @@ def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
     if missing := sorted(expected - found):
         raise ValueError(f"{path} lacks {len(missing)} tensors of the model in its config, the first is {missing[0]}")
     if extra := sorted(found - expected):
-        raise ValueError(f"{path} has {len(extra)} tensors that its config does not know, the first is {extra[0]}")
+        raise ValueError(
+            f"{path} has {len(extra)} tensors that its config does not know, the first is {files.shortened(extra[0])}"
+        )
 
 
 def _leaf(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from hipgpt_jax import files
 from hipgpt_jax.text import unpacking
 
 MAX_LINE_BYTES = 1 << 26  # of JSON, whose objects take up to 25 times the memory of their text
@@ -148,7 +149,7 @@ def count_invalid(stream: BinaryIO, block_bytes: int) -> Iterator[tuple[bytes, i
 def _text(line: str, field: str) -> bytes:
     try:
         # Numbers are not looked at; some datasets hold NaN, or integers too long for Python.
-        value = json.loads(line, object_pairs_hook=_object, parse_int=float, parse_constant=float)
+        value = json.loads(line, object_pairs_hook=files.unique_keys, parse_int=float, parse_constant=float)
     except json.JSONDecodeError as error:
         hint = _HINT if line in ("{", "[", "[{") else ""
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}{hint}") from error
@@ -158,7 +159,7 @@ def _text(line: str, field: str) -> bytes:
         hint = _HINT if isinstance(value, list) else ""
         raise ValueError(f"must be a JSON object with a text: got {type(value).__name__}{hint}")
     if field not in value:
-        keys = ", ".join(map(repr, value)) or "none"
+        keys = files.shortened(", ".join(map(repr, value))) or "none"
         inside = ". A field inside another object cannot be named" if field.partition(".")[0] in value else ""
         raise ValueError(
             f"no field {field!r}: its fields are {keys}. Name the one with the text by --text-field{inside}"
@@ -173,14 +174,6 @@ def _text(line: str, field: str) -> bytes:
 _HINT = ". Each line must hold a whole object: jq -c . FILE > NEW makes it so of indented JSON, jq -c '.[]' of an array"
 
 _KINDS = {type(None): "null", float: "a number"}
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
-    return value
 
 
 def find(sources: Path | Sequence[Path]) -> list[File]:
@@ -248,7 +241,7 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
             entry.stat()
     except OSError as error:
         link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
-        raise type(error)(f"{path}{link} cannot be read: {error.strerror}. Restore or remove it") from error
+        raise type(error)(f"{path}{link} cannot be read: {error.strerror}. Make it readable, or move it away") from error
     return shown
 
 

@@ -94,7 +94,7 @@ class Journal:
         try:
             _validator()(value)
         except fastjsonschema.JsonSchemaValueException as error:
-            raise ValueError(f"{path} is not a journal of preparing: {error.message}") from error
+            raise ValueError(f"{path} is not a journal of preparing: {files.shortened(error.message)}") from error
         for name in ("pieces", "tokens", "bytes"):
             value[name] = tuple(value[name])
         return cls(**value)

@@ -7,6 +7,8 @@ those characters is a token, and nothing else is allowed that changes text or de
 
 from typing import Any
 
+from hipgpt_jax import files
+
 ALPHABET_SIZE = 256
 _SPLITS = ("Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")  # all but Removed keep what they split at
 _REMEDY = "Use a byte-level BPE tokenizer with no normalizer and no added blank, such as GPT-2's"
@@ -51,6 +53,7 @@ def validated(value: Any) -> dict[str, Any]:
     if kind != "BPE":
         raise LossError(f"its model is {_short(kind)}, which cannot represent every byte. {_REMEDY}")
     _check_vocabulary(model)
+    merges = [_merge(merge, model["vocab"]) for merge in model["merges"]]
     _check_model(model)
     _check_added(added, model["vocab"])
     _check_normalizer(value.get("normalizer"))
@@ -74,7 +77,7 @@ def validated(value: Any) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": model.get("ignore_merges") is True,
             "vocab": model["vocab"],
-            "merges": model["merges"],
+            "merges": merges,
         },
     }
 
@@ -97,6 +100,16 @@ def _check_vocabulary(model: dict[str, Any]) -> None:
             f"{len(missing)} of the {ALPHABET_SIZE} bytes have no token in model.vocab, the first is "
             f"0x{missing[0]:02x}. {_REMEDY}"
         )
+
+
+def _merge(merge: Any, vocab: dict[str, int]) -> list[str]:
+    """Returns the two tokens of a merge, which older files write as one string; the library panics at unknown ones."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
+        raise ValueError(f"each of model.merges must be two tokens: got {_short(merge)}")
+    if missing := [token for token in (*pair, "".join(pair)) if token not in vocab]:
+        raise ValueError(f"model.merges has the token {_short(missing[0])}, which model.vocab lacks")
+    return pair
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -170,5 +183,4 @@ def _short(value: Any) -> str:
     """A bounded description; an object or an array may be as large as the file."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "an array"
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return "null" if value is None else files.shortened(repr(value), 40)

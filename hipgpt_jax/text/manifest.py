@@ -95,7 +95,7 @@ _SCHEMA = _object(
         "sources": {
             "type": "array",
             "minItems": 1,
-            "items": _object({"name": {"type": "string"}, "bytes": _COUNT, "sha256": _DIGEST}),
+            "items": _object({"name": {"type": "string", "minLength": 1}, "bytes": _COUNT, "sha256": _DIGEST}),
         },
         "text_field": {"type": ["string", "null"]},
         "documents": _COUNT,

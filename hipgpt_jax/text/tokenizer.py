@@ -100,7 +100,7 @@ class Tokenizer:
         """Raises ValueError where text could be encoded as the end token."""
         token = next((token for token in END_TOKENS if self._backend.token_to_id(token) == self.end_id), "")
         added = {one["content"] for one in value["added_tokens"] if one.get("special") is not True}
-        merged = ("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in value["model"]["merges"])
+        merged = {"".join(pair) for pair in value["model"]["merges"]}
         if token and (token in added or self.end_id in self.encode(token) or token in merged):
             raise ValueError(f"{path} takes the text {token!r} for its end token: that one must be a special token")
 
@@ -164,7 +164,7 @@ def _build(value: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(value))
     except Exception as error:  # the library raises Exception itself, for a bad merge or regular expression too
-        raise ValueError(str(error)) from error
+        raise ValueError(files.shortened(str(error))) from error
 
 
 class StreamDecoder:
