@@ -183,10 +183,11 @@ def _of_the_same_type(value: Any, draw: random.Random) -> Any:
 
 def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
     """Returns a record's line with one value or one key replaced, removed or doubled, or some bytes changed."""
-    value = json.loads(json.dumps(value))
+    copy: Any = json.loads(json.dumps(value))
     first = draw.choice(list(value))
-    *path, key = draw.choice([(first,), *_paths(value[first], (first,))])
-    inside: Any = value
+    place: Any = draw.choice([(first,), *_paths(value[first], (first,))])
+    *path, key = place
+    inside = copy
     for step in path:
         inside = inside[step]
     way = draw.randrange(10)
@@ -196,7 +197,7 @@ def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
         inside[key] = draw.choice(_NASTY)
     elif way == 1:
         inside[key] = "HERE"
-        return json.dumps(value).replace('"HERE"', draw.choice(_NASTY_TEXT)).encode() + b"\n"
+        return json.dumps(copy).replace('"HERE"', draw.choice(_NASTY_TEXT)).encode() + b"\n"
     elif way == 2:
         del inside[key]
     elif way == 3 and isinstance(inside, dict):
@@ -204,8 +205,8 @@ def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
     elif way == 4 and isinstance(inside, list):
         inside.insert(key, inside[key])
     else:
-        line = bytearray(json.dumps(value).encode())
+        line = bytearray(json.dumps(copy).encode())
         at = draw.randrange(len(line))
         line[at : at + draw.randrange(4)] = draw.randbytes(draw.randrange(4))
         return bytes(line).replace(b"\n", b" ") + b"\n"
-    return json.dumps(value, ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass") + b"\n"
+    return json.dumps(copy, ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass") + b"\n"

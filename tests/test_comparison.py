@@ -201,6 +201,27 @@ def test_honest_records_of_other_hardware_are_identical_or_forked_by_rounding() 
     assert 1e-5 < max(result.logprob_error for result in results) < 2e-4
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"temperature": 0.0},
+        {"temperature": 0.01, "top_k": 100},
+        {"top_k": 0, "top_p": 0.95, "temperature": 1.3},
+    ],
+)
+def test_every_token_of_a_record_is_explained_by_the_recomputed_distribution(settings: Value) -> None:
+    """Also beyond the window: the context, the tokens seen and the uniform number are those of the draw."""
+    prompts = ["ROMEO:", "What, is my master's boy a fool? " * 4]
+    run = shipped()
+    judge = comparison.Judge(run._engine, run.source.vocabulary)
+    options = {"num_tokens": 45, "top_logprobs": 20, "seed": 3}
+    for one in run.generate(prompts, config.SamplingConfig(**settings), **options):
+        assert one.prompt_dropped > 0 or one.prompt == "ROMEO:"
+        assert [name for place in range(45) for name in judge._contradictions(one, place)] == []
+        assert list(judge._unexplained(one, 0)) == []
+
+
 def test_a_near_tie_excuses_nothing_beside_it() -> None:
     """Ids, statistics, text and the end after an honest fork are judged too, and so are statistics before it."""
     honest = next(result for result in other_hardware() if result.fork is not None and 10 < result.fork.place < 40)

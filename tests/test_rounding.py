@@ -9,7 +9,7 @@ import pytest
 from hipgpt_jax import config
 from hipgpt_jax.generation import facts, rounding, sampling
 
-ROWS = 64
+ROWS = 32
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},

@@ -12,9 +12,10 @@ from hipgpt_jax.generation import events, replay, rounding, sampler, samples, sa
 from hipgpt_jax.runs import record
 from hipgpt_jax.text import tokenizer
 
-# How far two computations of one logit, or of one log-probability, may be apart. In float32 batch sizes differed by up
-# to 2e-5 on a CPU, and GPT-2 by up to 1e-4 from another framework.
-TOLERANCE = {"float32": 2e-4, "bfloat16": 1e-1}
+# How far two computations of one logit, or of one log-probability, may be apart. Seen in float32: 2e-5 between batch
+# sizes and between cached and whole contexts on a CPU, 1e-4 between GPT-2 here and in another framework. Seen in
+# bfloat16 between cached and whole contexts: 0.16 among 57,000 log-probabilities of the shipped run.
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.3}
 
 _STATISTICS = ("logprobs", "ranks", "margins", "gaps", "top_logprobs")
 
@@ -109,7 +110,7 @@ class Judge:
         place = len(recorded.ids) if fork is None else fork.place
         is_exact = (recorded.numerics, recorded.versions) == (found.numerics, found.versions)
         statistics = _differences(recorded, found, place) if is_exact else self._unlikely(recorded, found, place)
-        altered = [*_altered(recorded, found, ("prompt", "prompt_dropped", "error")), *statistics]
+        altered = [*_altered(recorded, found, ("prompt", "prompt_dropped")), *statistics]
         is_rounding = False
         if fork is None:
             altered += _altered(recorded, found, ("tokens", "text", "stop"))
@@ -203,7 +204,7 @@ class Judge:
         return self._computed[1]
 
     def _retell(self, recorded: record.Record) -> samples.Sample:
-        """Returns the sample that the recorded ids make, whoever drew them; without an end if they have none."""
+        """Returns the sample that the recorded ids make, with the text and the end that follow from them."""
         request = replay.request_of(recorded)
         dictated = _Dictated(recorded.ids, self._engine.limit(request))
         job = samples.Job(id=recorded.id, prompt=recorded.prompt, request=request)
@@ -277,7 +278,9 @@ def _is_near(recorded: record.Record, found: record.Record, place: int, toleranc
     """Returns whether the statistics of a token are so near that nothing need be recomputed."""
     if recorded.ranks[place] != found.ranks[place]:
         return False
-    pairs = [(getattr(recorded, name)[place], getattr(found, name)[place]) for name in ("logprobs", "margins", "gaps")]
+    if abs(recorded.margins[place] - found.margins[place]) > tolerance / 2:  # at temperature 1, shares move half as far
+        return False
+    pairs = [(getattr(recorded, name)[place], getattr(found, name)[place]) for name in ("logprobs", "gaps")]
     if recorded.top_logprobs is not None and found.top_logprobs is not None:
         old, new = recorded.top_logprobs[place], found.top_logprobs[place]
         if [(token, text) for token, _, text in old] != [(token, text) for token, _, text in new]:
