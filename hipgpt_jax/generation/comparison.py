@@ -110,7 +110,7 @@ class Judge:
         place = len(recorded.ids) if fork is None else fork.place
         is_exact = (recorded.numerics, recorded.versions) == (found.numerics, found.versions)
         statistics = _differences(recorded, found, place) if is_exact else self._unlikely(recorded, found, place)
-        altered = [*_altered(recorded, found, ("prompt", "prompt_dropped")), *statistics]
+        altered = [*_altered(recorded, found, ("prompt", "prompt_dropped", "error")), *statistics]
         is_rounding = False
         if fork is None:
             altered += _altered(recorded, found, ("tokens", "text", "stop"))

@@ -241,7 +241,9 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
             entry.stat()
     except OSError as error:
         link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
-        raise type(error)(f"{path}{link} cannot be read: {error.strerror}. Make it readable, or move it away") from error
+        raise type(error)(
+            f"{path}{link} cannot be read: {error.strerror}. Make it readable, or move it away"
+        ) from error
     return shown
 
 
