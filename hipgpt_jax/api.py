@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipgpt_jax import config, devices
+from hipgpt_jax import compilation, config, devices
 from hipgpt_jax.generation import source
 from hipgpt_jax.runs import provenance, record, weights
 from hipgpt_jax.text import prompts as prompt_files
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hipgpt_jax.evaluation import loss, score
-    from hipgpt_jax.generation import samples
+    from hipgpt_jax.generation import comparison, samples
 
 Prompt = prompt_files.Prompt
 
@@ -163,6 +163,7 @@ class Run:
             TypeError: ``texts`` is neither a text nor several.
             ValueError: A text has fewer than two tokens, an id is not an integer or not in the vocabulary, or the
                 stride is no integer or out of range.
+            FloatingPointError: A log-probability is infinite or not a number.
         """
         from hipgpt_jax.evaluation import score
 
@@ -215,13 +216,16 @@ class Run:
 
         Args:
             ids: Token ids of the text, at least two.
-            text_bytes: Its bytes.
+            text_bytes: Bytes of text that the ids after the first stand for.
             stride: Tokens from one window to the next.
+
+        Raises:
+            FloatingPointError: The loss is infinite or not a number.
         """
         from hipgpt_jax.evaluation import loss
 
         length = self.source.window
-        return loss.score(
+        found = loss.score(
             self._engine.module,
             self._engine.params,
             ids,
@@ -230,6 +234,7 @@ class Run:
             length=length,
             stride=stride,
         )
+        return loss.require_finite(found)
 
     def jobs(self, asked: Iterable[source.Ask]) -> "Iterator[samples.Job]":
         """Yields the samples of each prompt, prompt by prompt."""
@@ -238,20 +243,25 @@ class Run:
                 yield _job(ask, sample)
 
     def job_of(self, recorded: record.Record) -> "samples.Job":
-        """Returns the sample that a record is of, to be made anew; raises ValueError where it cannot be."""
-        from hipgpt_jax.generation import events, replay, samples
+        """Returns the job that regenerates a record, with as few tokens as ``compare`` needs.
 
-        request = events.Request(
-            prompt_ids=recorded.prompt_ids,
-            sample=recorded.sample,
-            generation=replay.generation_of(recorded),
-            sampling=replay.sampling_of(recorded),
-        )
+        Raises:
+            ValueError: This run cannot have made the record.
+        """
+        from hipgpt_jax.generation import replay, samples
+
+        request = replay.request_of(recorded)
         self._engine.check(request)
         if recorded.ids and max(recorded.ids) >= self.source.vocabulary.vocab_size:
             raise ValueError(f"it has ids beyond the vocabulary's size {self.source.vocabulary.vocab_size}")
         prompt = self.source.vocabulary.decode(recorded.prompt_ids)
-        return samples.Job(id=recorded.id, prompt=prompt, request=request)
+        return samples.Job(id=recorded.id, prompt=prompt, request=replay.shortened(request, recorded))
+
+    def compare(self, recorded: record.Record, found: record.Record) -> "comparison.Comparison":
+        """Compares a record with the one that ``records_of`` yields for its job."""
+        from hipgpt_jax.generation import comparison
+
+        return comparison.Judge(self._engine, self.source.vocabulary).compare(recorded, found)
 
     def records_of(self, jobs: "Iterable[samples.Job]") -> Iterator[record.Record]:
         """Makes samples and yields their records, in order."""
@@ -291,6 +301,8 @@ def load_run(
 ) -> Run:
     """Loads a run: one in ``checkpoints/``, else one of the package.
 
+    If JAX's persistent compilation cache is on in this process, ``compilation.check_cache`` has its entries checked.
+
     Args:
         name: Name of the run.
         step: Training step, or ``best``; the latest if absent.
@@ -316,6 +328,7 @@ def load_run(
     origin = provenance.Origin()
     found = source.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
     started = devices.start(device, _LOG.info)
+    compilation.check_cache(_LOG.warning)
     return Run(found, started, origin)
 
 

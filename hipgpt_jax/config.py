@@ -8,10 +8,21 @@ import dataclasses
 import math
 import numbers
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
+_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+# Far beyond any model that was trained, and small enough that what is computed of them takes no time.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "max_seq_len": 2**24,
+    "embed_dim": 2**16,
+    "num_heads": 2**16,
+    "ff_hidden_dim": 2**20,
+    "num_layers": 2**10,
+}
 
 
 def as_int(value: Any) -> int | None:
@@ -65,6 +76,19 @@ def require_text(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a text of at least one character, in UTF-8: got {value!r}")
 
 
+def valid_text(text: str) -> str:
+    r"""Returns text with U+FFFD in place of what UTF-8 cannot represent: undecodable bytes, lone surrogates.
+
+    Python decodes command lines with the error handler ``surrogateescape``, so bytes that are not UTF-8 arrive as
+    surrogates. They are read as those of a file are.
+
+    >>> valid_text("caf\udcc3\udca9 \udcff")
+    'café \ufffd'
+    """
+    text = _LONE_SURROGATE.sub("\ufffd", text)
+    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+
+
 def require_finite(name: str, value: float, meaning: str) -> None:
     """Raises ValueError where a number is infinite or not a number."""
     if not math.isfinite(value):
@@ -88,15 +112,15 @@ class ModelConfig:
     """The shape of a GPT-2 model; the names are the keys of a run's config file.
 
     Attributes:
-        vocab_size: Number of token ids, ``V``.
-        max_seq_len: Number of learned positions, the longest context the model can see.
-        embed_dim: Width of the residual stream, ``D``; a multiple of ``num_heads``.
+        vocab_size: Number of token ids, ``V``; at most 2**24.
+        max_seq_len: Number of learned positions, the longest context the model can see; at most 2**24.
+        embed_dim: Width of the residual stream, ``D``; a multiple of ``num_heads``, at most 2**16.
         num_heads: Attention heads, ``N``.
-        ff_hidden_dim: Width of the feed-forward layer, ``F``.
-        num_layers: Transformer blocks, ``L``.
+        ff_hidden_dim: Width of the feed-forward layer, ``F``; at most 2**20.
+        num_layers: Transformer blocks, ``L``; at most 2**10.
 
     Raises:
-        ValueError: A value is not a positive integer, or the heads do not divide the width.
+        ValueError: A value is not an integer in its range, or the heads do not divide the width.
 
     >>> ModelConfig(embed_dim=256, num_heads=8).head_dim
     32
@@ -111,7 +135,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            require_int(field.name, getattr(self, field.name), 1, "a size of the model")
+            require_int(field.name, value := getattr(self, field.name), 1, "a size of the model")
+            if value > _LARGEST[field.name]:
+                raise ValueError(
+                    f"{field.name} must be at most {_LARGEST[field.name]} (a size of the model): got {value}"
+                )
         if self.embed_dim % self.num_heads:
             divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             raise ValueError(

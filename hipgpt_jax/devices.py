@@ -151,6 +151,8 @@ def start(device: str, tell: Callable[[str], None], *, exact: bool = True) -> De
             f"(plugins installed: {', '.join(installed) or 'none'}; it said: {first_line(error)}). "
             f"{_advice(device)}, or use --device cpu"
         ) from error
+    if jax.config.values["jax_disable_jit"]:
+        tell("JAX_DISABLE_JIT is set: each operation runs on its own, so the first token takes minutes")
     if device == "auto" and first.platform == "cpu" and installed and not os.environ.get("JAX_PLATFORMS"):
         tell(f"computing on the CPU, although {', '.join(installed)} is installed: no GPU was found")
     if device != "auto" and (first.platform == "cpu") != (device == "cpu"):

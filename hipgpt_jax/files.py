@@ -1,21 +1,32 @@
 """Files that are whole or absent: written under a temporary name, flushed to disk, renamed."""
 
+import collections
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR = re.compile(r"(?:/dev|/proc/(?:thread-)?self)/fd/(\d{1,9})")
+_MAX_NAME = 235
 _MAX_DIGITS = 30  # of an integer in JSON; none of ours has more than 19
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name; the file written there becomes ``path``, or vanishes if the block raises."""
+    """Yields a temporary name; the file written there becomes ``path``, or vanishes if the block raises.
+
+    Raises:
+        OSError: The file cannot be written; the message names ``path``.
+    """
     temporary = _temporary(path)
     try:
         yield temporary
@@ -23,6 +34,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # The temporary name means nothing to a user, and Python names no file when the disk is full.
+        if str(error.filename) == str(temporary) or _is_full(error):
+            raise type(error)(f"{path} cannot be written: {error.strerror}") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
@@ -33,11 +49,45 @@ def destination(path: Path) -> Path:
 
     A pipe or a device keeps its name: ``/dev/stdout`` resolves to ``/proc/1/fd/pipe:[7]``, which is no path.
     """
+    return path if is_stream(path) else path.resolve()
+
+
+def is_stream(path: Path) -> bool:
+    """Returns whether ``path`` is a pipe, a device or a descriptor of this process, which cannot be replaced."""
+    if descriptor(path) is not None:
+        return True
     with contextlib.suppress(OSError):
         mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            return path
-    return path.resolve()
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    return False
+
+
+def descriptor(path: Path) -> int | None:
+    """Returns the descriptor that ``/dev/stdout``, ``/dev/fd/63`` and the like name; None for other paths.
+
+    Opening such a path again would truncate a file that stdout was redirected to, and write over what was printed.
+    """
+    if str(path) in _STANDARD:
+        return _STANDARD[str(path)]
+    match = _DESCRIPTOR.fullmatch(str(path))
+    return int(match[1]) if match else None
+
+
+@contextlib.contextmanager
+def writing_stream(path: Path) -> Iterator[BinaryIO]:
+    """Opens a path for which ``is_stream`` holds.
+
+    Raises:
+        OSError: It cannot be written; the message names ``path``.
+    """
+    try:
+        number = descriptor(path)
+        with path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as file:
+            yield file
+    except OSError as error:
+        if _is_full(error) or error.errno == errno.EBADF:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        raise
 
 
 @contextlib.contextmanager
@@ -49,15 +99,15 @@ def writing(path: Path) -> Iterator[TextIO]:
     Raises:
         OSError: It cannot be written; the message has its name.
     """
-    target = destination(path)
+    if is_stream(path):
+        with writing_stream(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as file:
+            yield file
+        return
+    target = path.resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if target.is_dir():
         raise IsADirectoryError(f"{path} cannot be written: it is a directory")
-    if target.exists() and not target.is_file():
-        with target.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        return
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         yield file
 
@@ -106,11 +156,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON, as ``object_pairs_hook`` of ``json.loads``; raises ValueError if it repeats a key."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shortened(repr(twice))} appears twice")
     return value
 
 
@@ -121,27 +172,31 @@ def _refuse_constant(name: str) -> float:
 def _parse_float(digits: str) -> _Float:
     value = _Float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"the number {_shortened(digits)} is too large for float64")
+        raise ValueError(f"the number {shortened(digits, 20)} is too large for float64")
     return value
 
 
 def _parse_int(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"the number {_shortened(digits)} has {len(digits)} digits: at most {_MAX_DIGITS} are allowed")
+        raise ValueError(
+            f"the number {shortened(digits, 20)} has {len(digits)} digits: at most {_MAX_DIGITS} are allowed"
+        )
     return int(digits)
 
 
 # Made once: json.loads would make one per call, which takes as long as parsing a short line.
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys,
+    object_pairs_hook=unique_keys,
     parse_constant=_refuse_constant,
     parse_float=_parse_float,
     parse_int=_parse_int,
 )
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 20 else f"{text[:17]}..."
+def shortened(text: str, limit: int = 200) -> str:
+    """Returns text for an error message, of one line and at most ``limit`` characters."""
+    text = " ".join(text[: 2 * limit].split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,6 +232,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _is_full(error: OSError) -> bool:
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -184,7 +243,10 @@ def _umask() -> int:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = path.name
+    if len(os.fsencode(name)) > _MAX_NAME:  # with the ending, it would exceed the 255 bytes of most file systems
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
 def _sync_directory(path: Path) -> None:

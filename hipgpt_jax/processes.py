@@ -55,15 +55,27 @@ def wait_for_all(name: str) -> None:
 
 def require_agreement(words: dict[str, str]) -> None:
     """Raises ValueError, in every process, where one was given other flags than process 0."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    text = json.dumps(words, sort_keys=True).encode()
-    sizes = multihost_utils.process_allgather(np.asarray(len(text)))
-    padded = np.frombuffer(text.ljust(int(np.max(sizes)), b" "), np.uint8)
-    first, *others = (json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded)))
+    first, *others = map(json.loads, _gather(json.dumps(words, sort_keys=True)))
     for number, other in enumerate(others, 1):
         if differences := [
             f"{name} {value} and {other[name]}" for name, value in first.items() if other[name] != value
         ]:
             raise ValueError(f"processes 0 and {number} were given different flags: {'; '.join(differences)}")
+
+
+def of_first(text: str) -> str:
+    """Returns the text that process 0 gives, in every process, once all have come here."""
+    import jax
+
+    return _gather(text)[0] if jax.process_count() > 1 else text
+
+
+def _gather(text: str) -> list[str]:
+    """The text of each process, in the order of their numbers."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = text.encode()
+    sizes = multihost_utils.process_allgather(np.asarray(len(data)))
+    padded = np.frombuffer(data.ljust(int(np.max(sizes)), b" "), np.uint8)
+    return [row.tobytes().decode().rstrip(" ") for row in np.asarray(multihost_utils.process_allgather(padded))]

@@ -61,7 +61,7 @@ class TrainConfig:
         for name, low, meaning in (
             ("batch_size", 1, "sequences in a step"),
             ("steps", 1, "optimizer steps"),
-            ("warmup_steps", 0, "0 starts at the peak"),
+            ("warmup_steps", 0, "0 is no warm-up"),
             ("seed", 0, "the same seed gives the same weights"),
             ("log_every", 1, "steps between log lines"),
             ("eval_every", 0, "0 evaluates with each checkpoint"),

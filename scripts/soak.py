@@ -1,7 +1,8 @@
-"""Kills a training run at random moments, resumes it each time, and holds it against an uninterrupted one.
+"""Kills two trainers of one run at random moments, resumes it each time, and compares it with an uninterrupted run.
 
-``python scripts/soak.py --kills 50`` ends with exit code 0 where, after every kill, ``latest`` names whole files,
-and the run that was killed ends with the weights and the metrics of the one that was not.
+Each time both are started at once, and one must be refused. ``python scripts/soak.py --kills 20`` ends with exit code 0
+if after every kill ``latest`` names whole files whose training state is intact, and the killed run ends with the
+weights and the metrics of the other.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hipgpt_jax.runs import directory
+from hipgpt_jax.runs import directory, states
 
 _FLAGS = shlex.split(
     "--data-path text.txt --vocab-size 300 --dim 32 --heads 2 --ff 64 --layers 2 --seq 32 --steps 4000 --ckpt-every 7 "
@@ -23,6 +24,7 @@ _FLAGS = shlex.split(
 )
 _TEXT = "the king and his fool went up to see what a queen would say of all that they had lost"
 _CLOCK = ("milliseconds", "tokens_per_second")
+_START_SECONDS = 10  # within which a second trainer is refused, on a busy machine too
 
 
 def main(kills: int, seed: int) -> None:
@@ -35,20 +37,31 @@ def main(kills: int, seed: int) -> None:
         subprocess.run(_command("whole"), check=True, stdout=subprocess.DEVNULL)
         opened = 0
         for kill in range(kills):
-            process = subprocess.Popen(_command("killed", begun=_is_begun()), stdout=subprocess.DEVNULL)
-            time.sleep(draw.uniform(0.5, 6))
-            ended = process.poll()
-            process.kill()
-            process.wait()
-            if ended is not None and ended != 0:
-                sys.exit(f"soak: error: the run did not go on after kill {kill}: exit code {ended}")
+            _kill_both(kill, draw.uniform(1, 14))
             if (directory.CHECKPOINTS / "killed" / directory.LATEST_CONFIG).exists():
                 directory.read_checkpoint("killed").verify()
+                states.choose(directory.CHECKPOINTS / "killed")
                 opened += 1
         subprocess.run(_command("killed", begun=_is_begun()), check=True, stdout=subprocess.DEVNULL)
         same = _result("killed") == _result("whole")
         print(f"{kills} kills, {opened} left a checkpoint that opens; the end is {'the same' if same else 'ANOTHER'}")
         sys.exit(not same)
+
+
+def _kill_both(number: int, seconds: float) -> None:
+    """Starts two trainers of the run at once, and kills them after some seconds; exits where both trained, or none."""
+    command = _command("killed", begun=_is_begun())
+    pair = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    time.sleep(seconds)
+    codes = [process.poll() for process in pair]
+    for process in pair:
+        process.kill()
+    errors = [process.communicate()[1] for process in pair]
+    refused = ["is being trained by" in error for error in errors]
+    if all(refused) or any(code not in (None, 0) and not was for code, was in zip(codes, refused, strict=True)):
+        sys.exit(f"soak: error: the run did not go on after kill {number}: exit codes {codes}, {errors}")
+    if codes == [None, None] and seconds > _START_SECONDS:
+        sys.exit(f"soak: error: of two trainers at once none was refused in {seconds:.1f} s, before kill {number}")
 
 
 def _is_begun() -> bool:

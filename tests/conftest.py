@@ -1,5 +1,7 @@
 """Strict settings, before JAX starts: silent promotions are errors, and eight devices stand by."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,3 +29,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     assert done.code == 0, done.err
     (directory / "log.txt").write_text(done.out)
     return directory
+
+
+@pytest.fixture
+def ctrl_c_heeded() -> Iterator[None]:
+    """What a shell's background job starts ignores Ctrl-C, as a test run put in the background would here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

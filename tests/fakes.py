@@ -1,18 +1,21 @@
-"""What the tests share: tiny models with weights, requests to them, and a count of compilations."""
+"""Shared by the tests: tiny models with weights, requests to them, runs on disk, and a count of compilations."""
 
 import contextlib
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from hipgpt_jax import config
+from hipgpt_jax import config, training_config
 from hipgpt_jax.generation import events, sampler
 from hipgpt_jax.model import cache
-from hipgpt_jax.runs import weights
+from hipgpt_jax.runs import directory, states, weights
+from hipgpt_jax.text import dataset
+from hipgpt_jax.training import checkpoint
 
 # The vocabulary exceeds the largest of ``candidates.ON_CPU``, so that every way to draw is compiled.
 MODEL = config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
@@ -109,3 +112,48 @@ def compilations() -> Iterator[list[str]]:
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+RUN_MODEL = config.ModelConfig(vocab_size=256, max_seq_len=8, embed_dim=8, num_heads=2, ff_hidden_dim=12, num_layers=1)
+RUN_TEXT = "".join(f"Speaker {i % 7}:\nTo be, or not to be, line {i}.\n\n" for i in range(40))
+
+
+def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10), seed: int = 0) -> Path:
+    """Writes a run of random weights by the package's own writers, and returns its directory."""
+    path = root / name
+    path.mkdir(parents=True)
+    source = root.parent / "text.txt"
+    source.write_text(RUN_TEXT)
+    dataset.prepare(path, source, RUN_MODEL.vocab_size)
+    for at in steps:
+        write_step(path, at, seed=seed)
+    return path
+
+
+def writer(path: Path, keep_last: int = 5) -> checkpoint.Writer:
+    """Returns the writer of a run that ``make_run`` made."""
+    return checkpoint.Writer(
+        directory=path,
+        model=RUN_MODEL,
+        train=training_config.TrainConfig(keep_last=keep_last),
+        manifest=dataset.Dataset(path).manifest,
+        weights_dtype="float32",
+        attention="xla",
+    )
+
+
+def write_step(path: Path, at: int, *, keep_last: int = 5, seed: int = 0) -> None:
+    """Writes random weights as a step of a run that ``make_run`` made, the latest one."""
+    writer(path, keep_last).write(at, random_params(RUN_MODEL, seed=seed + at), latest=True, best=False)
+
+
+def make_state(run: Path, at: int, *, sealed: bool = True) -> Path:
+    """Writes files of random bytes where Orbax would write the training state of a step, and returns its directory."""
+    state = run / directory.TRAIN_STATE_NAME / str(at)
+    rng = np.random.RandomState(at)
+    for name, size in (("_CHECKPOINT_METADATA", 300), ("default/manifest.ocdbt", 120), ("default/d/5c1e", 9000)):
+        (state / name).parent.mkdir(parents=True, exist_ok=True)
+        (state / name).write_bytes(rng.bytes(size))
+    if sealed:
+        states.seal(state)
+    return state

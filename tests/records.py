@@ -1,6 +1,7 @@
 """Records to test with, made without a model."""
 
 import dataclasses
+import json
 import math
 import random
 from typing import Any
@@ -27,11 +28,14 @@ NUMERICS = record.Numerics(
     platform="cpu",
     device_kind="cpu",
     machine="x86_64",
+    processor="AMD EPYC 7B13",
+    instruction_sets=("avx", "avx2", "fma"),
     cores=2,
     dtype="float32",
     attention="xla",
     decode_width=1,
     xla_flags="",
+    environment=(),
 )
 VERSIONS = provenance.Versions(
     hipgpt_jax="0.1.0",
@@ -143,3 +147,66 @@ def babble(number: int, seed: int, **changes: Any) -> record.Record:
         "top_logprobs": tuple(best),
     }
     return make_record(**facts | changes)
+
+
+_NASTY = (None, True, [], {}, "", "\ud800", "\0\x1b[2J", "x" * 5000, 0, 0.0, 1.0, -1, 0.5, 2**32, 2**64, 10**29, 10**30)
+_NASTY_TEXT = (
+    "1e400",
+    "-1e400",
+    "1e308",
+    "-1e308",
+    "NaN",
+    "-Infinity",
+    "9" * 5000,
+    "[" * 2000,
+    '{"a":1,"a":2}',
+    "1E5",
+    "-0",
+)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Returns the path of every value inside a JSON value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [deeper for key, one in pairs for deeper in ((*path, key), *_paths(one, (*path, key)))]
+
+
+def _of_the_same_type(value: Any, draw: random.Random) -> Any:
+    if isinstance(value, str):
+        return draw.choice(("", "\ud800", "\0\x1b[2J\n", "x" * 5000, "../x", "0" * 64, value + "x"))
+    if isinstance(value, int):
+        return draw.choice((0, 1, 2, 31, 32, 33, 1000, 2**31, 2**32 - 1, 2**64, 10**29, value + 1))
+    if isinstance(value, float):
+        return draw.choice((-0.0, 0.0, -1e-300, 1e-300, -1, 1, -3e38, 3e38, 1e300, value / 2, value * 2))
+    return draw.sample(value, len(value)) if isinstance(value, list) else value
+
+
+def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
+    """Returns a record's line with one value or one key replaced, removed or doubled, or some bytes changed."""
+    copy: Any = json.loads(json.dumps(value))
+    first = draw.choice(list(value))
+    place: Any = draw.choice([(first,), *_paths(value[first], (first,))])
+    *path, key = place
+    inside = copy
+    for step in path:
+        inside = inside[step]
+    way = draw.randrange(10)
+    if way > 5:
+        inside[key] = _of_the_same_type(inside[key], draw)
+    elif way == 0:
+        inside[key] = draw.choice(_NASTY)
+    elif way == 1:
+        inside[key] = "HERE"
+        return json.dumps(copy).replace('"HERE"', draw.choice(_NASTY_TEXT)).encode() + b"\n"
+    elif way == 2:
+        del inside[key]
+    elif way == 3 and isinstance(inside, dict):
+        inside[draw.choice(("\u202e", "x" * 5000, "schema", ""))] = inside.pop(key)
+    elif way == 4 and isinstance(inside, list):
+        inside.insert(key, inside[key])
+    else:
+        line = bytearray(json.dumps(copy).encode())
+        at = draw.randrange(len(line))
+        line[at : at + draw.randrange(4)] = draw.randbytes(draw.randrange(4))
+        return bytes(line).replace(b"\n", b" ") + b"\n"
+    return json.dumps(copy, ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass") + b"\n"

@@ -51,6 +51,19 @@ def test_an_integer_has_a_lowest_value(kind: Any, field: str, low: int, name: st
             kind(**{field: wrong})
 
 
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(config.ModelConfig)])
+def test_a_size_of_the_model_has_a_highest_value(field: str) -> None:
+    """Else the divisors of a width of 10**9, or the names of 10**9 layers, are listed for minutes."""
+    highest = {"vocab_size": 2**24, "max_seq_len": 2**24, "ff_hidden_dim": 2**20, "num_layers": 2**10}.get(field, 2**16)
+    largest = {"embed_dim": 2**16, "num_heads": 1} | {field: highest}
+    assert getattr(config.ModelConfig(**largest), field) == highest
+    for wrong in (highest + 1, 10**9, 10**30):
+        with pytest.raises(
+            ValueError, match=rf"^{field} must be at most {highest} \(a size of the model\): got {wrong}$"
+        ):
+            config.ModelConfig(**{field: wrong})
+
+
 @pytest.mark.parametrize(
     ("kind", "values"),
     [

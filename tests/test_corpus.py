@@ -238,3 +238,42 @@ def test_what_a_corpus_reads_is_told(source: Path, tmp_path: Path) -> None:
     assert [(one.name, one.bytes) for one in found.sources] == [("text.txt", 3), ("second.txt", 5)]
     assert found.sources[0].sha256 == hashlib.sha256(b"abc").hexdigest()
     assert found.sources == corpus.digests([source, tmp_path / "second.txt"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "notes"),
+    [
+        ("a.txt", "naïve \ufffd 🙂".encode(), []),
+        (
+            "a.txt",
+            b"caf\xe9 \xe9\n" * 9,
+            ["18 bytes (the first in {path}) of the text are not UTF-8 and became U+FFFD"],
+        ),
+        ("a.txt", "🙂".encode()[:3], ["3 bytes (the first in {path}) of the text are not UTF-8"]),
+        ("a.txt", b"a\xff", ["1 byte (the first in {path}) of the text are not UTF-8"]),
+        ("a.jsonl", b'{"text": "caf\xe9"}', ["1 byte (the first in {path}) of the text are not UTF-8"]),
+        (
+            "a.txt",
+            "to be".encode("utf-16-le"),
+            ["5 bytes (the first in {path}) of the text are NUL; is the file UTF-16"],
+        ),
+        ("a.txt", b"\0" + b"a" * 99, []),
+        ("a.json", b'[{"text": "a"}]', ["{path} is read as plain text, braces and escapes included"]),
+    ],
+)
+def test_what_is_odd_about_a_text_is_noted(tmp_path: Path, name: str, content: bytes, notes: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = corpus.Corpus(tmp_path / name).notes
+    assert len(found) == len(notes)
+    for note, expected in zip(found, notes, strict=True):
+        assert note.startswith(expected.format(path=tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_text_and_no_tokens(source: Path) -> None:
+    source.write_bytes(b"\xef\xbb\xbfto be or not to be")
+    text = corpus.Corpus(source)
+    assert (text.bytes, text.split) == (18, 16)
+    assert [list(text.pieces(*ends)) for ends in ((0, 16), (16, 18))] == [["to be or not to "], ["be", None]]
+    source.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match="is empty: 0 tokens"):
+        corpus.Corpus(source)

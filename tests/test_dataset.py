@@ -37,8 +37,9 @@ def run_directory(folder: Path, name: str = "run") -> Path:
 
 def write_ids(directory: Path, train: int, validation: int) -> dataset.Dataset:
     """Writes a data set whose ids count up from 0, so that a window shows where it begins."""
+    np.arange(train + validation, dtype="<u2").tofile(directory / "tokens.bin")
     manifest = dataset.Manifest(
-        sources=(corpus.Source(name="text.txt", bytes=0, sha256=""),),
+        sources=(corpus.Source(name="text.txt", bytes=0, sha256="ab" * 32),),
         text_field=None,
         documents=1,
         text_bytes=0,
@@ -48,11 +49,11 @@ def write_ids(directory: Path, train: int, validation: int) -> dataset.Dataset:
         vocab_size=1000,
         sample_bytes=0,
         token_bytes=2,
+        tokens_sha256=files.sha256(directory / "tokens.bin"),
         train_tokens=train,
         validation_tokens=validation,
-        validation_bytes=0,
+        scored_bytes=0,
     )
-    np.arange(train + validation, dtype="<u2").tofile(directory / "tokens.bin")
     files.write_json(directory / "data.json", dataclasses.asdict(manifest))
     return dataset.Dataset(directory)
 
@@ -72,7 +73,9 @@ def test_the_splits_are_the_first_nine_tenths_and_the_last_tenth(tmp_path: Path)
         split += 1
     assert vocabulary.decode_bytes(data.train) == content[:split]
     assert vocabulary.decode_bytes(data.validation) == content[split:]
-    assert data.manifest.validation_bytes == len(content) - split
+    first = len(vocabulary.decode_bytes(data.validation[:1]))
+    assert (data.manifest.scored_bytes, data.manifest.text_bytes) == (len(content) - split - first, len(content))
+    assert data.manifest.tokens_sha256 == files.sha256(tmp_path / "run" / "tokens.bin")
     assert (data.manifest.train_tokens, data.manifest.validation_tokens) == (len(data.train), len(data.validation))
     assert list(data.train) == vocabulary.encode(content[:split].decode())
     assert list(data.validation) == vocabulary.encode(content[split:].decode())
@@ -286,7 +289,10 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     ("key", "value"),
     [
         *((key, value) for key in ("train_tokens", "validation_tokens") for value in (None, "9", 9.5, [9], -1)),
-        *(("token_bytes", value) for value in (None, "2", 3, 0, 1)),
+        *(("token_bytes", value) for value in (None, "2", 3, 0, 1, 8, 2.0, True)),
+        *(("tokens_sha256", value) for value in (None, "", "ab", 7)),
+        *(("eos_id", value) for value in (1000, -1)),
+        ("train_tokens", 10**25),
         *(
             ("sources", value)
             for value in (None, [], ["a.txt"], [{"name": "a"}], {"name": "a", "bytes": 1, "sha256": ""})
@@ -314,55 +320,32 @@ def test_a_manifest_that_lacks_a_key_is_named(tmp_path: Path, key: str) -> None:
         dataset.Dataset(tmp_path)
 
 
-OLD = {
-    "source": "text.txt",
-    "source_bytes": 1000,
-    "source_sha256": "ab",
-    "requested_vocab_size": 300,
-    "vocab_size": 299,
-    "token_bytes": 2,
-    "train_tokens": 9,
-    "validation_tokens": 2,
-    "validation_bytes": 100,
-}
+def test_a_flipped_bit_of_the_ids_is_found(tmp_path: Path) -> None:
+    write_ids(tmp_path, train=900, validation=100)
+    path = tmp_path / "tokens.bin"
+    whole = path.read_bytes()
+    for place in np.random.RandomState(0).randint(0, 8 * len(whole), 200):
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is not the file that data.json describes"):
+            dataset.Dataset(tmp_path)
+    path.write_bytes(whole)
+    assert dataset.Dataset(tmp_path).train[-1] == 899
 
 
-def test_a_run_of_version_0_1_still_opens(tmp_path: Path) -> None:
-    np.arange(11, dtype="<u2").tofile(tmp_path / "tokens.bin")
-    files.write_json(tmp_path / "data.json", OLD)
-    assert dataset.Dataset(tmp_path).manifest == dataset.Manifest(
-        sources=(corpus.Source(name="text.txt", bytes=1000, sha256="ab"),),
-        text_field=None,
-        documents=1,
-        text_bytes=1000,
-        eos_id=None,
-        tokenizer_sha256=None,
-        requested_vocab_size=300,
-        vocab_size=299,
-        sample_bytes=900,
-        token_bytes=2,
-        train_tokens=9,
-        validation_tokens=2,
-        validation_bytes=100,
-    )
-
-
-@pytest.mark.parametrize("key", OLD)
-@pytest.mark.parametrize("change", ["lacks", "holds something else"])
-def test_a_broken_manifest_of_version_0_1_is_named(tmp_path: Path, key: str, change: str) -> None:
-    rest = {name: value for name, value in OLD.items() if name != key}
-    files.write_json(tmp_path / "data.json", rest if change == "lacks" else OLD | {key: [7]})
-    with pytest.raises(ValueError, match=r"data\.json (is not a data manifest|must hold)"):
+def test_an_id_beyond_the_vocabulary_is_refused_even_where_its_digest_is_right(tmp_path: Path) -> None:
+    write_ids(tmp_path, train=900, validation=100)
+    path = tmp_path / "data.json"
+    files.write_json(path, files.read_json(path) | {"vocab_size": 999})
+    with pytest.raises(ValueError, match=r"tokens.bin has the id 999, beyond the vocabulary of 999"):
         dataset.Dataset(tmp_path)
 
 
-def test_old_and_new_runs_are_held_to_their_text_alike(tmp_path: Path) -> None:
-    source, directory = write_text(tmp_path), run_directory(tmp_path)
-    made = dataset.prepare(directory, source, 300).manifest
-    (one,) = made.sources
-    old = {"source": one.name, "source_bytes": one.bytes, "source_sha256": one.sha256}
-    old |= {name: value for name, value in dataclasses.asdict(made).items() if name in OLD}
-    files.write_json(directory / "data.json", old)
-    assert dataset.prepare(directory, source, 300).manifest == made
-    with pytest.raises(ValueError, match=r"--data-path gives 2 files, not its 1;"):
-        dataset.require_same(directory, [source, source], 301)
+def test_what_is_odd_about_a_text_is_noted_before_it_is_encoded(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9 " * 100)
+    told: list[str] = []
+    data = dataset.prepare(run_directory(tmp_path), tmp_path / "text.txt", 256, note=told.append)
+    assert [line[:52] for line in told] == [f"100 bytes (the first in {tmp_path / 'text.txt'})"[:52]]
+    assert data.manifest.text_bytes == 700, "U+FFFD has 3 bytes"
+    assert data.manifest.scored_bytes == len(data.validation) - 1

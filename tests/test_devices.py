@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from hipgpt_jax import devices
@@ -147,3 +148,12 @@ def test_freed_memory_is_kept_unless_the_user_decides(own: dict[str, str], on_ma
     *was_done, faults = done.stdout.split()
     assert was_done == [str(on_main_thread), str(kept)]
     assert (int(faults) < 1000) == (on_main_thread and kept), "a temporary of 100 MB is some 25,000 pages"
+
+
+def test_a_note_says_why_disabled_jit_is_slow() -> None:
+    notes: list[str] = []
+    devices.start("cpu", notes.append)
+    assert not [note for note in notes if "JAX_DISABLE_JIT" in note]
+    with jax.disable_jit():
+        devices.start("cpu", notes.append)
+    assert [note for note in notes if note.startswith("JAX_DISABLE_JIT is set")]

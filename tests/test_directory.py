@@ -1,5 +1,6 @@
 """Which files a run's name and step mean, and what is said where they are not what they should be."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -13,15 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipgpt_jax import config, files, training_config
+from hipgpt_jax import config, files
 from hipgpt_jax.runs import directory, weights
-from hipgpt_jax.text import dataset
-from hipgpt_jax.training import checkpoint
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
-TEXT = "".join(f"Speaker {i % 7}:\nTo be, or not to be, line {i}.\n\n" for i in range(40))
-MODEL = config.ModelConfig(vocab_size=256, max_seq_len=8, embed_dim=8, num_heads=2, ff_hidden_dim=12, num_layers=1)
+MODEL = fakes.RUN_MODEL
 
 # What the config of a step must hold, and of which kind.
 REQUIRED: dict[tuple[str, str], type] = {
@@ -34,30 +32,10 @@ REQUIRED: dict[tuple[str, str], type] = {
 }
 
 
-def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10)) -> Path:
-    """Writes a run of random weights by the package's own writers, and returns its directory."""
-    path = root / name
-    path.mkdir(parents=True)
-    source = root.parent / "text.txt"
-    source.write_text(TEXT)
-    data = dataset.prepare(path, source, MODEL.vocab_size)
-    writer = checkpoint.Writer(
-        directory=path,
-        model=MODEL,
-        train=training_config.TrainConfig(),
-        manifest=data.manifest,
-        weights_dtype="float32",
-        attention="xla",
-    )
-    for at in steps:
-        writer.write(at, fakes.random_params(MODEL, seed=at), latest=True, best=False)
-    return path
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that no test changes."""
-    return make_run(tmp_path_factory.mktemp("made") / "checkpoints", "tiny")
+    return fakes.make_run(tmp_path_factory.mktemp("made") / "checkpoints", "tiny")
 
 
 @pytest.fixture
@@ -157,21 +135,21 @@ def test_an_unknown_step_lists_the_steps_by_number(run: Path) -> None:
             directory.read_checkpoint("tiny", wrong)
 
 
-def test_steps_are_those_with_a_config_of_this_run(tmp_path: Path) -> None:
+def test_steps_are_those_with_a_config_whatever_the_run_was_called(tmp_path: Path) -> None:
     path = tmp_path / "a.b+c"
     path.mkdir()
     for name in (
         "a.b+c_step10_config.json",
         "a.b+c_step9_config.json",
         "a.b+c_step7.bin",
-        "axb+c_step6_config.json",
+        "old name_step6_config.json",
         ".a.b+c_step5_config.json.77.tmp",
         "a.b+c_step4_config.json.old",
         "a.b+c_stepx_config.json",
         "latest_config.json",
     ):
         (path / name).touch()
-    assert directory.steps(path) == [9, 10]
+    assert directory.steps(path) == [6, 9, 10]
     assert directory.config_name("a.b+c", 9) == "a.b+c_step9_config.json"
     assert directory.weights_name("a.b+c", 9) == "a.b+c_step9.bin"
 
@@ -183,7 +161,25 @@ def test_a_plain_name_is_a_run_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", ".hidden", "a/b", "/tmp", "../tiny", "tiny/..", "a..b", "a\\b", "tiny\n", "a\nb", "a\x00b", "\t"],
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "/tmp",
+        "../tiny",
+        "tiny/..",
+        "a..b",
+        "a\\b",
+        "tiny\n",
+        "a\nb",
+        "a\x00b",
+        "\t",
+        "\x9b",
+        "\u202e",
+        "\udcff",
+    ],
 )
 def test_a_name_that_could_leave_the_directory_is_refused(run: Path, name: str) -> None:
     for function in (directory.check_name, directory.find, directory.read_checkpoint):
@@ -307,10 +303,48 @@ def test_a_config_of_another_step_is_named(run: Path) -> None:
         directory.read_checkpoint("tiny", 10)
 
 
-def test_a_renamed_run_has_no_steps_of_its_name(run: Path) -> None:
-    run.rename(run.parent / "other")
-    with pytest.raises(FileNotFoundError, match="run 'other' has no step 2"):
-        directory.read_checkpoint("other", 2)
+def test_a_renamed_run_keeps_its_steps_and_is_tidied(run: Path) -> None:
+    renamed = run.rename(run.parent / "other")
+    assert directory.read_checkpoint("other", 2).weights == renamed / "tiny_step2.bin"
+    with pytest.raises(FileNotFoundError, match=r"run 'other' has no step 3\. Steps: 2, 10$"):
+        directory.read_checkpoint("other", 3)
+    fakes.write_step(renamed, 12, keep_last=2)
+    assert {path.name for path in renamed.glob("*_step*.bin")} == {*("tiny_step10.bin", "other_step12.bin")}
+    fakes.write_step(renamed, 10, keep_last=2)
+    assert {path.name for path in renamed.glob("*_step*")} == {
+        *("other_step10.bin", "other_step10_config.json", "other_step12.bin", "other_step12_config.json")
+    }
+    assert directory.read_checkpoint("other", 10).weights.name == "other_step10.bin"
+    directory.read_checkpoint("other").verify()
+
+
+def test_the_links_follow_a_run_that_resumes_from_an_older_step(run: Path) -> None:
+    found = fakes.writer(run, keep_last=1)
+    found.write(12, fakes.random_params(MODEL), latest=True, best=True)
+    found.write(8, fakes.random_params(MODEL), latest=False, best=False)
+    found.rewind(8, best=None)
+    assert (run / "latest_checkpoint.bin").readlink() == Path("tiny_step8.bin")
+    assert not (run / "best_config.json").is_symlink()
+    found.write(9, fakes.random_params(MODEL), latest=False, best=False)
+    found.link_latest(9)
+    directory.read_checkpoint("tiny").verify()
+    assert directory.read_checkpoint("tiny").step == 9
+    found.rewind(9, best=8)  # which is pruned
+    assert not (run / "best_config.json").is_symlink()
+    found.rewind(12, best=12)
+    assert (run / "best_config.json").readlink() == Path("tiny_step12_config.json")
+
+
+@pytest.mark.parametrize("name", ["tiny", "naïve", "日" * 60, "n" * 222])
+def test_a_name_is_refused_where_its_longest_file_would_not_fit(tmp_path: Path, name: str) -> None:
+    """As the writer writes them: under a temporary name with the largest process number."""
+    longest = f".{directory.config_name(name, 4000)}.4194304.tmp"
+    fits = len(longest.encode()) <= 255
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="run name of 222 bytes is too long"):
+        assert directory.check_new_name(name, 4000) == name
+    with contextlib.nullcontext() if fits else pytest.raises(OSError, match="File name too long"):
+        (tmp_path / longest).touch()
+    assert directory.check_new_name("n" * 221, 4000)
 
 
 def test_a_run_has_begun_once_there_is_something_to_go_on_from(run: Path) -> None:

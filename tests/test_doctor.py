@@ -80,7 +80,7 @@ def test_a_jax_that_does_not_start_is_a_trouble_and_no_crash(
     lines = result.out.splitlines()
     (line,) = (i for i, text in enumerate(lines) if "TROUBLE" in text)
     assert re.fullmatch(rf" +TROUBLE +JAX +{re.escape(said)}", lines[line])
-    assert re.fullmatch(r" +→ pip install --force-reinstall 'jax==[\d.]+' 'jaxlib==[\d.]+'", lines[line + 1])
+    assert re.fullmatch(r" +-> pip install --force-reinstall 'jax==[\d.]+' 'jaxlib==[\d.]+'", lines[line + 1])
     assert lines[-1] == "1 trouble"
     assert "shakespeare" in result.out
     assert "Traceback" not in result.out
@@ -130,23 +130,31 @@ def test_a_platform_that_jax_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_caches_place_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "cache/hipgpt_jax/xla"
+    place = tmp_path / "cache/hipgpt_jax/compiled"
     assert machine.cache() == doctor.Finding("compile cache", f"{place}: not made yet")
     place.mkdir(parents=True)
-    for name in ("a-cache", "b-cache"):
+    for name in ("a.xla", "b.program", "of another program"):
         (place / name).write_bytes(bytes(750_000))
-        (place / name.replace("cache", "atime")).write_bytes(b"8")
     assert machine.cache() == doctor.Finding("compile cache", f"{place}: 2 programs, 1.5 MB")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
-    assert machine.cache().text == f"{tmp_path / 'own'}: not made yet"
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
-    assert machine.cache().text == "gs://bucket/cache: remote, not looked into"
+    assert machine.cache().text == f"{tmp_path / 'own/hipgpt_jax'}: not made yet"
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("name", ["cache", "cache/hipgpt_jax", "cache/hipgpt_jax/compiled"])
+def test_a_cache_that_another_user_can_write_is_a_trouble(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name).chmod(0o777)
+    finding = machine.cache()
+    assert finding.text.startswith(f"other users can write {tmp_path / name}, ")
+    assert f"chmod go-w {tmp_path / name}" in finding.text
+    assert finding.advice
 
 
 def test_a_cache_that_cannot_be_made_is_a_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch(mode=0o755)
-    for own in ("file", "file/below"):
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / own))
+    for own in (tmp_path / "file", tmp_path / "file/below", "gs://bucket/cache"):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(own))
         assert "export JAX_COMPILATION_CACHE_DIR=" in (machine.cache().advice or "")
 
 
@@ -157,6 +165,7 @@ def test_a_cache_that_cannot_be_made_is_a_trouble(tmp_path: Path, monkeypatch: p
         (("--run-name", "../x"), "must be a plain name"),
         (("--frobnicate",), "Unknown command line flag 'frobnicate'"),
         (("more",), "unexpected argument 'more'"),
+        (("--deep", "--noverify"), "--deep .* and --noverify .*: give one of them"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(

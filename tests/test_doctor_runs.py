@@ -10,9 +10,10 @@ import machines
 import programs
 import pytest
 
-from hipgpt_jax import doctor
-from hipgpt_jax.doctor import runs
+from hipgpt_jax import compilation, disk_cache, doctor
+from hipgpt_jax.doctor import deep, runs
 from hipgpt_jax.runs import directory
+from hipgpt_jax.text import dataset
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
 def test_a_whole_run_is_one_line(tiny: Path) -> None:
     (finding,) = runs.examine("tiny")
     assert finding == doctor.Finding("run", "tiny: 2 steps, latest 40, whole, digests checked; in checkpoints/tiny")
@@ -51,10 +58,10 @@ def test_a_damaged_latest_step_is_named_with_the_step_to_take(tiny: Path, call: 
     assert re.search(
         r"TROUBLE run +tiny: step 40, the latest, is damaged: .*tiny_step40\.bin is not the file", result.out
     )
-    assert re.search(r"\n +→ Restore the file; until then, take --step 20\n\n1 trouble\n$", result.out)
+    assert re.search(r"\n +-> Restore the file; until then, take --step 20\n\n1 trouble\n$", result.out)
     cut(tiny / "tiny_step20.bin")
     latest, older = runs.examine("tiny")
-    assert latest.advice == "Restore the file, or train the run anew: hipgpt-train --run-name tiny --reset …"
+    assert latest.advice == "Restore the file, or train the run anew: hipgpt-train --run-name tiny --reset ..."
     assert "tiny: step 20 is damaged" in older.text
 
 
@@ -116,3 +123,68 @@ def test_the_packages_own_run_is_restored_otherwise(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(directory, "SHIPPED", tmp_path / "shipped")
     cut(tmp_path / "shipped/shakespeare/shakespeare_step2000.bin")
     assert "git checkout" in (machines.troubles(runs.examine())[0].advice or "")
+
+
+def test_deep_reads_the_cache_and_the_training_files(
+    tiny: Path, tmp_path: Path, call: Callable[..., programs.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    cache = compilation.cache_in(disk_cache.safe_directory(tmp_path / "cache/hipgpt_jax/compiled"))
+    names = [f"jit_steps{compilation.EXECUTABLE}", f"steps{compilation.PROGRAM}"]
+    for name in names:
+        cache.put(name, bytes(100))
+    compiled, tokens, trained_states = deep.examine()
+    assert trained_states.text == "tiny: states of step 20, 40, digests checked"
+    assert compiled == doctor.Finding("compile cache", "2 programs, all as their digests say")
+    assert re.fullmatch(r"tiny: 0\.\d MB, as the digest in data\.json says", tokens.text)
+    assert tokens.advice is None
+    assert [finding.topic for finding in deep.examine("shakespeare")] == ["compile cache"]
+    for name in names:
+        flip(cache.directory / name, 8 * 90)
+    flip(tiny / "tokens.bin", 8 * 90)
+    assert re.search(r"tokens\.bin was changed: its sha256 is \w{12}\.\.\., not", list(deep.examine("tiny"))[-1].text)
+    cut(tiny / "tokens.bin")
+    result = call("--deep", "--run-name", "tiny")
+    assert (result.code, result.err) == (1, "")
+    advice = re.findall(r"TROUBLE (?:compile cache|tokens\.bin) .*\n +-> (.*)", result.out)
+    assert advice == [f"rm {cache.directory / name}" for name in names] + [
+        "Restore the file, or prepare the text anew: hipgpt-train --run-name tiny --reset ..."
+    ]
+    assert sorted(path.name for path in cache.directory.iterdir()) == names, "nothing is removed"
+
+
+def test_the_files_names_are_those_of_the_data() -> None:
+    assert (deep.TOKENS_NAME, deep.MANIFEST_NAME) == (dataset.TOKENS_NAME, dataset.MANIFEST_NAME)
+
+
+def test_names_cannot_forge_a_line_or_move_the_cursor(
+    tiny: Path, call: Callable[..., programs.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "\x1b[2K\n  ok      JAX device        0: gpu")
+    (tiny / "latest_config.json").unlink()
+    (tiny / "latest_config.json").symlink_to("\x1b]0;title\x07.json")
+    result = call("--run-name", "tiny", "--noverify")
+    assert r"XLA_FLAGS=\x1b[2K ok JAX device 0: gpu" in result.out
+    assert r"points to \x1b]0;title\x07.json" in result.out
+    assert "\x1b" not in result.out
+
+
+def test_deep_names_a_damaged_training_state_and_what_resume_does(tiny: Path) -> None:
+    path = tiny / "train_state/40/default/_METADATA"
+    cut(path)
+    *_, damaged, whole = deep.examine("tiny")
+    assert (
+        damaged.text == f"tiny: the state of step 40 is damaged: checkpoints/tiny/{path.relative_to(tiny)} was changed"
+    )
+    assert damaged.advice == "Restore it from a copy, or leave it: --resume goes on from step 20"
+    assert whole.text == "tiny: state of step 20, digests checked"
+    cut(tiny / "train_state/20/default/_METADATA")
+    found = [finding for finding in deep.examine("tiny") if finding.topic == "train_state"]
+    assert [finding.advice for finding in found] == [
+        "Restore it from a copy, or train the run anew: hipgpt-train --run-name tiny --reset ..."
+    ] * 2
+    for step in (20, 40):
+        (tiny / f"train_state/{step}/sha256.json").unlink()
+    found = [finding for finding in deep.examine("tiny") if finding.topic == "train_state"]
+    assert ["has no digests and cannot be checked" in finding.text for finding in found] == [True, True]

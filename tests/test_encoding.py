@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def test_an_end_follows_each_document_in_both_splits(
     vocabulary, made = tokenizer.Tokenizer.load(tmp_path / "tokenizer.json"), data.manifest
     content = "".join([POEM, *LINES]).encode()
     split = len(content) * 9 // 10
-    assert (made.documents, made.text_bytes, made.validation_bytes) == (81, len(content), len(content) - split)
+    first = len(vocabulary.decode_bytes(data.validation[:1]))
+    assert (made.documents, made.text_bytes, made.scored_bytes) == (81, len(content), len(content) - split - first)
     assert made.eos_id == vocabulary.end_id
     if is_ready:
         size = len(tokenizers.Tokenizer.from_file(str(ready)).get_vocab())
@@ -297,3 +298,70 @@ def test_progress_goes_from_nothing_to_almost_all(
         assert done == sorted(done)
         assert (done[0], done[-1] <= total) == (0, True)
     assert told[-1][0] > 0.8 * made.text_bytes
+
+
+def cut_short(directory: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves a directory whose second split has begun."""
+
+    def cut(done: int, total: int, what: str) -> None:
+        if what == "encoding" and done * 100 > total * 95:
+            raise Cut
+
+    monkeypatch.setattr(encoding, "_BATCH_PIECES", 7)
+    with pytest.raises(Cut):
+        dataset.prepare(directory, sources, 400, text_field="body", progress=cut)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value["pieces"].__setitem__(0, value["pieces"][0] - 7),
+        lambda value: value["pieces"].__setitem__(1, value["pieces"][1] + 7),
+        lambda value: value.update(pieces=[value["pieces"][0] - 7, 7], bytes=[1, value["bytes"][1]]),
+        lambda value: value["pieces"].__setitem__(0, 2**53),
+        lambda value: value["tokens"].__setitem__(0, value["tokens"][0] - 1),
+        lambda value: value["tokens"].__setitem__(1, 2**53),
+        lambda value: value["bytes"].__setitem__(0, 0),
+        lambda value: value.pop("pieces"),
+        lambda value: value.update(tokens=[1.0, 2]),
+        lambda value: value.update(pieces="ab"),
+        lambda value: value.update(more=1),
+    ],
+)
+def test_a_journal_that_is_wrong_is_not_continued(
+    sources: list[Path],
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, Any]], Any],
+) -> None:
+    cut_short(tmp_path, sources, monkeypatch)
+    value = json.loads((tmp_path / "prepare.json").read_text())
+    assert value["pieces"][1] > 0
+    change(value)
+    (tmp_path / "prepare.json").write_text(json.dumps(value))
+    dataset.prepare(tmp_path, sources, 400, text_field="body")
+    assert contents(tmp_path) == whole
+
+
+def test_ids_that_changed_before_the_work_went_on_are_written_again(
+    sources: list[Path], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short(tmp_path, sources, monkeypatch)
+    with (tmp_path / "tokens.bin").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\0\0")
+    dataset.prepare(tmp_path, sources, 400, text_field="body")
+    assert contents(tmp_path) == whole
+
+
+def test_ids_that_lose_bytes_of_the_text_are_refused(tmp_path: Path) -> None:
+    """Of a vocabulary that ``Tokenizer.load`` would have refused: the count does not rely on it."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.Tokenizer.train([POEM], 300).to_json())
+    backend.add_tokens([tokenizers.AddedToken("king", lstrip=True)])
+    (tmp_path / "a.txt").write_text("a king")
+    (tmp_path / "b.txt").write_text("aking")
+    text = r"the tokenizer loses text: 6 bytes became ids of 5 bytes, in the text that begins 'a king'"
+    with pytest.raises(ValueError, match=text):
+        encoding.encode(tokenizer.Tokenizer(backend), corpus.Corpus(tmp_path / "a.txt"))
+    assert len(encoding.encode(tokenizer.Tokenizer(backend), corpus.Corpus(tmp_path / "b.txt"))) == 2

@@ -3,17 +3,21 @@
 import gzip
 import json
 import math
+import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import programs
 import pytest
+import safetensors.numpy
 import zstandard
 
-from hipgpt_jax.text import corpus, tokenizer
+from hipgpt_jax import files
+from hipgpt_jax.text import corpus, dataset, tokenizer
 
 Run = Callable[..., programs.Result]
 
@@ -102,6 +106,58 @@ def test_a_file_that_exists_is_not_replaced_unasked(run: Run) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+def test_overwrite_replaces_only_what_evaluate_wrote(run: Run) -> None:
+    score = ("--prompt", "a queen", "--overwrite", "--output")
+    Path("o.jsonl").touch()
+    assert run(*score, "o.jsonl").code == 0, "an empty file"
+    whole = Path("o.jsonl").read_bytes()
+    Path("link").symlink_to("o.jsonl")
+    assert run(*score, "link", "--stride", "1").code == 0
+    assert whole != Path("o.jsonl").read_bytes()
+    assert Path("link").is_symlink()
+    os.link("o.jsonl", "hard.txt")
+    ours = Path("o.jsonl").read_bytes()
+    for content in (
+        b"my thesis",
+        b'{"id":"a","text":"b"}\n',
+        ours[:-30],
+        b"[]\n",
+        b"9" * 5000,
+        b"\xff\n",
+        b"[" * 99999,
+    ):
+        Path("t.jsonl").write_bytes(content)
+        result = run(*score, "t.jsonl")
+        assert result.code == 1
+        assert "--output t.jsonl exists and is no file of hipgpt-evaluate: give another name" in result.err
+        assert Path("t.jsonl").read_bytes() == content
+    for source in ("o.jsonl", "link", "hard.txt"):
+        for target in ("o.jsonl", "link", "hard.txt"):
+            result = run("--prompts_file", source, "--overwrite", "--output", target)
+            assert result.code == 1
+            assert "input of this command" in result.err or "unknown key" in result.err
+            assert Path(target).read_bytes() == ours
+    result = run("--prompts_file", "hard.txt", "--overwrite", "--output", "link")
+    assert "--output link is an input of this command" in result.err
+    assert "--overwrite is for the file of --output" in run("--prompt", "a queen", "--overwrite").err
+
+
+def test_lines_go_to_pipes_and_to_stdout_by_any_name(run: Run) -> None:
+    for output in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        result = run("--prompt", "a queen", "--output", output)
+        assert json.loads(result.out)["text"] == "a queen", "and no table"
+    os.mkfifo("pipe")
+    with open(os.open("pipe", os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        assert run("--prompt", "a queen", "--output", "pipe").code == 0
+        assert json.loads(reader.read())["text"] == "a queen"
+    assert Path("pipe").is_fifo()
+    ended = threading.Thread(target=lambda: os.close(os.open("pipe", os.O_RDONLY)))
+    ended.start()
+    result = run("--prompt", "a queen", "--output", "pipe")
+    ended.join()
+    assert (result.code, "error" in result.err) == (141, False)
+
+
 def test_a_text_is_the_same_in_any_form(run: Run) -> None:
     text = Path("text.txt").read_bytes()[:900]
     Path("short.txt").write_bytes(text)
@@ -186,3 +242,71 @@ def test_a_mistake_is_one_line_and_exit_code_1(run: Run, arguments: tuple[str, .
     assert (result.code, result.out) == (1, "")
     assert re.fullmatch(f"evaluate: error: .*{message}.*", result.err.splitlines()[-1])
     assert not Path("o.jsonl").exists()
+
+
+def replace_weights(trained: Path, change: Callable[[np.ndarray], object]) -> None:
+    """Gives the run's last step other values in its token embedding, digest and all."""
+    Path("checkpoints").unlink()
+    shutil.copytree(trained / "checkpoints/tiny", "checkpoints/tiny", symlinks=True)
+    path = Path("checkpoints/tiny/tiny_step40.bin")
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors["wte.weight"])
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    settings = Path("checkpoints/tiny/tiny_step40_config.json")
+    value = json.loads(settings.read_text())
+    value["checkpoint"]["sha256"] = files.sha256(path)
+    settings.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(run: Run, trained: Path, number: float) -> None:
+    replace_weights(trained, lambda table: table.__setitem__((65, 0), number))
+    for arguments in ((), ("--prompt", "the king", "--output", "-"), ("--prompt", "the king", "--output", "o.jsonl")):
+        result = run(*arguments)
+        assert result.code == 1
+        assert re.fullmatch(
+            r"evaluate: error: the model's log-probabilities are not finite \(loss (nan|inf)\): .*",
+            result.err.splitlines()[-1],
+        )
+        assert figures(result.out) == {}
+    assert not Path("o.jsonl").exists()
+
+
+def test_a_perplexity_beyond_float64_is_infinite(run: Run, trained: Path) -> None:
+    """And no number: JSON has none for it."""
+    replace_weights(trained, lambda table: table.__imul__(1e6))
+    line = json.loads(run("--prompt", "the king and his fool", "--output", "-").out)
+    assert line["loss"] > 710
+    assert line["perplexity"] is None
+    assert "  perplexity           inf\n" in run("--prompt", "the king and his fool").out
+
+
+def test_nats_per_byte_are_of_the_tokens_predicted(run: Run, trained: Path) -> None:
+    """In the training log as here: the first token of the split is not predicted, so its bytes do not count."""
+    data = dataset.Dataset(trained / "checkpoints/tiny")
+    vocabulary = tokenizer.Tokenizer.load(trained / "checkpoints/tiny/tokenizer.json")
+    size = len(vocabulary.decode_bytes(data.validation[1:]))
+    logged = [json.loads(line) for line in (trained / "checkpoints/tiny/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in logged if "validation_loss" in line][-1]
+    expected = last["validation_loss"] * (len(data.validation) - 1) / size
+    assert last["validation_nats_per_byte"] == pytest.approx(expected, rel=1e-12)
+    assert figures(run().out)["nats per byte"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_bytes_that_are_not_utf8_are_noted_and_count_as_what_they_became(run: Run) -> None:
+    Path("latin.txt").write_bytes("naïve café\n".encode("latin-1") * 30)
+    Path("replaced.txt").write_text("na\ufffdve caf\ufffd\n" * 30)
+    found, expected = run("--data-path", "latin.txt"), run("--data-path", "replaced.txt")
+    assert "60 bytes (the first in latin.txt) of the text are not UTF-8 and became U+FFFD" in found.err
+    assert "not UTF-8" not in expected.err
+    assert figures(found.out) == figures(expected.out)
+    assert "450 bytes" in found.out
+
+
+def test_ids_that_are_not_those_of_the_run_are_refused(run: Run, trained: Path) -> None:
+    replace_weights(trained, lambda table: table)
+    path = Path("checkpoints/tiny/tokens.bin")
+    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
+    result = run()
+    assert (result.code, result.out) == (1, "")
+    assert "tokens.bin is not the file that data.json describes: it was changed" in result.err

@@ -1,7 +1,11 @@
 """Kept programs: the same bits whether found or made, found only by what they follow from, and never in the way."""
 
 import gc
+import hashlib
+import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,19 +16,32 @@ from typing import Any
 
 import fakes
 import jax
+import jax.export
 import numpy as np
 import programs as cli
 import pytest
 
-from hipgpt_jax import config
+from hipgpt_jax import compilation, config, disk_cache
 from hipgpt_jax.generation import carry, exported, programs, sampler
 
 OURS = {f"jit({name})" for name in ("fill", "enter", "put", "steps", "roll", "roll_row", "where")}
 
 
+def cache_in(directory: Path, told: list[str] | None = None) -> disk_cache.DiskCache:
+    """Returns a cache that appends what it tells to ``told``."""
+    return disk_cache.DiskCache(directory, (compilation.PROGRAM,), None, [].append if told is None else told.append)
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(exported, "_directory", lambda settings: tmp_path)
+def told() -> list[str]:
+    """Lines that the cache tells."""
+    return []
+
+
+@pytest.fixture
+def place(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = cache_in(tmp_path, told)
+    monkeypatch.setattr(exported, "_cache", lambda: cache)
     return tmp_path
 
 
@@ -59,14 +76,15 @@ def test_bits_are_the_same_without_made_and_found_which_traces_nothing(
 ) -> None:
     found = []
     for directory in (None, tmp_path, tmp_path):
-        monkeypatch.setattr(exported, "_directory", lambda settings, directory=directory: directory)
+        cache = directory and cache_in(directory)
+        monkeypatch.setattr(exported, "_cache", lambda cache=cache: cache)
         if found and directory == tmp_path and any(tmp_path.iterdir()):
             monkeypatch.setattr(programs, "_module", _never)
         with fakes.compilations() as compiled:
             numbers = drawn(fresh(**settings), lengths)
         found.append((numbers, sorted(name for name in compiled if name in OURS)))
     assert found[0] == found[1] == found[2]
-    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {name[4:-1] for name in found[0][1]}
+    assert {path.name.split("-")[1] for path in tmp_path.iterdir()} == {name[4:-1] for name in found[0][1]}
 
 
 def test_a_start_from_kept_programs_imports_no_flax_nor_scipy_and_none_compiles_twice(tmp_path: Path) -> None:
@@ -96,20 +114,106 @@ finally:
     assert lines[0][:-1] == lines[1][:-1] != []
 
 
+@pytest.mark.slow
+def test_no_damage_to_the_cache_changes_a_token_or_ends_the_process(tmp_path: Path) -> None:
+    """By the command: bits of executables and exported programs, chosen by a fixed seed, and files that are cut."""
+    asked = ("--run-name", "shakespeare", "--prompt", "To be", "--num_tokens", "9", "--output", "-")
+
+    def generate() -> tuple[str, list[str]]:
+        done = cli.spawn("generate", *asked, cwd=tmp_path, cache=tmp_path)
+        assert done.code == 0, done.err
+        assert not re.search("Traceback|Warning", done.err)
+        return json.loads(done.out)["ids"], [line for line in done.err.splitlines() if "damaged" in line]
+
+    right, _ = generate()
+    entries = sorted((tmp_path / "hipgpt_jax/compiled").iterdir())
+    assert {path.suffix for path in entries} == {compilation.EXECUTABLE, compilation.PROGRAM}
+    chance = random.Random(0)
+    chance.shuffle(entries)
+    while entries:
+        for path in (entries.pop(), entries.pop()):
+            content = bytearray(path.read_bytes())
+            if chance.random() < 0.3:
+                del content[chance.randrange(len(content)) :]
+            else:
+                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+        ids, told = generate()
+        assert ids == right
+        assert len(told) == 1
+    assert generate() == (right, [])
+
+
 def double(state: carry.Rows) -> carry.Rows:
     return jax.tree.map(lambda x: 2 * x, state)
 
 
+def halve(state: carry.Rows) -> carry.Rows:
+    return jax.tree.map(lambda x: x // 2 if x.dtype == np.uint32 else x / 2, state)
+
+
+def doubled() -> float:
+    """Returns the temperature of blank rows, which is 1, doubled by a program from the cache."""
+    return float(jax.jit(exported.kept(double, ""))(carry.blank(1, 1, 1)[0]).settings.temperature_B[0])
+
+
+def put_program(function: Callable[..., Any], path: Path, *, named: str | None = None) -> None:
+    """Puts a program with a right digest where that of ``double`` is."""
+    function.__name__ = named or function.__name__
+    shapes = jax.tree.map(exported._shape, (carry.blank(1, 1, 1)[0],))
+    program = jax.export.export(jax.jit(function))(*shapes).serialize()
+    cache_in(path.parent).put(path.name, bytes(program))
+
+
 @pytest.mark.parametrize("damage", [lambda x: x[:-7], lambda x: x[:9], lambda x: b"", lambda x: x[:60] + b"?" + x[61:]])
-def test_a_damaged_file_is_made_anew(damage: Callable[[bytes], bytes], place: Path) -> None:
-    rows, _ = carry.blank(1, 1, 1)
-    jax.jit(exported.kept(double, ""))(rows)
+def test_a_damaged_file_is_made_anew(damage: Callable[[bytes], bytes], place: Path, told: list[str]) -> None:
+    assert doubled() == 2
     (path,) = place.iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    assert exported._read(path) is None
-    assert float(jax.jit(exported.kept(double, ""))(rows).settings.temperature_B[0]) == 1.0 * 2
+    assert doubled() == 2
+    assert len(told) == 1
     assert path.read_bytes() == whole
+
+
+def test_a_program_of_another_name_or_signature_is_refused(place: Path, told: list[str]) -> None:
+    """Each has a right digest of its own, and that of ``halve`` the same signature too."""
+    assert doubled() == 2
+    (path,) = place.iterdir()
+    whole = path.read_bytes()
+    exports = cache_in(place)
+
+    def swapped(state: carry.Rows) -> tuple[carry.Rows, ...]:
+        return (state, state)
+
+    put_program(halve, path)
+    assert exports.get(path.name) not in (None, whole)
+    assert doubled() == 2
+    assert "it is the program 'halve'" in told[0]
+    assert path.read_bytes() == whole
+    shapes = jax.tree.map(exported._shape, carry.blank(2, 1, 1)[0])  # its argument is of two rows
+    exports.put(path.name, bytes(jax.export.export(jax.jit(double))(shapes).serialize()))
+    assert doubled() == 2
+    assert path.read_bytes() == whole
+    with_digest_of_old_form = hashlib.sha256(whole).digest() + whole
+    path.write_bytes(with_digest_of_old_form)
+    assert doubled() == 2
+    assert len(told) == 1
+
+
+def test_damage_with_a_right_digest_is_traced_anew(place: Path, told: list[str]) -> None:
+    """On such bytes flatbuffers raises errors of any type, such as struct.error, IndexError or UnicodeDecodeError."""
+    assert doubled() == 2
+    (path,) = place.iterdir()
+    exports = cache_in(place)
+    program = exports.get(path.name)
+    assert program is not None
+    # The tables of the flatbuffer are its end; before them is StableHLO, which nothing but a digest protects.
+    for content in (b"", b"?", program[:4], bytes(len(program)), b"\xff" * 64 + program[64:], program[::-1]):
+        exports.put(path.name, content)
+        assert doubled() == 2
+    assert len(told) == 1
+    assert exports.get(path.name) == program
 
 
 @pytest.fixture
@@ -128,11 +232,10 @@ def jax_settings() -> Iterator[Callable[..., None]]:
 def test_a_program_is_found_by_all_that_it_follows_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jax_settings: Callable[..., None]
 ) -> None:
-    def place(settings: str = "s") -> Path | None:
+    def place(settings: str = "s") -> str:
         exported._code.cache_clear()
-        return exported._directory(settings)
+        return exported._prefix(settings)
 
-    jax_settings(compilation_cache_dir="some/place")
     places = [place(), place("t")]
     with jax.default_matmul_precision("bfloat16"):
         places.append(place())
@@ -153,22 +256,25 @@ def test_a_program_is_found_by_all_that_it_follows_from(
     assert len({exported._digest(exported._shape(x)) for x in arguments}) == 6
 
 
-def test_programs_are_kept_beside_those_of_jax_on_a_cpu_alone(
-    jax_settings: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_programs_are_kept_beside_those_of_xla_on_a_cpu_alone(
+    tmp_path: Path, jax_settings: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for other in ("", None, "gs://bucket/cache"):
+    cache = cache_in(tmp_path)
+    monkeypatch.setattr(compilation, "_active", cache)
+    for other in ("", None, "gs://bucket/cache", "some/place"):
         jax_settings(compilation_cache_dir=other)
-        assert exported._directory("") is None
+        assert exported._cache() is None
         assert not exported.any_kept("")
-    jax_settings(compilation_cache_dir="some/place")
-    found = exported._directory("")
-    assert found is not None
-    assert found.parent == Path("some/place/programs")
+    jax_settings(compilation_cache_dir=str(tmp_path))
+    assert exported._cache() is cache
+    assert not exported.any_kept("")
+    assert doubled() == 2
+    assert (exported.any_kept(""), exported.any_kept("other")) == (True, False)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        assert exported._directory("") is None
+        assert exported._cache() is None
     jax_settings(enable_compilation_cache=False)
-    assert exported._directory("") is None
+    assert exported._cache() is None
 
 
 def test_compiled_code_goes_with_its_sampler() -> None:
@@ -186,6 +292,7 @@ def test_compiled_code_goes_with_its_sampler() -> None:
 
 def test_a_directory_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(exported, "_directory", lambda settings: tmp_path / "file" / "programs")
+    monkeypatch.setattr(exported, "_cache", lambda: cache_in(tmp_path / "file" / "programs"))
+    assert not exported.any_kept("")
     assert jax.jit(exported.kept(double, ""))(carry.blank(1, 1, 1)[0])
     assert os.listdir(tmp_path) == ["file"]

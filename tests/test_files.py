@@ -1,6 +1,7 @@
 """Files are whole or absent, whatever happens while they are written."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -206,3 +207,48 @@ def test_an_output_may_be_a_pipe_named_by_a_descriptor() -> None:
     os.close(writing)
     with os.fdopen(reading) as pipe:
         assert pipe.read() == "text"
+
+
+def test_a_descriptor_is_written_where_it_stands(tmp_path: Path) -> None:
+    """Opened by name, a file that stdout was redirected to would be truncated."""
+    with open(tmp_path / "out", "wb") as out:
+        out.write(b"before ")
+        out.flush()
+        for name in (f"/dev/fd/{out.fileno()}", f"/proc/self/fd/{out.fileno()}"):
+            assert files.is_stream(Path(name))
+            assert files.destination(Path(name)) == Path(name)
+            with files.writing(Path(name)) as file:
+                file.write("é ")
+        out.write(b"after")
+    assert (tmp_path / "out").read_text() == "before é é after"
+    with (
+        pytest.raises(OSError, match="/dev/fd/999 cannot be written: Bad file descriptor"),
+        files.writing(Path("/dev/fd/999")),
+    ):
+        pass
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="/dev/full cannot be written: No space left on device"),
+        files.writing(Path("/dev/full")) as file,
+    ):
+        file.write("a")
+
+    def fail(error: OSError) -> None:
+        with files.replacing(tmp_path / "a"):
+            raise error
+
+    with pytest.raises(OSError, match=r"^\S+/a cannot be written: No space left on device$"):
+        fail(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such: 'b'$"):
+        fail(FileNotFoundError(errno.ENOENT, "No such", "b"))
+    with pytest.raises(FileNotFoundError, match="none/a cannot be written: No such file"):
+        files.write_text(tmp_path / "none" / "a", "")
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    for name in ("a" * 255, "é" * 127, "b" * 236):
+        files.write_text(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == name
+    assert len(list(tmp_path.iterdir())) == 3

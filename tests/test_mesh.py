@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from hipgpt_jax import config, training_config
 from hipgpt_jax.model import transformer
-from hipgpt_jax.runs import weights
+from hipgpt_jax.runs import states, weights
 from hipgpt_jax.training import checkpoint, mesh, optimizer, step
 
 MODEL = config.ModelConfig(vocab_size=301, max_seq_len=16, embed_dim=32, num_heads=4, ff_hidden_dim=64, num_layers=2)
@@ -230,6 +230,8 @@ def test_two_processes_train_as_one_and_open_each_others_checkpoints(tmp_path: P
     for name, shape in (("two", "data=4"), ("parts", "data=2,fsdp=2")):
         ended = processes(tmp_path, cache, *[(*TINY, "--run-name", name, "--mesh", shape)] * 2)
         assert [code for code, _, _ in ended] == [0, 0], ended
+        found = states.verify_states(tmp_path / "checkpoints" / name)
+        assert [(state.step, state.fault) for state in found] == [(10, None), (20, None)]
         first, second = (out for _, out, _ in ended)
         assert all(line.startswith("[Step ") for line in first.splitlines()), "gloo's lines are not text"
         assert first.count("Loss") == 20

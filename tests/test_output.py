@@ -129,6 +129,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     out.require_same({"p1": same}.get, {})
     out.require_same({}.get, common)
     changes = {"seed": 8, "temperature": 0.5, "stop": ["x"], "window": 9, "weights": "0" * 64, "decode_width": 2}
+    changes |= {"environment": ["jax_enable_x64=True"]}
     for name, value in changes.items():
         with pytest.raises(ValueError, match=f"made by other settings: {name} .* in sample 0 of p1, .* now"):
             out.require_same({"p1": {**same, name: value}}.get, common)

@@ -2,10 +2,12 @@
 
 import base64
 import dataclasses
+import fcntl
 import hashlib
 import html.parser
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -284,6 +286,36 @@ def test_the_program_writes_the_page(inspect: Callable[..., programs.Result]) ->
     assert "2 samples of 1 prompt" in torn.err
 
 
+def test_a_page_replaces_an_older_page_and_nothing_else(inspect: Callable[..., programs.Result]) -> None:
+    Path("a.html").touch()
+    assert inspect("a.jsonl", "--html", "a.html").code == 0
+    Path("link").symlink_to("a.html")
+    assert inspect("a.jsonl", "--html", "link", "--title", "Other").code == 0
+    assert Path("link").is_symlink()
+    assert "<title>Other</title>" in Path("a.html").read_text()
+    for content in ("thesis", "<!doctype html>\n<html><p>hipgpt-inspect</p>", Path("a.jsonl").read_text()):
+        Path("a.html").write_text(content)
+        for name in ("a.html", "link"):
+            result = inspect("a.jsonl", "--html", name)
+            assert result.code == 1
+            assert f"--html {name} exists and is no page of hipgpt-inspect: give another name" in result.err
+            assert Path("a.html").read_text() == content
+    os.link("a.jsonl", "hard.html")
+    assert "--html hard.html is an input of this command" in inspect("a.jsonl", "--html", "hard.html").err
+
+
+def test_a_page_goes_to_a_pipe(inspect: Callable[..., programs.Result]) -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 2**20)
+    assert inspect("a.jsonl", "--html", "pipe").code == 0
+    content = os.read(reader, 2**20)
+    os.close(reader)
+    assert content.startswith(b"<!doctype html>")
+    assert content.endswith(b"</html>\n")
+    assert "/dev/full cannot be written: No space left on device" in inspect("a.jsonl", "--html", "/dev/full").err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -292,7 +324,7 @@ def test_the_program_writes_the_page(inspect: Callable[..., programs.Result]) ->
         (("none.jsonl", "--html", "b.html"), "record file not found: none.jsonl"),
         (("empty.jsonl", "--html", "b.html"), "empty.jsonl holds no whole record"),
         (("other.jsonl", "--html", "b.html"), "other.jsonl line 1 is not a record"),
-        (("a.jsonl", "--html", "a.jsonl"), "--html a.jsonl is the record file itself"),
+        (("a.jsonl", "--html", "a.jsonl"), "--html a.jsonl is an input of this command"),
         (("a.jsonl", "--html", "none/b.html"), "there is no directory none"),
         (("a.jsonl", "--html", "."), "is a directory"),
         (("a.jsonl", "b.jsonl", "--html", "b.html"), "unexpected argument 'b.jsonl'"),

@@ -1,9 +1,12 @@
 """``hipgpt-plot``: which runs it takes, and one line for every mistake."""
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import sys
+import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,10 +76,22 @@ def test_the_shipped_figure_is_the_programs_own(call: Run) -> None:
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-def test_a_figure_is_png_or_svg_and_replaces_an_older_one(call: Run) -> None:
-    Path("a.png").write_text("old")
-    assert call("own", "--output", "a.png", "--smooth", "3", "--unit", "token", "--title", "T").code == 0
-    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+def test_a_figure_replaces_an_older_figure_and_nothing_else(call: Run) -> None:
+    draw = ("own", "--metrics", "loss", "--output")
+    for name, beginning in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
+        Path(name).touch()
+        Path(f"link-{name}").symlink_to(name)
+        assert call(*draw, name, "--smooth", "3", "--unit", "token", "--title", "T").code == 0
+        assert Path(name).read_bytes().startswith(beginning)
+        assert call(*draw, f"link-{name}", "--title", "a longer title").code == 0
+        assert Path(f"link-{name}").is_symlink()
+        for foreign in (b"thesis", beginning + b"\n drawn by somebody else", b"\0" * 5000 + b"hipgpt-plot"):
+            Path(name).write_bytes(foreign)
+            for output in (name, f"link-{name}"):
+                result = call(*draw, output)
+                assert result.code == 1
+                assert f"--output {output} exists and is no figure of hipgpt-plot" in result.err
+                assert Path(name).read_bytes() == foreign
 
 
 @pytest.mark.parametrize(
@@ -93,7 +108,7 @@ def test_a_figure_is_png_or_svg_and_replaces_an_older_one(call: Run) -> None:
         (("broken", "--output", "b.svg"), r"checkpoints/broken/metrics\.jsonl:1 is not a line of metrics"),
         (("empty", "--output", "b.svg"), r"checkpoints/empty/metrics\.jsonl holds no whole line of metrics yet"),
         (("own", "--output", "b.pdf"), r"--output must end in \.png or \.svg: got 'b\.pdf'"),
-        (("own", "--output", "none/b.svg"), "--output none/b.svg: there is no directory none"),
+        (("own", "--output", "none/b.svg"), "--output none/b.svg cannot be written: there is no directory none"),
         (("own", "--output", "d.svg"), r"--output d\.svg is a directory"),
         (("own", "--output", "b.svg", "--metrics", "loss,los"), "--metrics must be of loss, perplexity, .*: got 'los'"),
         (("own", "--output", "b.svg", "--metrics", "loss,loss"), "--metrics must name each panel once.*'loss,loss'"),
@@ -102,8 +117,8 @@ def test_a_figure_is_png_or_svg_and_replaces_an_older_one(call: Run) -> None:
             "--metrics must name each panel once, and at least one: got ''",
         ),
         (("own", "silent", "--output", "b.svg", "--unit", "byte"), "run 'silent' has no evaluation line"),
-        (("own", "--output", "b.svg", "--unit", "word"), "--unit=word: value should be one of <byte|token>"),
-        (("own", "--output", "b.svg", "--smooth", "0"), "--smooth=0: 0 is not a positive integer"),
+        (("own", "--output", "b.svg", "--unit", "word"), "--unit must be one of byte, token: got 'word'"),
+        (("own", "--output", "b.svg", "--smooth", "0"), "--smooth must be a positive integer: got '0'"),
         (("own", "--output", "b.svg", "--frob"), "Unknown command line flag 'frob'"),
     ],
 )
@@ -111,8 +126,26 @@ def test_a_mistake_is_one_line_and_leaves_no_figure(call: Run, arguments: tuple[
     Path("d.svg").mkdir()
     result = call(*arguments)
     assert (result.code, result.out) == (1, "")
-    assert re.fullmatch(f"plot: error: .*{message}.*\n".replace("<byte|token>", r"<byte\|token>"), result.err)
+    assert re.fullmatch(f"plot: error: .*{message}.*\n", result.err)
     assert not Path("b.svg").exists()
+
+
+def test_a_figure_goes_to_pipes(call: Run) -> None:
+    for name, beginning in (("pipe", b"\x89PNG"), ("pipe.svg", b"<?xml")):
+        os.mkfifo(name)
+        reader = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 2**20)
+        result = call("own", "--metrics", "loss", "--output", name)
+        assert result.code == 0, result.err
+        assert os.read(reader, 2**20).startswith(beginning)
+        os.close(reader)
+        assert Path(name).is_fifo()
+
+
+def test_a_title_may_hold_what_svg_cannot(call: Run) -> None:
+    title = "a\x01\x1b\udcff -->\ntwo"
+    assert call("own", "--metrics", "loss", "--output", "a.svg", "--title", title).code == 0
+    xml.etree.ElementTree.parse("a.svg")
 
 
 def test_nats_a_byte_are_needed_for_the_loss_alone(call: Run) -> None:
@@ -134,7 +167,7 @@ def test_where_matplotlib_is_missing_the_command_that_installs_it_is_told(
 def test_help_says_that_several_runs_may_be_given(call: Run) -> None:
     result = call("--help")
     assert result.code == 0
-    assert "usage: hipgpt-plot [RUN-NAME …] [--flag value" in result.out
+    assert "usage: hipgpt-plot [RUN-NAME ...] [--flag value" in result.out
 
 
 def test_an_operand_takes_one_word_or_all_as_its_flag_was_defined() -> None:

@@ -142,6 +142,18 @@ def test_extreme_temperatures_choose_as_their_limits(size: int) -> None:
     assert set(choices(overflowing_V, uniforms, temperature=1e-3)) == {size - 1}
 
 
+@pytest.mark.parametrize("temperature", [3.5e38, 1e39, 1e308])
+def test_a_temperature_beyond_float32_draws_uniformly(temperature: float) -> None:
+    """Warnings are errors here: NumPy's conversion warned of an overflow."""
+    row = sampling.settings([config.SamplingConfig(temperature=temperature, top_k=4, top_p=1, repetition_penalty=1)])
+    logits = jnp.array([[0.0, 30.0, 10.0, 20.0, -5.0]])
+    seen = jnp.zeros(logits.shape, bool)
+    drawn = [
+        int(sampling.choose(logits, seen, row, jnp.array([u], jnp.float32)).token_B[0]) for u in (0.1, 0.3, 0.6, 0.9)
+    ]
+    assert drawn == [1, 3, 2, 0]
+
+
 def test_penalty_divides_or_multiplies_the_tokens_seen_alone() -> None:
     logits_BV = np.random.RandomState(0).normal(0, 5, (2, 300)).astype(np.float32)
     seen_BV = np.random.RandomState(1).randint(0, 2, (2, 300)).astype(bool)

@@ -53,6 +53,41 @@ def metrics(work: Path, run: str) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
+def test_what_is_odd_about_a_text_is_said_before_it_is_trained_on(run, work: Path) -> None:
+    (work / "latin.txt").write_bytes(b"caf\xe9")
+    result = run(*TINY[2:], "--data-path", "latin.txt", "--run-name", "latin")
+    assert result.code == 1
+    note, error = result.err.splitlines()[-2:]
+    assert note.startswith(
+        "1 byte (the first in latin.txt) of the text are not UTF-8 and became U+FFFD; is the file in"
+    )
+    assert error.startswith("train: error: latin.txt is too short: its training split has")
+    assert list((work / "checkpoints").glob(".*new")) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--dim", "1000000000", "embed_dim must be at most 65536"),
+        ("--layers", "1000000000", "num_layers must be at most 1024"),
+        ("--heads", "7", r"Choose num_heads from \[1, 2, 4, 8, 16\]"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_at_once(run, work: Path, flag: str, value: str, message: str) -> None:
+    result = run(*TINY, flag, value)
+    assert result.code == 1
+    assert re.search(rf"^train: error: .*{message}", result.err)
+    assert not (work / "checkpoints").exists()
+
+
+def test_preparing_is_reported_once_a_minute_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 1.0, 59.0, 61.0, 61.0, 62.0, 121.5, 121.5])
+    report = train_report._lines(lambda: next(times))
+    for done in (0, 1, 2, 3, 4):
+        report(done * 10**6, 9 * 10**6, "encoding")
+    assert capsys.readouterr().err == "encoding the text: 2 of 9 MB\nencoding the text: 4 of 9 MB\n"
+
+
 def test_the_directory_is_the_documented_one(trained: Path) -> None:
     directory = trained / "checkpoints" / "tiny"
     assert {path.name for path in directory.iterdir()} == {

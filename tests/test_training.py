@@ -1,8 +1,10 @@
 """The optimizer, the step, the metrics file and the score of a text."""
 
+import dataclasses
 import functools
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 from hipgpt_jax import config, training_config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
-from hipgpt_jax.training import mesh, metrics, optimizer, step
+from hipgpt_jax.runs import directory
+from hipgpt_jax.training import mesh, metrics, optimizer, settings, step
 
 MODEL = config.ModelConfig(vocab_size=40, max_seq_len=8, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 
@@ -120,6 +123,17 @@ def test_score_counts_every_token_but_the_first_once(model: transformer.Transfor
     assert scored.perplexity == pytest.approx(np.exp(nll / 30), rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [709.0, 709.7, 710.0, 483_334.0])
+def test_a_perplexity_is_that_of_the_loss_or_infinite(value: float) -> None:
+    scored = loss.Score(loss=value, nats_per_byte=value, accuracy=0.0, tokens=1)
+    line = {"step": 1, **metrics.describe_score(scored)}
+    assert scored.perplexity == (np.exp(value) if value < 709.78 else np.inf)
+    assert line.get("validation_perplexity", np.inf) == scored.perplexity
+    json.dumps(line, allow_nan=False)
+    assert len(metrics.format_evaluation(line)) < 120
+    assert ("Perplexity: inf" in metrics.format_evaluation(line)) == (value > 709.78)
+
+
 def test_a_target_that_shares_the_largest_logit_is_right() -> None:
     logits_BTV = jnp.asarray([[[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [4.0, 3.0, 0.0]]])
     assert int(loss.sum_tokens(logits_BTV, jnp.asarray([[1, 2, 1]])).correct) == 2
@@ -141,5 +155,111 @@ def test_metrics_lose_what_comes_after_a_step_and_a_torn_end(tmp_path: Path) -> 
     metrics.truncate(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a line of metrics: 'rubbish'"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a line of metrics .*'rubbish'"):
         metrics.truncate(path, 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            '{"step": null}',
+            '{"step": "2"}',
+            '{"step": 2.0}',
+            '{"step": true}',
+            '{"step": 0}',
+            '{"loss": 1}',
+            "[2]",
+            "2",
+        ),
+        *('{"step": 2, "validation_loss": "1"}', '{"step": 2, "loss": null}', '{"step": 2, "loss": NaN}'),
+        *('{"step": 2, "step": 2}', '{"step": 2, "loss": 1e400}', "[" * 100_000),
+    ],
+)
+def test_a_line_of_metrics_of_another_kind_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "validation_loss": 2}}\n{line}\n')
+    for reader in (metrics.truncate, metrics.best_loss, metrics.best_step, metrics.is_evaluated):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a line of metrics"):
+            reader(path, 3)
+    path.write_text('{"step": 1, "validation_loss": 2}\n' + "\0" * 40)
+    metrics.truncate(path, 3)
+    assert path.read_text() == '{"step": 1, "validation_loss": 2}\n'
+
+
+def test_the_best_step_is_the_first_of_the_lowest_loss(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert (metrics.best_step(path, 9), metrics.best_loss(path, 9)) == (None, np.inf)
+    for at, value in ((2, 3.0), (4, 1.0), (6, 1.0), (8, 0.5)):
+        metrics.append(path, {"step": at, "validation_loss": value})
+    assert [metrics.best_step(path, at) for at in (1, 2, 7, 8)] == [None, 2, 4, 8]
+    assert metrics.best_loss(path, 7) == 1.0
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """Some bytes replaced, cut, doubled, or a value in JSON given another kind."""
+    found = bytearray(data)
+    for _ in range(draw.randint(1, 3)):
+        at = draw.randrange(len(found) + 1)
+        odd = draw.choice(
+            [b"null", b"1e400", b"-1", b"{}", b"[[", b'"x"', b"\0", b"\xff", b"9" * 400, b"1.5", b"\n", b","]
+        )
+        span = draw.choice([0, 1, 1, 3, 9])
+        found[at : at + span] = draw.choice([odd, odd, b"", bytes([draw.randrange(256)]), bytes(found[at : at + 20])])
+    return bytes(found[: draw.randrange(len(found) + 1)] if draw.random() < 0.1 else found)
+
+
+def test_mutated_metrics_and_settings_are_read_or_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """600 mutations of each file, with a fixed seed."""
+    monkeypatch.setattr(directory, "CHECKPOINTS", tmp_path)
+    train = training_config.TrainConfig(steps=40)
+    settings.begin(tmp_path, MODEL, train)
+    for at in (10, 20, 30):
+        metrics.append(tmp_path / "metrics.jsonl", {"step": at, "loss": 1.5, "validation_loss": 2.0, "accuracy": 0})
+    longer = dataclasses.replace(train, steps=50)
+    settings.extend(tmp_path, longer, 20)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "settings.json")}
+    draw = random.Random(8)
+    refused: list[str] = []
+    for _ in range(600):
+        for name, data in whole.items():
+            (tmp_path / name).write_bytes(mutated(data, draw))
+        for read in (
+            lambda: metrics.truncate(tmp_path / "metrics.jsonl", 25),
+            lambda: metrics.best_step(tmp_path / "metrics.jsonl", 25),
+            lambda: settings.require_same(tmp_path, MODEL, longer, at=20, extend=True),
+            lambda: settings.extend(tmp_path, longer, 20),
+        ):
+            try:
+                read()
+            except (ValueError, FileNotFoundError) as error:
+                refused.append(str(error))
+    assert 600 < len(refused) < 2400
+    assert [text for text in refused if "\n" in text or len(text) > 900] == []
+
+
+def test_settings_say_what_changes_the_numbers(tmp_path: Path) -> None:
+    train = training_config.TrainConfig(steps=40)
+    settings.begin(tmp_path, MODEL, train)
+    assert settings.require_same(tmp_path, MODEL, train, at=20, extend=False) == []
+    (line,) = settings.require_same(tmp_path, MODEL, dataclasses.replace(train, remat=True), at=20, extend=False)
+    assert (
+        line == "the run was begun without --remat: its results will be equal within rounding, but not to the last bit"
+    )
+    longer = dataclasses.replace(train, steps=60)
+    settings.extend(tmp_path, longer, 30)
+    assert settings.require_same(tmp_path, MODEL, longer, at=30, extend=False) == []
+    (line,) = settings.require_same(tmp_path, MODEL, longer, at=20, extend=False)
+    assert "extended to 60 steps at step 30: steps 21 to 30 are taken again with the longer schedule" in line
+    settings.extend(tmp_path, longer, 20)
+    assert settings.require_same(tmp_path, MODEL, longer, at=20, extend=False) == []
+    (tmp_path / "settings.json").write_text('{"model": {}, "training": {"steps": 40}, "extended": 1}')
+    with pytest.raises(ValueError, match=r"settings.json does not hold the settings of a run: data.extended must be"):
+        settings.require_same(tmp_path, MODEL, train, at=20, extend=False)
+
+
+def test_a_perplexity_is_never_hundreds_of_digits() -> None:
+    line = {"step": 1, "loss": 700.0, "perplexity": np.exp(700.0), "accuracy": 0.5, "learning_rate": 0.1}
+    assert "| Perplexity: 1.01e+304 |" in metrics.format_step({**line, "milliseconds": 1.0, "tokens_per_second": 1.0})

@@ -166,6 +166,7 @@ def test_the_layout_is_the_models(model: config.ModelConfig) -> None:
     shapes = jax.eval_shape(initialise, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     found = jax.tree_util.tree_leaves_with_path(shapes)
     assert weights.layout(model) == {tuple(entry.key for entry in path): leaf.shape for path, leaf in found}
+    assert weights.count(model) == sum(map(math.prod, weights.layout(model).values()))
     names = [weights.tensor_name(path) for path in weights.layout(model)]
     assert len(set(names)) == len(names)
 
@@ -241,6 +242,15 @@ def test_a_tensor_of_another_type_is_named(tmp_path: Path, dtype: str, size: int
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}.*{dtype}"):
         weights.read(path, MODEL)
+
+
+def test_a_file_too_small_for_the_model_is_refused_before_its_tensors_are_listed(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "run.bin"
+    path.write_bytes(whole)
+    large = config.ModelConfig(embed_dim=2**16, ff_hidden_dim=2**20, num_layers=2**10)
+    text = f"^{re.escape(str(path))} has {len(whole)} bytes: the model in its config has {weights.count(large)} param"
+    with pytest.raises(ValueError, match=text):
+        weights.read(path, large)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""The command-line programs.
+
+This package is the first thing that a program imports, well before NumPy and JAX. If the process is one of the
+programs, Ctrl-C and libraries that cannot be loaded are handled from here on, without a traceback.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+_REPORTED = (ImportError, MemoryError, OSError, Warning)  # what an import raises for want of memory or under -W error
+
+interrupted = False
+"""Whether Ctrl-C was pressed. Native code may replace the KeyboardInterrupt by another exception, or lose it."""
+
+
+def _program() -> str | None:
+    """Returns the program that this process was started as, or None if something else imports this package."""
+    script = sys.argv[0] if sys.argv else ""
+    if script == "-m":  # while `python -m` looks for the module
+        return next((word.rpartition(".")[2] for word in sys.orig_argv if "hipgpt_jax.cli." in word), None)
+    name = os.path.basename(script)
+    return name.removeprefix("hipgpt-") if name.startswith("hipgpt-") else None
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """Handles SIGINT during imports and at exit, when there is nothing to clean up."""
+    del number, frame
+    with contextlib.suppress(OSError):
+        os.write(2, b"\n")
+    os._exit(128 + signal.SIGINT)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles SIGINT while a program runs: raises KeyboardInterrupt, so that files are closed.
+
+    JAX's native modules abort the process if Python code that they call when they are imported raises. So during an
+    import this waits, and looks again every 20 ms.
+    """
+    global interrupted
+    if interrupted and number == signal.SIGINT:
+        end_at_once(number, frame)
+    interrupted = True
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Prints an exception that a module raised when it was imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        if traceback is not None and traceback.tb_frame.f_back is None:
+            end_at_once(signal.SIGINT, None)
+        return  # native code prints it and goes on with another exception
+    if not issubclass(kind, _REPORTED):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    from hipgpt_jax.cli import streams
+
+    program = _PROGRAM or "hipgpt"
+    streams.prepare()
+    streams.report(program, "error", error)
+    os._exit(2 if program == "replay" else 1)  # for hipgpt-replay, 1 means that a record differs
+
+
+_PROGRAM = _program()
+if _PROGRAM is not None:
+    # Descriptors 0 to 2 must not go to the next file that is opened: native code may print to them.
+    while (_null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(_null)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
+    sys.excepthook = _report

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
+import io
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from hipgpt_jax import api, compilation, config, devices, files
-from hipgpt_jax.cli import program
+from hipgpt_jax.cli import outputs, program
 from hipgpt_jax.generation import source
 from hipgpt_jax.runs import directory, provenance
 from hipgpt_jax.text import corpus, dataset, encoding, prompts
@@ -29,6 +32,7 @@ text is the run's validation split, another one, or prompts, which may be scored
 
 FLAGS = flags.FlagValues()
 SPLITS = ("validation", "all")
+_MAX_LINE = 2**28  # bytes read of a file to find out if it is ours
 
 _RUN_NAME = flags.DEFINE_string(
     "run-name", None, "Run to evaluate: a directory in checkpoints/, or a run of the package.", flag_values=FLAGS
@@ -55,7 +59,12 @@ _SPLIT = flags.DEFINE_string(
     "validation (the last tenth of the text) or all of it; all for --data-path and validation without it, if absent.",
     flag_values=FLAGS,
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to score instead; - reads it from stdin.", flag_values=FLAGS)
+_PROMPT = flags.DEFINE_string(
+    "prompt",
+    None,
+    "Text to score instead; - reads it from stdin, without one final line break.",
+    flag_values=FLAGS,
+)
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "Texts to score instead: one a line, or the prompts of a .jsonl file.", flag_values=FLAGS
 )
@@ -66,7 +75,9 @@ _OUTPUT = flags.DEFINE_string(
     "the rank of each. - writes it to stdout.",
     flag_values=FLAGS,
 )
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the file of --output.", flag_values=FLAGS)
+_OVERWRITE = flags.DEFINE_boolean(
+    "overwrite", False, "Replace the file of --output if this program wrote it, or if it is empty.", flag_values=FLAGS
+)
 _STRIDE = flags.DEFINE_integer(
     "stride",
     None,
@@ -95,6 +106,7 @@ def _evaluate() -> None:
     origin = provenance.Origin(argv=provenance.arguments("hipgpt-evaluate", sys.argv))
     run_name = program.required(_RUN_NAME)
     _check_flags()
+    output = _check_output()
     decode = config.DecodingConfig(window=_MAX_SEQ_LEN.value, dtype=_DTYPE.value)
     found = source.open_run(run_name, directory.parse_step(_STEP.value), decode)
     stride = found.window if _STRIDE.value is None else _STRIDE.value
@@ -105,7 +117,7 @@ def _evaluate() -> None:
         if len(found.vocabulary.encode(one.text)) < 2:
             raise ValueError(f"{one.place or f'text {place}'} ({one.name}): a text to score needs at least 2 tokens")
     text = None if texts else _read_text(found)
-    with _open(_OUTPUT.value) as out:
+    with _open(output) as out:
         device = devices.start(_DEVICE.value, program.note)
         compilation.use_cache(program.note)
         program.note_emulation(device.platform, decode.dtype)
@@ -113,11 +125,11 @@ def _evaluate() -> None:
         program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, windows of {found.window}, stride {stride}")
         run = api.Run(found, device, origin)
         if texts:
-            _score_texts(run, texts, stride, out)
+            _score_texts(run, texts, stride, out, shows_table=not _is_stdout(output))
         elif text:
-            print(f"{text.name}: {len(text.ids)} tokens, {text.bytes} bytes")
-            scored_bytes = text.bytes - len(found.vocabulary.decode_bytes(text.ids[:1].tolist()))
-            _print(run.evaluate(text.ids, text_bytes=scored_bytes, stride=stride))
+            count = functools.partial(found.vocabulary.count_bytes, end_id=text.end_id)
+            print(f"{program.printable(text.name)}: {len(text.ids)} tokens, {count(text.ids)} bytes")
+            _print(run.evaluate(text.ids, text_bytes=count(text.ids[1:]), stride=stride))
 
 
 def _read_texts() -> list[prompts.Prompt]:
@@ -140,28 +152,62 @@ def _check_flags() -> None:
             raise ValueError(f"--{flag.name} does not go with --prompt or --prompts_file: give one of them")
     if _OUTPUT.value is not None and not _is_prompts():
         raise ValueError("--output is for --prompt and --prompts_file: give one of them too")
+    if _OVERWRITE.value and _OUTPUT.value in (None, "-"):
+        raise ValueError("--overwrite is for the file of --output: give its name too")
+
+
+def _check_output() -> Path | None:
+    """Returns the path of ``--output``, if any, once it is known that it may be written."""
+    if _OUTPUT.value is None:
+        program.require_stdout("the scores")
+        return None
+    path = outputs.path_of(_OUTPUT.value)
+    if path.is_file() and not files.is_stream(path) and not _OVERWRITE.value:
+        raise ValueError(f"--output {path} exists: give another name, or --overwrite")
+    source = None if _PROMPTS_FILE.value is None else Path(_PROMPTS_FILE.value)
+    outputs.check("output", path, source=source, kind="file of hipgpt-evaluate", is_ours=_is_ours)
+    if not _is_stdout(path):
+        program.outlive_stdout(matters=True)  # the table is shown there
+    return path
+
+
+def _is_stdout(path: Path | None) -> bool:
+    return path is not None and files.descriptor(path) == 1
+
+
+def _is_ours(path: Path) -> bool:
+    """Returns whether the first line of a file is one that ``_line`` made."""
+    with path.open("rb") as file:
+        try:
+            line = files.parse_json(file.readline(_MAX_LINE))
+        except ValueError:
+            return False
+    return isinstance(line, dict) and line.keys() >= {"id", "text", "ids", "tokens", "logprobs", "ranks", "stride"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Text:
-    """What is scored."""
+    """A text to score, and the id in it that ends a document, which stands for no text."""
 
     name: str
     ids: np.ndarray
-    bytes: int
+    end_id: int | None
 
 
 def _read_text(found: source.Source) -> _Text:
     if _DATA_PATH.value is None:
         return _read_own(found)
     text = corpus.Corpus([Path(path) for path in _DATA_PATH.value], _TEXT_FIELD.value)
+    for line in text.notes:
+        program.note(line)
     start = text.split if _SPLIT.value == "validation" else 0
-    ids = encoding.encode(found.vocabulary, text, start, _end_id(found, text))
+    end_id = _end_id(found, text)
+    ids = encoding.encode(found.vocabulary, text, start, end_id)
     name = text.sources[0].name if len(text.sources) == 1 else f"{len(text.sources)} files"
     if len(ids) < 2:
         raise ValueError(f"{name} is too short: {len(ids)} tokens to score, and it needs 2")
     name = f"validation split of {name}" if _SPLIT.value == "validation" else name
-    return _Text(name=name, ids=ids, bytes=text.bytes - start)
+    return _Text(name=name, ids=ids, end_id=end_id)
 
 
 def _end_id(found: source.Source, text: corpus.Corpus) -> int | None:
@@ -184,20 +230,23 @@ def _read_own(found: source.Source) -> _Text:
     data = dataset.Dataset(where)
     if _SPLIT.value == "all":
         ids = np.concatenate([data.train, data.validation])
-        return _Text(name=data.manifest.name, ids=ids, bytes=data.manifest.text_bytes)
+        return _Text(name=data.manifest.name, ids=ids, end_id=data.manifest.eos_id)
     name = f"validation split of {data.manifest.name}"
-    return _Text(name=name, ids=data.validation, bytes=data.manifest.validation_bytes)
+    return _Text(name=name, ids=data.validation, end_id=data.manifest.eos_id)
 
 
-def _score_texts(run: api.Run, texts: list[prompts.Prompt], stride: int, out: TextIO | None) -> None:
-    """Scores texts one by one: a JSON line each where there is an output, else a table row each."""
+def _score_texts(
+    run: api.Run, texts: list[prompts.Prompt], stride: int, out: TextIO | None, *, shows_table: bool
+) -> None:
+    """Scores texts one by one, each into a line of JSON, rows of a table, or both."""
     for text in texts:
         (scored,) = run.score([text.text], stride=stride)
         if out is not None:
-            out.write(json.dumps(_line(run, text, scored, stride), ensure_ascii=False, separators=(",", ":")) + "\n")
+            line = _line(run, text, scored, stride)
+            out.write(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
             out.flush()
-        if out is not sys.stdout:
-            print(f"{text.name}: {len(scored.ids)} tokens")
+        if shows_table:
+            print(f"{program.printable(text.name)}: {len(scored.ids)} tokens")
             _print(scored.score)
 
 
@@ -209,7 +258,8 @@ def _line(run: api.Run, text: prompts.Prompt, scored: "score.TextScore", stride:
         "tokens": scored.tokens,
         "logprobs": [None, *(float(str(value)) for value in scored.logprobs)],
         "ranks": [None, *scored.ranks.tolist()],
-        **_figures(scored.score),
+        # JSON has no infinity, which a perplexity may be.
+        **{name: value if math.isfinite(value) else None for name, value in _figures(scored.score).items()},
         "window": run.source.window,
         "stride": stride,
         **run.recorder.about(),
@@ -227,21 +277,27 @@ def _figures(found: "loss.Score") -> dict[str, float]:
 
 
 def _print(found: "loss.Score") -> None:
-    units = {"loss": "nats a token", "accuracy": "of the tokens were the likeliest"}
+    units = {"loss": "nats per token", "accuracy": "of the tokens were the likeliest"}
     for name, value in _figures(found).items():
-        print(f"  {name.replace('_', ' '):14} {value:9.4f} {units.get(name, '')}".rstrip())
+        number = f"{value:9.4f}" if value < 1e6 else f"{value:9.4g}"
+        print(f"  {name.replace('_', ' '):14} {number} {units.get(name, '')}".rstrip())
+
+
+def _open(path: Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
+    """Opens the path of ``--output``; a regular file becomes whole or stays what it was."""
+    if path is None:
+        return contextlib.nullcontext()
+    return _open_stdout() if _is_stdout(path) else files.writing(path)
 
 
 @contextlib.contextmanager
-def _open(name: str | None) -> Iterator[TextIO | None]:
-    """Opens what ``--output`` names; a file is whole or absent."""
-    if name is None or name == "-":
-        yield None if name is None else sys.stdout
-        return
-    if Path(name).is_file() and not _OVERWRITE.value:
-        raise ValueError(f"--output {name} exists: give another name, or --overwrite")
-    with files.writing(Path(name)) as out:
+def _open_stdout() -> Iterator[TextIO]:
+    """Yields stdout as UTF-8 text, whatever the locale."""
+    out = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="\n")
+    try:
         yield out
+    finally:
+        out.detach()
 
 
 if __name__ == "__main__":

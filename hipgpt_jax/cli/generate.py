@@ -26,7 +26,10 @@ _WIDE = 16  # rows whose logits may be more memory than glibc keeps
 _SAMPLING, _DECODING, _GENERATION = config.SamplingConfig(), config.DecodingConfig(), config.GenerationConfig()
 
 _PROMPT = flags.DEFINE_string(
-    "prompt", None, "Text to continue, at least one token; - reads it from stdin.", flag_values=FLAGS
+    "prompt",
+    None,
+    "Text to continue, at least one token; - reads it from stdin, without one final line break.",
+    flag_values=FLAGS,
 )
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",
@@ -131,6 +134,8 @@ def _generate() -> None:
     origin = provenance.Origin(argv=provenance.arguments("hipgpt-generate", sys.argv))
     run_name = program.required(_RUN_NAME)
     decode, generation, sampling = _configs()
+    if _OUTPUT.value in (None, "-"):
+        program.require_stdout("the text")
     several = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
     found = source.open_run(run_name, directory.parse_step(_STEP.value), decode)
     if _EOS_ID.value is None:
@@ -151,6 +156,8 @@ def _generate() -> None:
         if records:
             records.require_shared(run.recorder.shared_basis())
         shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)
+        if records:
+            program.outlive_stdout(matters=shows_text)
         writing.write(run, plan, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from hipgpt_jax import files
-from hipgpt_jax.cli import program
+from hipgpt_jax.cli import outputs, program
 from hipgpt_jax.report import page
 from hipgpt_jax.runs import record
 
@@ -20,7 +20,9 @@ FLAGS = flags.FlagValues()
 _RECORDS = flags.DEFINE_string(
     "records", None, "The record file; may be given without the flag's name.", flag_values=FLAGS
 )
-_HTML = flags.DEFINE_string("html", None, "The page to write; an older one is replaced.", flag_values=FLAGS)
+_HTML = flags.DEFINE_string(
+    "html", None, "The page to write; an older page is replaced. - writes it to stdout.", flag_values=FLAGS
+)
 _TITLE = flags.DEFINE_string("title", None, "The page's title; the record file's name if absent.", flag_values=FLAGS)
 
 
@@ -30,9 +32,14 @@ def main() -> None:
 
 
 def _inspect() -> None:
-    records, target = Path(program.required(_RECORDS)), Path(program.required(_HTML))
-    if target.resolve() == records.resolve():
-        raise ValueError(f"--html {target} is the record file itself: give the page another name")
+    records, target = Path(program.required(_RECORDS)), outputs.path_of(program.required(_HTML))
+    outputs.check(
+        "html",
+        target,
+        source=records,
+        kind="page of hipgpt-inspect",
+        is_ours=lambda path: outputs.begins_with(path, page.MARKER),
+    )
     made = page.Page(_TITLE.value or records.name)
     for sample in record.read(records):
         made.add(sample)

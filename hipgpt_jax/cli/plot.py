@@ -5,7 +5,8 @@ from pathlib import Path
 
 from absl import flags
 
-from hipgpt_jax.cli import program
+from hipgpt_jax import files
+from hipgpt_jax.cli import outputs, program
 from hipgpt_jax.report import curves
 from hipgpt_jax.runs import directory
 
@@ -19,7 +20,12 @@ FLAGS = flags.FlagValues()
 _RUN_NAME = flags.DEFINE_multi_string(
     "run-name", None, "A run, by its name or its directory; may be given without the flag's name", flag_values=FLAGS
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The figure, .png or .svg; an older one is replaced.", flag_values=FLAGS)
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "The figure to write, .png or .svg; an older figure is replaced. - writes a PNG to stdout.",
+    flag_values=FLAGS,
+)
 _METRICS = flags.DEFINE_list("metrics", list(curves.METRICS), "The panels, with commas between.", flag_values=FLAGS)
 _UNIT = flags.DEFINE_enum(
     "unit",
@@ -45,17 +51,27 @@ def main() -> None:
 
 
 def _plot() -> None:
-    words, target = program.required(_RUN_NAME), Path(program.required(_OUTPUT))
+    words, target = program.required(_RUN_NAME), outputs.path_of(program.required(_OUTPUT))
     metrics = _check_metrics(_METRICS.value)
     try:
         from hipgpt_jax.report import plots
     except ImportError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'hipgpt-jax[plots]'") from error
-    _check_output(target, plots.SUFFIXES)
+    if target.suffix.lower() not in plots.SUFFIXES and not (files.is_stream(target) and not target.suffix):
+        raise ValueError(f"--output must end in {' or '.join(plots.SUFFIXES)}: got {str(target)!r}")
+    outputs.check(
+        "output",
+        target,
+        source=None,
+        kind="figure of hipgpt-plot",
+        is_ours=lambda path: outputs.begins_with(path, plots.MARKER),
+    )
     runs = _read(words)
     unit = curves.choose_unit(runs, _UNIT.value) if "loss" in metrics else "token"
     title = _TITLE.value if _TITLE.value is not None else runs[0].name if len(runs) == 1 else ""
-    plots.save(plots.draw(runs, metrics=metrics, unit=unit, smooth=_SMOOTH.value, title=title), target)
+    title = "\n".join(program.printable(line) for line in title.split("\n"))  # SVG allows no control characters
+    figure = plots.draw(runs, metrics=metrics, unit=unit, smooth=_SMOOTH.value, title=title)
+    plots.save(figure, target)
     program.note(f"{target}: {', '.join(metrics)} of {', '.join(run.name for run in runs)}")
 
 
@@ -68,15 +84,6 @@ def _check_metrics(metrics: list[str]) -> list[str]:
     return metrics
 
 
-def _check_output(target: Path, suffixes: tuple[str, ...]) -> None:
-    if target.suffix.lower() not in suffixes:
-        raise ValueError(f"--output must end in {' or '.join(suffixes)}: got {str(target)!r}")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"--output {target}: there is no directory {target.parent}")
-    if target.is_dir():
-        raise IsADirectoryError(f"--output {target} is a directory: give the figure's file name")
-
-
 def _read(words: list[str]) -> list[curves.Run]:
     """Reads the runs; those that share a name are told apart as they were given."""
     places = [_find(word) for word in words]
@@ -86,7 +93,7 @@ def _read(words: list[str]) -> list[curves.Run]:
     runs = []
     for word, place, name in zip(words, places, names, strict=True):
         path = place / directory.METRICS_NAME
-        runs.append(curves.read(path, name if names.count(name) == 1 else word))
+        runs.append(curves.read(path, program.printable(name if names.count(name) == 1 else word)))
         if runs[-1].torn:
             program.note(f"{path}: the last line was cut short and is passed over")
     return runs

@@ -1,29 +1,38 @@
-"""What every program shares: absl flags in either spelling, help, and errors of one line."""
+"""The parts that every program shares: running it, help, and errors of one line."""
 
 import atexit
+import functools
 import gc
 import os
-import re
+import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import flags
 
-from hipgpt_jax import devices, version
+from hipgpt_jax import cli, devices, version
+from hipgpt_jax.cli import arguments, streams
 from hipgpt_jax.text import prompts
 
 # Importing and tracing make many objects and no garbage, and Python looks for it in all of them: of the 1.55 s that
 # hipgpt-generate took, 0.12 to start and 0.14 to exit, where they are frozen now.
 _GC_THRESHOLD = 1_000_000
+_MAX_STDIN = 2**26
 
-# What moves a terminal's cursor, ends a line of a report, or cannot be encoded: control characters, Unicode's line
-# separators and bidirectional overrides, lone surrogates.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# A user's mistake, or a fault of the machine. Everything else is a bug of ours, and shows its traceback. Warnings are
+# exceptions under `python -W error`.
+_REPORTED = (flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError, Warning)
 
-_USAGE = {"--help": "help", "--h": "help", "--version": "version"}
+# Programs print through these names alone.
+note = streams.note
+printable = streams.printable
+displayable = streams.displayable
+shell_command = streams.shell_command
+outlive_stdout = streams.outlive_stdout
 
 
 def run(
@@ -37,12 +46,12 @@ def run(
 ) -> None:
     """Parses ``sys.argv`` and runs a program, then exits.
 
-    A mistake of the user's is one line on stderr, ``name: error: …``, and exit code ``error_code``. A
-    closed pipe and Ctrl-C end quietly, with the exit codes a shell gives them.
+    A user's mistake is one line on stderr, ``name: error: ...``, and exit code ``error_code``. A closed pipe and Ctrl-C
+    end quietly, with the exit codes that a shell gives them. Text that stdout or stderr cannot encode is escaped.
 
     Args:
         name: The program's name, without ``hipgpt-``.
-        summary: What ``--help`` says first.
+        summary: The beginning of ``--help``.
         values: The program's flags.
         main: The program; it reads its flags from ``values``.
         operand: The flag whose value may be given without the flag's name; one that is defined by
@@ -51,68 +60,77 @@ def run(
     """
     gc.set_threshold(_GC_THRESHOLD)
     atexit.register(gc.freeze)
-    try:
+    streams.prepare()
+
+    def work() -> None:
         asked = parse(values, sys.argv[1:], operand)
         if asked is None:
             main()
         else:
             print(version.__version__ if asked == "version" else help_text(name, summary, values, operand))
-        sys.stdout.flush()
+
+    # The early handler of Ctrl-C is there only if this process is a program, not if a test runs one.
+    is_process = signal.getsignal(signal.SIGINT) is cli.end_at_once
+    if is_process:
+        signal.signal(signal.SIGINT, cli.interrupt)
+    with warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_show_warning, name)
+        code = _attempt(name, error_code, work)
+        code = _attempt(name, error_code, sys.stdout.flush) or code or streams.exit_code()
+    if is_process:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # which cli.interrupt may have set
+        signal.signal(signal.SIGINT, cli.end_at_once)
+    if code:
+        sys.exit(code)
+
+
+def _attempt(name: str, error_code: int, work: Callable[[], None]) -> int:
+    """Does work and returns the exit code that it asks for."""
+    try:
+        work()
+    except SystemExit as ended:
+        return int(ended.code or 0)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+        streams.give_up_stdout()
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        sys.exit(128 + 2)
-    except (flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
-        sys.stderr.write(f"{name}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
-        sys.exit(error_code)
+        streams.note("")
+        return 128 + signal.SIGINT
+    except _REPORTED as error:
+        if cli.interrupted:
+            streams.note("")
+            return 128 + signal.SIGINT
+        streams.report(name, "error", error)
+        streams.give_up_stdout()
+        return error_code
+    return 0
 
 
-def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | None = None) -> str | None:
-    """Sets ``values`` from a command line; what it does not name takes its default.
+def _show_warning(name: str, message: Warning | str, *place: Any) -> None:
+    """Shows a library's warning in one line, in place of Python's two with a path of the source."""
+    del place
+    streams.report(name, "warning", message)
 
-    A word that belongs to no flag is the value of the flag ``operand``, if there is one; all such words
-    are where that flag may be given several times. Returns ``help`` or ``version`` where that was asked
-    for, in which case nothing is set.
 
-    ``--run-name`` and ``--run_name`` are the same flag, as are ``--flag value`` and ``--flag=value``;
-    a value may begin with ``-``. ``--flagfile=FILE`` reads flags from a file.
-
-    Raises:
-        flags.Error: A flag is unknown, lacks its value or has one of the wrong type.
-        ValueError: A word belongs to no flag.
-    """
-    for flag in values:
-        values[flag].unparse()
-    words = _respell(values, values.read_flags_from_files(list(arguments), force_gnu=False))
-    if asked := [word for word in words if word in _USAGE]:
-        return _USAGE[asked[0]]
-    rest = values(["program", *words])[1:]
-    if operand is not None and rest:
-        if _takes_several(values, operand):
-            values[operand].parse(rest)
-            rest = []
-        elif values[operand].value is None:
-            values[operand].parse(rest.pop(0))
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}: flags begin with '--', and text with blanks needs quotes")
-    return None
+def parse(values: flags.FlagValues, words: Sequence[str], operand: str | None = None) -> str | None:
+    """Sets ``values`` from a command line; see ``arguments.parse``."""
+    return arguments.parse(values, words, operand)
 
 
 def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | None = None) -> str:
     """Returns what ``--help`` prints: the summary and every flag with its default."""
-    several = " …" if operand is not None and _takes_several(values, operand) else ""
+    several = " ..." if operand is not None and arguments.takes_several(values, operand) else ""
     place = "" if operand is None else f" [{operand.upper()}{several}]"
-    lines = [summary.strip(), "", f"usage: hipgpt-{name}{place} [--flag value | --flag=value] …", ""]
+    lines = [summary.strip(), "", f"usage: hipgpt-{name}{place} [--flag value | --flag=value] ...", ""]
     for flag in values:
         holder = values[flag]
         if holder.name != flag:
             continue
         spelled = f"--[no]{flag}" if holder.boolean else f"--{flag}"
         default = "" if holder.default is None else f" (default: {holder.default_as_str})"
+        about = str(holder.help).partition(";\n    repeat this option")[0]  # added by absl
         lines.append(f"  {spelled}")
-        lines.extend(textwrap.wrap(f"{holder.help}{default}", 90, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        lines.extend(textwrap.wrap(f"{about}{default}", 90, initial_indent=" " * 8, subsequent_indent=" " * 8))
     return "\n".join(lines)
 
 
@@ -140,7 +158,7 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> Iterable[promp
         return _open_prompts(prompts_file)
     if prompt is None:
         raise ValueError("--prompt is required, or --prompts_file; --help tells of every flag")
-    return [prompts.Prompt(text=sys.stdin.buffer.read().decode("utf-8", errors="replace") if prompt == "-" else prompt)]
+    return [prompts.Prompt(text=_read_stdin() if prompt == "-" else prompt)]
 
 
 def _open_prompts(name: str) -> prompts.File:
@@ -152,57 +170,30 @@ def _open_prompts(name: str) -> prompts.File:
     return found
 
 
-def printable(text: str) -> str:
-    r"""Returns untrusted text as part of one line of a report, with control characters escaped.
+def _read_stdin() -> str:
+    """Returns the text on stdin without one final line break: ``echo`` and editors add one that nobody typed."""
+    if sys.stdin is None:
+        raise ValueError("--prompt - reads the prompt from stdin, which is closed")
+    content = sys.stdin.buffer.read(_MAX_STDIN + 1)
+    if len(content) > _MAX_STDIN:
+        raise ValueError(f"the prompt on stdin is too long: it may have {_MAX_STDIN} bytes")
+    text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
-    >>> printable("a\x1b[2Jb\n")
-    'a\\x1b[2Jb\\n'
-    """
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+def require_stdout(product: str) -> None:
+    """Raises ValueError if stdout is closed, for a program whose product goes there."""
+    if streams.is_closed(sys.stdout):
+        raise ValueError(f"stdout is closed: {product} would be lost")
 
 
 def keep_freed_memory() -> None:
     """Has freed memory kept, and tells of it: see ``devices.keep_freed_memory``."""
     if devices.keep_freed_memory():
-        note("set glibc's mallopt to keep a step's memory for the next (not with MALLOC_… or GLIBC_TUNABLES)")
-
-
-def note(line: str) -> None:
-    """Writes a fact to stderr; stdout is for text alone."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+        note("set glibc's mallopt to keep a step's memory for the next (not with MALLOC_* or GLIBC_TUNABLES)")
 
 
 def keep_stdout_for_text() -> None:
     """Sends to stderr what libraries in C print to stdout, as gloo does of its connections; Python's stdout stays."""
-    sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    streams.replace_stdout(os.dup(1))
     os.dup2(2, 1)
-
-
-def _takes_several(values: flags.FlagValues, flag: str) -> bool:
-    return isinstance(values[flag], flags.MultiFlag)
-
-
-def _respell(values: flags.FlagValues, words: Sequence[str]) -> list[str]:
-    """Gives each flag the spelling it was defined with, and joins it and its value by ``=``."""
-    known = {flag.replace("-", "_"): flag for flag in values}
-    spelled: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--" or not word.startswith("-") or word == "-":
-            spelled.append(word)
-            continue
-        given, equals, value = word.lstrip("-").partition("=")
-        plain = given.replace("-", "_")
-        negated = plain.removeprefix("no_") if plain.startswith("no_") else plain.removeprefix("no")
-        if plain in known:
-            flag, off = known[plain], ""
-        elif plain.startswith("no") and negated in known and values[known[negated]].boolean:
-            flag, off = known[negated], "no"
-        else:
-            flag, off = given, ""
-        if flag in values and not values[flag].boolean and not equals:
-            equals, value = "=", next(rest, None)
-        spelled.append(f"--{off}{flag}" if value is None else f"--{off}{flag}{equals}{value}")
-    return spelled

@@ -1,4 +1,4 @@
-"""``hipgpt-replay``: records made anew."""
+"""``hipgpt-replay``: records against their regenerated samples."""
 
 import collections
 import dataclasses
@@ -18,10 +18,11 @@ from hipgpt_jax.runs import provenance, record
 from hipgpt_jax.text import tokenizer
 
 if TYPE_CHECKING:
-    from hipgpt_jax.generation import samples
+    from hipgpt_jax.generation import comparison, samples
 
-SUMMARY = """Make the samples of a record file anew and compare them token by token. A line for each record, and a
-summary. Exit code 0 when all are identical, 1 when any differs, 2 when any could not be tried. Examples:
+SUMMARY = """Regenerate the samples of a record file and compare them token by token: ids, text, log-probabilities,
+ranks, margins, gaps, alternatives. One line per record, and a summary. Exit code 0 when all are identical, 1 when any
+differs, 2 when any could not be tried. Examples:
 
   hipgpt-replay samples.jsonl
   hipgpt-replay samples.jsonl --ids da0bdec7fe17f901,story-7 --run-dir backup/my_run
@@ -37,12 +38,12 @@ _RUN_DIR = flags.DEFINE_string(
     "run-dir", None, "Directory of the run; checkpoints/ or the package if absent.", flag_values=FLAGS
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Decode width; the record's own if absent. Another one is other arithmetic.", flag_values=FLAGS
+    "batch_size", None, "Batch size; the record's own if absent. Another one rounds differently.", flag_values=FLAGS
 )
 _DEVICE = flags.DEFINE_string(
     "device",
     "auto",
-    f"One of {', '.join(devices.DEVICES)}. Another platform than the record's is other arithmetic.",
+    f"One of {', '.join(devices.DEVICES)}. Another platform than the record's rounds differently.",
     flag_values=FLAGS,
 )
 
@@ -54,15 +55,24 @@ def main() -> None:
 
 @dataclasses.dataclass
 class _Tally:
-    """What became of the records so far."""
+    """Verdicts so far."""
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     logprob_error: float = 0.0
     changes: set[str] = dataclasses.field(default_factory=set)
+    not_exercised: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
     def exit_code(self) -> int:
         return 1 if self.counts["differs"] else 2 if self.counts["not tried"] else 0
+
+    def unexercised(self) -> str:
+        """Returns the settings that identical records do not show to be true, those of as many records together."""
+        names: dict[int, list[str]] = {}
+        for name, count in self.not_exercised.items():
+            names.setdefault(count, []).append(name)
+        counted = sorted(names.items(), reverse=True)
+        return ", ".join(f"{', '.join(each)} ({count} record{'s' * (count > 1)})" for count, each in counted)
 
     def summary(self) -> str:
         total = sum(self.counts[verdict] for verdict in ("identical", "differs", "not tried"))
@@ -78,6 +88,21 @@ class _Tally:
         return ", ".join(parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A line of the record file: a record and its decoding configuration, or why it cannot be tried."""
+
+    name: str
+    recorded: record.Record | None = None
+    decoding: config.DecodingConfig | None = None
+    problem: str = ""
+
+    @property
+    def group(self) -> tuple[record.Run, config.DecodingConfig] | None:
+        """What must be loaded for it; records of one group are regenerated together."""
+        return None if self.recorded is None or self.decoding is None else (self.recorded.run, self.decoding)
+
+
 def _replay() -> None:
     path = Path(program.required(_RECORDS))
     chosen = None if _IDS.value is None else set(_IDS.value)
@@ -86,57 +111,89 @@ def _replay() -> None:
     _check(path, chosen)
     if record.is_torn(path):
         program.note(f"{path}: the last line was cut short and is passed over")
-    records = (one for one in record.read(path) if chosen is None or one.id in chosen)
     device = devices.start(_DEVICE.value, program.note)
     compilation.use_cache(program.note)
     tally = _Tally()
     load = functools.lru_cache(maxsize=2)(_load)
-    for key, group in itertools.groupby(records, lambda one: (one.run, replay.decoding_of(one, _BATCH_SIZE.value))):
-        for line in _lines(tally, functools.partial(load, *key, device), group):
+    for key, group in itertools.groupby(_entries(path, chosen), lambda entry: entry.group):
+        for line in _lines(tally, functools.partial(load, *key, device) if key else None, group):
             print(line, flush=True)
     for change in sorted(tally.changes):
         print(f"changed    {change}")
+    if tally.not_exercised:
+        print(f"not exercised: {tally.unexercised()}")
     print(tally.summary())
     sys.exit(tally.exit_code)
 
 
 def _check(path: Path, chosen: set[str] | None) -> None:
-    """Reads the whole file once, so that a bad line or an unknown id is told before anything is tried."""
-    ids = {one.id for one in record.read(path)}
+    """Reads the whole file once, so that an unknown id or a file of something else is an error before JAX starts."""
+    ids: set[str] = set()
+    first_error = None
+    for number, line in record.lines(path):
+        try:
+            ids.add(record.parse(line, f"{path} line {number}").id)
+        except ValueError as error:
+            first_error = first_error or error
     if not ids:
-        raise ValueError(f"{path} holds no record")
+        raise first_error or ValueError(f"{path} holds no record")
     if unknown := sorted((chosen or set()) - ids):
-        raise ValueError(f"{path} has no record of the id {unknown[0]!r}. Ids: {', '.join(sorted(ids)[:20])}")
+        known = ", ".join(_shown(one) for one in sorted(ids)[:20])
+        raise ValueError(f"{path} has no record of the id {_shown(unknown[0])!r}. Ids: {known}")
 
 
-def _lines(tally: _Tally, load: Callable[[], api.Run], records: Iterator[record.Record]) -> Iterator[str]:
-    """Yields a line for each record of one run and one window, and counts it."""
+def _entries(path: Path, chosen: set[str] | None) -> Iterator[_Entry]:
+    """Yields the lines of the file; one that is not a record may be of any id, so it is never skipped."""
+    for number, line in record.lines(path):
+        try:
+            one = record.parse(line, "it")
+        except ValueError as error:
+            yield _Entry(f"line {number}", problem=str(error))
+            continue
+        if chosen is not None and one.id not in chosen:
+            continue
+        name = f"{_shown(one.id)} sample {one.sample}"
+        try:
+            yield _Entry(name, one, replay.decoding_of(one, _BATCH_SIZE.value))
+        except ValueError as error:
+            yield _Entry(name, problem=str(error))
+
+
+def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[_Entry]) -> Iterator[str]:
+    """Yields a line for each entry of one group, and counts it; ``load`` is None where they are not records."""
     try:
-        run = load()
+        run = load() if load is not None else None
     except (OSError, ValueError) as error:
-        for one in records:
-            yield _not_tried(tally, one, error)
+        for entry in entries:
+            yield _not_tried(tally, entry, error)
         return
-    waiting: collections.deque[record.Record] = collections.deque()
+    if run is None:
+        for entry in entries:
+            yield _not_tried(tally, entry, entry.problem)
+        return
+    waiting: collections.deque[_Entry] = collections.deque()
     refused: list[str] = []
 
     def jobs() -> "Iterator[samples.Job]":
-        for one in records:
+        for entry in entries:
+            assert entry.recorded is not None
             try:
-                job = run.job_of(one)
+                job = run.job_of(entry.recorded)
             except ValueError as error:
-                refused.append(_not_tried(tally, one, error))
+                refused.append(_not_tried(tally, entry, error))
                 continue
-            waiting.append(one)
+            waiting.append(entry)
             yield job
 
     try:
         for found in run.records_of(jobs()):
             yield from refused
             refused.clear()
-            yield _compared(tally, replay.compare(waiting.popleft(), found), run.source.vocabulary)
+            entry = waiting.popleft()
+            assert entry.recorded is not None
+            yield _judged(tally, entry.name, run.compare(entry.recorded, found), run.source.vocabulary)
     except (ArithmeticError, MemoryError, RuntimeError) as error:
-        refused += [_not_tried(tally, one, error) for one in (*waiting, *records)]
+        refused += [_not_tried(tally, entry, error) for entry in (*waiting, *entries)]
     yield from refused
 
 
@@ -154,44 +211,71 @@ def _load(named: record.Run, decoding: config.DecodingConfig, device: devices.De
     return api.Run(found, device, provenance.Origin())
 
 
-def _not_tried(tally: _Tally, one: record.Record, error: Exception) -> str:
+def _not_tried(tally: _Tally, entry: _Entry, problem: Exception | str) -> str:
     tally.counts["not tried"] += 1
-    return f"not tried  {one.id} sample {one.sample}: {' '.join(str(error).split())}"
+    return f"not tried  {entry.name}: {_shown(' '.join(str(problem).split()), 400)}"
 
 
-def _compared(tally: _Tally, result: replay.Comparison, vocabulary: tokenizer.Tokenizer) -> str:
-    old, new, difference = result.recorded, result.found, result.difference
-    tally.logprob_error = max(tally.logprob_error, result.logprob_error)
+def _judged(tally: _Tally, name: str, result: "comparison.Comparison", vocabulary: tokenizer.Tokenizer) -> str:
+    old, new = result.recorded, result.found
     tally.changes |= _changes(old, new)
-    name = f"{old.id} sample {old.sample}"
-    if difference is None and not result.altered:
+    if result.is_identical:
         tally.counts["identical"] += 1
-        return f"identical  {name}: {len(old.ids)} tokens"
+        tally.logprob_error = max(tally.logprob_error, result.logprob_error)
+        tally.not_exercised.update(replay.not_exercised(old))
+        error = "" if old.error is None else f", then the same error: {_shown(old.error)}"
+        return f"identical  {name}: {len(old.ids)} tokens{error}"
     tally.counts["differs"] += 1
-    if difference is None:
-        return f"differs    {name}: its ids are the same, but not its {' and '.join(result.altered)}: was it changed?"
-    tally.counts["rounding"] += difference.is_rounding
-
-    def show(token: int | None, reason: str) -> str:
-        return f"the end ({reason})" if token is None else f"{token} {vocabulary.show(token)!r}"
-
-    verdict = "within floating-point error" if difference.is_rounding else "more than floating-point error explains"
-    margins = "" if difference.margin is None else f"; margin {difference.margin:.2g}, gap {difference.gap:.2g}"
+    tally.counts["rounding"] += result.is_rounding
+    altered = " and ".join(_altered(one) for one in result.altered)
+    if result.fork is None:
+        return f"differs    {name}: its ids are the same, but not its {altered}: was it changed?"
+    verdict = "within floating-point error" if result.is_rounding else "more than floating-point error explains"
     return (
-        f"differs    {name}: token {difference.place} is {show(difference.recorded, old.finish_reason)} in the record, "
-        f"{show(difference.found, new.finish_reason)} now{margins}: {verdict}"
+        f"differs    {name}: {_forked(result.fork, old, new, vocabulary)}: {verdict}"
+        f"{f'; nor is its {altered} explained' if altered else ''}"
     )
 
 
+def _forked(fork: "comparison.Fork", old: record.Record, new: record.Record, vocabulary: tokenizer.Tokenizer) -> str:
+    """Returns the first token that differs, with the margins that this replay found there."""
+
+    def show(token: int | None, reason: str) -> str:
+        return f"the end ({reason})" if token is None else f"{token} {_shown(repr(vocabulary.show(token)))}"
+
+    margins = "" if fork.margin is None else f"; margin {fork.margin:.2g}, gap {fork.gap:.2g}"
+    return (
+        f"token {fork.place} is {show(fork.recorded, old.finish_reason)} in the record, "
+        f"{show(fork.found, new.finish_reason)} now{margins}"
+    )
+
+
+def _altered(one: "comparison.Alteration") -> str:
+    """Returns a field's name, its place, and its two values where they are single numbers."""
+    if one.place is None:
+        return one.field
+    values = "" if one.recorded is None else f": {one.recorded:.9g} in the record, {one.found:.9g} now"
+    return f"{one.field} (at token {one.place}{values})"
+
+
 def _changes(old: record.Record, new: record.Record) -> set[str]:
-    """What differs between the making of the record and this one."""
+    """Returns what differs between the making of the record and this replay."""
     pairs = [
         (name, before, getattr(group, name))
         for part, group in ((old.numerics, new.numerics), (old.versions, new.versions))
         for name, before in vars(part).items()
     ]
     pairs.append(("config_sha256", old.run.config_sha256, new.run.config_sha256))
-    return {f"{name}: {before} in the record, {now} now" for name, before, now in pairs if before != now}
+    return {
+        f"{name}: {_shown(str(before))} in the record, {_shown(str(now))} now"
+        for name, before, now in pairs
+        if before != now
+    }
+
+
+def _shown(text: str, most: int = 80) -> str:
+    """Returns text of a record as part of one line: escaped, and cut where it is long."""
+    return program.printable(text if len(text) <= most else f"{text[: most - 3]}...")
 
 
 if __name__ == "__main__":

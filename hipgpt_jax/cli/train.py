@@ -1,22 +1,25 @@
 """``hipgpt-train``: a run from a text."""
 
+import contextlib
+import dataclasses
 import functools
+import json
 import logging
 import shlex
-import shutil
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hipgpt_jax import compilation, config, devices, processes, training_config
-from hipgpt_jax.cli import program, train_flags, train_report
+from hipgpt_jax import compilation, devices, processes, training_config
+from hipgpt_jax.cli import program, train_flags, train_report, train_start
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset, manifest
 
-SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C or
-SIGTERM finishes the step, saves, and says how to go on. Examples:
+if TYPE_CHECKING:
+    from hipgpt_jax.training import mesh
+
+SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C,
+SIGTERM or SIGHUP finishes the step, saves, and says how to resume. Examples:
 
   hipgpt-train --data-path data/data.txt --run-name my_run
   hipgpt-train --flagfile=configs/shakespeare.flags"""
@@ -39,40 +42,50 @@ def _tell_unraisable(tell: Callable[..., Any], unraisable: "sys.UnraisableHookAr
 def _train() -> None:
     train = train_flags.train_config()
     train_flags.model_config(train_flags.VOCAB_SIZE.value)
-    if train_flags.TENSORBOARD.value:
-        from hipgpt_jax.training import tensorboard
-
-        tensorboard.require()
-    run = directory.check_name(train_flags.RUN_NAME.value or time.strftime("run_%Y%m%d-%H%M%S"))
-    run_directory = directory.CHECKPOINTS / run
+    train_start.check_flags(train)
+    _note_warmup(train)
     many = _join()
-    if not many:
-        _check_start(run_directory)
-    device = _start_device()
-    compilation.use_cache(program.note)
-    if many:
-        processes.require_agreement(_words())
+    program.outlive_stdout(matters=False)  # metrics.jsonl has all that is printed
+    with contextlib.ExitStack() as stack:
+        start = None if many else stack.enter_context(train_start.open_run())
+        device = _start_device()
+        compilation.use_cache(program.note)
+        if many:
+            processes.require_agreement(_words())
 
+        import jax
+
+        from hipgpt_jax.training import mesh, step
+
+        rows = train.batch_size // train.grad_accum
+        sizes = mesh.parse(train_flags.MESH.value, batch_size=rows, available=jax.device_count())
+        layout = mesh.Layout.over(sizes)
+        layout.of(step.shape_of(train_flags.model_config(train_flags.VOCAB_SIZE.value)))  # before anything is written
+        if many and jax.process_index() == 0:
+            start = stack.enter_context(train_start.open_run())
+        _run(train, start, device, layout)
+
+
+def _run(
+    train: training_config.TrainConfig, start: train_start.Start | None, device: devices.Device, layout: "mesh.Layout"
+) -> None:
+    """Trains; ``start`` is None in all processes but the first."""
     import jax
 
-    from hipgpt_jax.training import flops, loop, mesh, step
+    from hipgpt_jax.training import flops, loop, step
 
-    tells = jax.process_index() == 0
-    rows = train.batch_size // train.grad_accum
-    sizes = mesh.parse(train_flags.MESH.value, batch_size=rows, available=jax.device_count())
-    layout = mesh.Layout.over(sizes)
-    layout.of(step.shape_of(train_flags.model_config(train_flags.VOCAB_SIZE.value)))  # before anything is written
-    if tells:
-        if many:
-            _check_start(run_directory)
-        _prepare(run_directory)
-    processes.wait_for_all("data")
+    if start:
+        start.prepare()
+    found = processes.of_first(json.dumps([start.directory.name, start.resume_at] if start else None))
+    run, resume_at = json.loads(found)
+    run_directory = directory.CHECKPOINTS / run
     data = dataset.Dataset(run_directory)
     model = train_flags.model_config(data.manifest.vocab_size)
     size = flops.size(step.shape_of(model))
     cost = flops.per_token(model, size)
-    if tells:
-        _begin(run_directory, model, train)
+    if start:
+        start.begin(model, train)
+        sizes = layout.mesh.shape
         used = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
         _tell_of_run(run, f"{device}, {used} of {jax.device_count()}", data.manifest, flops.describe(size, cost))
     processes.wait_for_all("settings")
@@ -85,14 +98,28 @@ def _train() -> None:
         weights_dtype=train_flags.WEIGHTS_DTYPE.value,
         attention=device.attention(train.dtype, model.head_dim, trains=True),
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
+        require_same_directory=start.held.require_same if start else lambda: None,
     )
-    with train_report.stopping() as stops, train_report.reporting(job, stops) as report:
-        end = loop.train(job, report, resume=train_flags.RESUME.value)
-    if tells:
+    log = train_report.Log()
+    with train_report.stopping() as stops, train_report.reporting(job, log, stops, resume_at) as report:
+        if start:
+            report = dataclasses.replace(report, saved=start.saved)
+        end = loop.train(job, report, resume_at=resume_at)
+    if start:
         if end.whole:
-            program.note(f"done: hipgpt-generate --run-name {run} --prompt TEXT")
+            train_report.note(f"done: {shlex.join(['hipgpt-generate', '--run-name', run])} --prompt TEXT")
         else:
-            program.note(f"stopped and saved at step {end.at}; to go on: {_resume_command(run)}")
+            train_report.note(f"stopped and saved at step {end.at}; to go on: {train_flags.resume_command(run)}")
+    log.raise_error()
+
+
+def _note_warmup(train: training_config.TrainConfig) -> None:
+    if train.warmup_steps >= train.steps > 1:
+        last = train.learning_rate * train.steps / train.warmup_steps
+        program.note(
+            f"--warmup-steps {train.warmup_steps} is no less than --steps {train.steps}: the learning rate rises to "
+            f"{last:.3g} at the last step and never decays"
+        )
 
 
 def _tell_of_run(run: str, where: str, data: manifest.Manifest, size: str) -> None:
@@ -139,86 +166,6 @@ def _words() -> dict[str, str]:
     """What all processes must have been given alike."""
     own = {"process_id", "flagfile"}
     return {name: str(train_flags.FLAGS[name].value) for name in train_flags.FLAGS if name not in own}
-
-
-def _begin(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
-    """Notes the settings of a new run, or holds those of a resumed one against them."""
-    from hipgpt_jax.training import settings
-
-    if not train_flags.RESUME.value:
-        settings.begin(run_directory, model, train)
-    elif changes := settings.require_same(run_directory, model, train, extend=train_flags.EXTEND.value):
-        settings.extend(run_directory, train)
-        program.note(changes)
-
-
-def _sources() -> dict[str, Any]:
-    """What the data is prepared from, as ``dataset.prepare`` and ``dataset.require_same`` take it."""
-    given = train_flags.TOKENIZER_PATH.value
-    return {
-        "sources": [Path(path) for path in train_flags.DATA_PATH.value],
-        "vocab_size": train_flags.VOCAB_SIZE.value,
-        "text_field": train_flags.TEXT_FIELD.value,
-        "tokenizer_path": None if given is None else Path(given),
-    }
-
-
-def _check_start(run_directory: Path) -> None:
-    """Decides between a new run, a resumed one and one started anew, before anything is written."""
-    if train_flags.RESET.value and train_flags.RESUME.value:
-        raise ValueError("--reset deletes the run and --resume goes on with it: give one of them")
-    if train_flags.EXTEND.value and not train_flags.RESUME.value:
-        raise ValueError("--extend goes with --resume: it makes a run longer than it was begun")
-    begun = directory.is_begun(run_directory)
-    if train_flags.RESUME.value and not (begun or (run_directory / directory.SETTINGS_NAME).is_file()):
-        raise FileNotFoundError(f"run {run_directory.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
-    if not train_flags.RESET.value and begun and (run_directory / dataset.MANIFEST_NAME).is_file():
-        dataset.require_same(run_directory, **_sources())
-    if begun and not (train_flags.RESET.value or train_flags.RESUME.value):
-        raise ValueError(
-            f"run {run_directory.name!r} exists already: --resume goes on with it, --reset deletes it and starts anew"
-        )
-    if not (begun or train_flags.RESET.value) and _holds_something_else(run_directory):
-        raise ValueError(f"{run_directory} exists and is no run: give another --run-name, or --reset to delete it")
-
-
-def _holds_something_else(run_directory: Path) -> bool:
-    """Whether a directory holds more than what a run that was cut short before its first checkpoint leaves."""
-    known = {dataset.MANIFEST_NAME, dataset.TOKENIZER_NAME, dataset.TOKENS_NAME, dataset.JOURNAL_NAME}
-    known |= {directory.METRICS_NAME, directory.TRAIN_STATE_NAME, directory.SETTINGS_NAME}
-    if not run_directory.is_dir():
-        return run_directory.exists()
-    return any(path.name not in known and not path.name.endswith(".tmp") for path in run_directory.iterdir())
-
-
-def _prepare(run_directory: Path) -> None:
-    """Prepares the data beside the run, and moves it into place, over the old run at a reset, when it is whole.
-
-    What a kill leaves beside the run is gone on with.
-    """
-    if train_flags.RESUME.value:
-        return  # _check_start has held it against the flags
-    fresh = run_directory.with_name(f".{run_directory.name}.new")
-    is_first = not fresh.parent.exists()
-    fresh.mkdir(parents=True, exist_ok=True)
-    try:
-        with train_report.preparing() as progress:
-            data = dataset.prepare(fresh, **_sources(), progress=progress)
-        data.check_length(train_flags.SEQ.value)
-    except (ValueError, FileNotFoundError):
-        shutil.rmtree(fresh)
-        if is_first:
-            fresh.parent.rmdir()
-        raise
-    shutil.rmtree(run_directory, ignore_errors=True)
-    fresh.rename(run_directory)
-
-
-def _resume_command(run: str) -> str:
-    words = [word for word in sys.argv[1:] if word.lstrip("-") not in ("resume", "reset", "noresume", "noreset")]
-    if train_flags.RUN_NAME.value is None:
-        words += ["--run-name", run]
-    return shlex.join(["hipgpt-train", *words, "--resume"])
 
 
 if __name__ == "__main__":

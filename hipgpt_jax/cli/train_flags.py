@@ -1,5 +1,6 @@
 """The flags of ``hipgpt-train``, and the validated values that they stand for."""
 
+import shlex
 from typing import Any
 
 from absl import flags
@@ -61,7 +62,7 @@ _SEED = _integer("seed", _TRAIN.seed, "Seed of the weights, the data order and d
 _LOG_EVERY = _integer("log-every", _TRAIN.log_every, "Steps between log lines.")
 _EVAL_EVERY = _integer("eval-every", _TRAIN.eval_every, "Steps between evaluations; 0: with each checkpoint.")
 _EVAL_BATCHES = _integer("eval-batches", _TRAIN.eval_batches, "Batches in an evaluation; 0: the whole split.")
-_SAMPLE_EVERY = _integer("sample-every", _TRAIN.sample_every, "Steps between samples of text; 0: none.")
+SAMPLE_EVERY = _integer("sample-every", _TRAIN.sample_every, "Steps between samples of text; 0: none.")
 SAMPLE_PROMPT = _string("sample-prompt", "\n", "Text that the samples continue.")
 _CKPT_EVERY = _integer("ckpt-every", _TRAIN.ckpt_every, "Steps between checkpoints; 0: only the last.")
 _KEEP_LAST = _integer("keep-last", _TRAIN.keep_last, "Checkpoints kept, the newest by step; and the best one.")
@@ -69,7 +70,7 @@ WEIGHTS_DTYPE = flags.DEFINE_enum(
     "weights-dtype", "float32", training_config.WEIGHTS_DTYPES, "Type of the weights on disk.", flag_values=FLAGS
 )
 TENSORBOARD = _boolean("tensorboard", "Write TensorBoard event files too, into the run's directory.")
-RESET = _boolean("reset", "Delete the run of this name and start it anew.")
+RESET = _boolean("reset", "Start the run of this name again; the old one is deleted once the new one is saved.")
 RESUME = _boolean("resume", "Go on from the newest saved state of the run.")
 EXTEND = _boolean("extend", "With --resume: let --steps be more than the run was begun with.")
 MESH = _string(
@@ -113,7 +114,30 @@ def train_config() -> training_config.TrainConfig:
         log_every=_LOG_EVERY.value,
         eval_every=_EVAL_EVERY.value,
         eval_batches=_EVAL_BATCHES.value,
-        sample_every=_SAMPLE_EVERY.value,
+        sample_every=SAMPLE_EVERY.value,
         ckpt_every=_CKPT_EVERY.value,
         keep_last=_KEEP_LAST.value,
     )
+
+
+def resume_command(run: str) -> str:
+    """Returns the command that resumes a run: the flags as they were parsed, those of a flagfile too."""
+    words = ["hipgpt-train", "--run-name", run]
+    for name in FLAGS:
+        flag = FLAGS[name]
+        if not flag.present or flag.name != name or name in ("run-name", "reset", "resume", "extend", "flagfile"):
+            continue
+        if flag.boolean:
+            words.append(f"--{'' if flag.value else 'no'}{name}")
+        else:
+            values: Any = flag.value if isinstance(flag, flags.MultiFlag) else [flag.value]
+            words += [word for value in values for word in (f"--{name}", str(value))]
+    return " ".join(_quoted(word) for word in [*words, "--resume"])
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell, on one line: Bash and zsh read bytes in hexadecimal between ``$'`` and ``'``."""
+    if word.isprintable():
+        return shlex.quote(word)
+    data = word.encode(errors="surrogateescape")
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in data) + "'"

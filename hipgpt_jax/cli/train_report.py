@@ -1,28 +1,35 @@
-"""What ``hipgpt-train`` shows while it works, and how it is told to stop."""
+"""The log, progress bars and samples of ``hipgpt-train``, and the signals that stop it."""
 
 import contextlib
 import functools
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hipgpt_jax import config
 from hipgpt_jax.cli import program, train_flags
+from hipgpt_jax.runs import reset
 from hipgpt_jax.text import dataset, tokenizer
 
 if TYPE_CHECKING:
+    from rich import console
+
     from hipgpt_jax.training import loop, tensorboard
 
 _SAMPLE_TOKENS = 100
+_SECONDS_BETWEEN_LINES = 60
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def preparing() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, where that is a terminal, for a text that takes its time."""
-    from rich import console, progress
+    """Progress of preparing the text: a bar on a terminal, otherwise a line per minute."""
+    from rich import progress
 
-    terminal = console.Console(stderr=True)
+    terminal = _console()
     columns = (
         progress.TextColumn("{task.description} the text"),
         progress.BarColumn(),
@@ -31,23 +38,103 @@ def preparing() -> Iterator[Callable[[int, int, str], None]]:
     )
     with progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True) as bar:
         task = bar.add_task("reading", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        if terminal.is_terminal:
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        else:
+            yield _lines(time.monotonic)
+
+
+def _lines(clock: Callable[[], float]) -> Callable[[int, int, str], None]:
+    written = clock()
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal written
+        if clock() - written >= _SECONDS_BETWEEN_LINES:
+            written = clock()
+            note(f"{what} the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+    return progress
+
+
+def note(line: str) -> None:
+    """Writes a fact to stderr; a terminal or a pipe that is gone ends nothing."""
+    with contextlib.suppress(OSError):
+        program.note(line)
+
+
+class Log:
+    """The log lines on stdout. Where they cannot be written, training stops at the next step and saves.
+
+    Attributes:
+        failed: Whether a line could not be written.
+    """
+
+    def __init__(self) -> None:
+        self._error: OSError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a line could not be written."""
+        return self._error is not None
+
+    def write(self, text: str) -> None:
+        """Writes a line, unless one before it could not be written."""
+        if self._error is not None:
+            return
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            self._error = error
+            note(f"stdout cannot be written ({error.strerror}): stopping after this step")
+            # What print has kept back would fail again at exit.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+    def raise_error(self) -> None:
+        """Raises what kept a line from being written, after the run was saved: the exit code must not say success."""
+        if isinstance(self._error, BrokenPipeError):
+            raise self._error
+        if self._error is not None:
+            raise OSError(f"stdout could not be written: {self._error.strerror}") from self._error
+
+
+class _Terminal:
+    """stderr for the progress bar; writing to a terminal that is gone does nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGTERM or Ctrl-C came; a second one stops at once."""
+    """Yields a function that returns whether SIGTERM, SIGHUP or Ctrl-C came; a second one stops at once.
+
+    SIGHUP is left alone where it is ignored, as under ``nohup``.
+    """
     came: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         del frame
-        if came:
+        if came and number != signal.SIGHUP:  # a terminal that closes may send several
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         came.append(number)
-        program.note("stopping after this step; once more to stop at once, without saving")
+        note("stopping after this step; once more to stop at once, without saving")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: bool(came)
     finally:
@@ -56,9 +143,9 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def reporting(job: "loop.Job", stops: Callable[[], bool]) -> Iterator["loop.Report"]:
+def reporting(job: "loop.Job", log: Log, stops: Callable[[], bool], resume_at: int | None) -> Iterator["loop.Report"]:
     """Log lines on stdout, and a progress bar on stderr where that is a terminal."""
-    from rich import console, progress
+    from rich import progress
 
     from hipgpt_jax.training import loop
 
@@ -69,36 +156,42 @@ def reporting(job: "loop.Job", stops: Callable[[], bool]) -> Iterator["loop.Repo
         progress.TextColumn("{task.fields[rate]:.0f} tokens/s"),
         progress.TimeRemainingColumn(),
     )
-    terminal = console.Console(stderr=True)
+    terminal = _console()
     bar = progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal)
-    if terminal.is_terminal and sys.stdout.isatty():  # on one screen the bar must make way for a line
+    if terminal.is_terminal and sys.stdout is not None and sys.stdout.isatty():  # on one screen a line moves the bar
         line = functools.partial(terminal.print, soft_wrap=True, markup=False, highlight=False)
     else:
-        line = functools.partial(print, flush=True)
-    with bar, _events(job) as events:
+        line = log.write
+    with bar, _events(job, resume_at) as events:
         task = bar.add_task("train", total=job.train.steps, loss=float("nan"), rate=0.0)
         yield loop.Report(
             line=line,
             progress=lambda step, loss, rate: bar.update(task, completed=step, loss=loss, rate=rate),
             metrics=events.append if events else lambda line: None,
             sample=_sampling(job, line, events),
-            stops=stops,
+            stops=lambda: stops() or log.failed,
         )
 
 
+def _console() -> "console.Console":
+    from rich import console
+
+    stream: Any = _Terminal(sys.stderr)
+    return console.Console(file=stream)
+
+
 @contextlib.contextmanager
-def _events(job: "loop.Job") -> Iterator["tensorboard.EventFile | None"]:
+def _events(job: "loop.Job", resume_at: int | None) -> Iterator["tensorboard.EventFile | None"]:
     """TensorBoard's file, where it was asked for; the steps that a resumed run takes again replace the old ones."""
     import jax
 
-    from hipgpt_jax.training import checkpoint, tensorboard
+    from hipgpt_jax.training import tensorboard
 
     if not train_flags.TENSORBOARD.value or jax.process_index() > 0:
         yield None
         return
-    with contextlib.closing(checkpoint.StateStore(job.directory)) as store:
-        at = (store.latest() or 0) if train_flags.RESUME.value else 0
-    with contextlib.closing(tensorboard.EventFile(job.directory / "tensorboard", resumed_at=at)) as events:
+    folder = job.directory / reset.TENSORBOARD_NAME
+    with contextlib.closing(tensorboard.EventFile(folder, resumed_at=resume_at or 0)) as events:
         yield events
 
 

@@ -54,7 +54,7 @@ def _rocm(family: str | None) -> doctor.Finding:
         return doctor.Finding(
             "ROCm",
             "not found" + (f", and jax-{family}-plugin needs it" if family else ""),
-            f"Install ROCm {needed}; where it is installed, name its place: export ROCM_PATH=…" if family else None,
+            f"Install ROCm {needed}; where it is installed, name its place: export ROCM_PATH=..." if family else None,
         )
     text = f"{version or 'of unknown version'} in {root}"
     if family and version and family != f"rocm{version.partition('.')[0]}":

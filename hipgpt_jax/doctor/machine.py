@@ -7,9 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from hipgpt_jax import compilation, devices, doctor
+from hipgpt_jax import compilation, devices, disk_cache, doctor, numerics
 from hipgpt_jax.doctor import drivers, packages
-from hipgpt_jax.runs import provenance
 
 PROBE_TIMEOUT_S = 180.0
 SETTINGS = (
@@ -46,7 +45,7 @@ _STAGES = ("does not start", "does not compute", "starts, but Flax does not impo
 def examine() -> Iterator[doctor.Finding]:
     """Looks at the processor, the GPU drivers, the environment and the devices that JAX finds."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield doctor.Finding("machine", f"{provenance.cores()} CPU cores, {memory / 1e9:.1f} GB of memory")
+    yield doctor.Finding("machine", f"{numerics.cores()} CPU cores, {memory / 1e9:.1f} GB of memory")
     yield from drivers.examine()
     for name in SETTINGS:
         if name in os.environ:
@@ -86,22 +85,19 @@ def probe() -> Iterator[doctor.Finding]:
 
 
 def cache() -> doctor.Finding:
-    """Looks at the cache of compiled programs: where it is, what it holds, whether it can be written."""
-    if "://" in os.environ.get(compilation.CACHE_VARIABLE, ""):
-        return doctor.Finding("compile cache", f"{os.environ[compilation.CACHE_VARIABLE]}: remote, not looked into")
-    advice = f"Name a directory of your own for it: export {compilation.CACHE_VARIABLE}=…"
+    """Looks at the cache of compiled programs: where it is, what it holds, whether it can be written and by whom."""
+    advice = f"Name a directory of your own for it: export {compilation.CACHE_VARIABLE}=..."
     try:
         place = compilation.cache_directory().absolute()
-        if not place.exists():
-            parent = next(path for path in place.parents if path.exists())
-            can_write = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+        if missing := disk_cache.missing_directories(place):
+            parent = missing[0].parent
+            can_write = os.access(parent, os.W_OK | os.X_OK)
             text = f"{place}: not made yet" + ("" if can_write else f", and {parent} cannot be written")
             return doctor.Finding("compile cache", text, None if can_write else advice)
-        held = [(path.name, path.stat().st_size) for path in place.iterdir() if path.is_file()]
-    except (OSError, RuntimeError) as error:
+        sizes = [entry.stat().st_size for entry in compilation.cache_in(place).entries()]
+    except (OSError, RuntimeError, ValueError) as error:
         return doctor.Finding("compile cache", str(error), advice)
-    programs = sum(not name.endswith("-atime") for name, _ in held)
-    text = f"{place}: {programs} programs, {sum(size for _, size in held) / 1e6:.1f} MB"
+    text = f"{place}: {len(sizes)} programs, {sum(sizes) / 1e6:.1f} MB"
     if not os.access(place, os.W_OK | os.X_OK):
         return doctor.Finding("compile cache", f"{text}, and it cannot be written", advice)
     return doctor.Finding("compile cache", text)

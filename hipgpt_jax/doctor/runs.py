@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from hipgpt_jax import doctor
 from hipgpt_jax.runs import directory
@@ -37,6 +38,12 @@ def examine(only: str | None = None, *, verify: bool = True) -> Iterator[doctor.
             yield from (_unfinished(name),) if name in begun else _run(name, verify=verify)
 
 
+def folders() -> dict[str, Path]:
+    """Returns the directory of every run by its name, those that have no checkpoint yet too."""
+    known = {name: directory.find(name) for name in directory.names()}
+    return dict(sorted({**known, **{name: directory.CHECKPOINTS / name for name in _begun()}}.items()))
+
+
 def _begun() -> list[str]:
     """The directories in ``checkpoints/`` that are named as runs are and have no latest config."""
     known = directory.names()
@@ -50,8 +57,10 @@ def _unfinished(run: str) -> doctor.Finding:
     if link.is_symlink():
         text = f"{run}: {link} points to {os.readlink(link)}, which is not there"
         if steps := directory.steps(folder):
-            return doctor.Finding("run", text, f"ln -sfn {directory.config_name(run, steps[-1])} {link}")
-        return doctor.Finding("run", text, f"Restore that file, or begin anew: hipgpt-train --run-name {run} --reset …")
+            return doctor.Finding("run", text, f"ln -sfn {directory.config_path(folder, steps[-1]).name} {link}")
+        return doctor.Finding(
+            "run", text, f"Restore that file, or begin anew: hipgpt-train --run-name {run} --reset ..."
+        )
     if directory.is_begun(folder):
         return doctor.Finding("run", f"{run}: begun, no whole checkpoint yet; --resume goes on with it")
     return doctor.Finding(
@@ -65,7 +74,7 @@ def _run(run: str, *, verify: bool) -> Iterator[doctor.Finding]:
     is_shipped = folder.parent == directory.SHIPPED
     latest, wrong = _check(run, None, verify=verify)
     config = folder / directory.LATEST_CONFIG
-    others = [at for at in directory.steps(folder) if not config.samefile(folder / directory.config_name(run, at))]
+    others = [at for at in directory.steps(folder) if not config.samefile(directory.config_path(folder, at))]
     broken = {at: error for at in others if at != latest and (error := _check(run, at, verify=verify)[1])}
     if wrong is not None:
         whole = [at for at in others if at != latest and at not in broken]
@@ -75,7 +84,8 @@ def _run(run: str, *, verify: bool) -> Iterator[doctor.Finding]:
         yield doctor.Finding("run", f"{run}: step {at} is damaged: {error}", _advice_on_step(run, at))
     link = folder / directory.LATEST_CHECKPOINT
     if wrong is None and link.is_symlink() and not link.exists():
-        advice = f"ln -sfn {directory.weights_name(run, latest or 0)} {link}"
+        weights = directory.weights_beside(directory.config_path(folder, latest or 0))
+        advice = f"ln -sfn {weights.name} {link}"
         yield doctor.Finding("run", f"{run}: {link} points to {os.readlink(link)}, which is not there", advice)
     elif wrong is None and not broken:
         words = "whole, digests checked" if verify else "complete, digests not checked"
@@ -106,10 +116,9 @@ def _advice(run: str, whole: list[int], *, is_shipped: bool) -> str:
         return "Restore the file (in a clone: git checkout hipgpt_jax/runs/shipped), or install hipgpt-jax anew"
     if whole:
         return f"Restore the file; until then, take --step {whole[-1]}"
-    return f"Restore the file, or train the run anew: hipgpt-train --run-name {run} --reset …"
+    return f"Restore the file, or train the run anew: hipgpt-train --run-name {run} --reset ..."
 
 
 def _advice_on_step(run: str, step: int) -> str:
-    folder = directory.CHECKPOINTS / run
-    names = " ".join(str(folder / name(run, step)) for name in (directory.config_name, directory.weights_name))
-    return f"Restore the file, or give the step up: rm {names}"
+    config = directory.config_path(directory.CHECKPOINTS / run, step)
+    return f"Restore the file, or give the step up: rm {config} {directory.weights_beside(config)}"

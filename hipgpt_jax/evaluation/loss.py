@@ -25,8 +25,8 @@ class Score:
     """How well a model predicts a text.
 
     Attributes:
-        loss: Mean negative log-likelihood of a token, in nats.
-        nats_per_byte: The same, a byte of the text; comparable between vocabularies.
+        loss: Mean negative log-likelihood per token, in nats.
+        nats_per_byte: The same per byte of the tokens predicted, all but the first; comparable between vocabularies.
         accuracy: Share of tokens that were the most likely one, in [0, 1]. Of several as likely each is
             right; in ``score.TextScore`` the one of the lowest id, whose rank is 1.
         tokens: Tokens predicted.
@@ -39,13 +39,31 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss, which is taken as 700 at most to stay finite."""
-        return math.exp(min(self.loss, 700.0))
+        """Exponential of the loss; infinity beyond float64."""
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of the text."""
+        """Bits per byte of the text."""
         return self.nats_per_byte / math.log(2)
+
+
+def perplexity(loss: float) -> float:
+    """Returns the exponential of a loss; infinity where float64 cannot represent it, from a loss of 709.8 on."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def require_finite(found: Score) -> Score:
+    """Returns a score; raises FloatingPointError if its loss is infinite or not a number."""
+    if not math.isfinite(found.loss):
+        raise FloatingPointError(
+            f"the model's log-probabilities are not finite (loss {found.loss}): its weights are damaged or diverged. "
+            f"Use another step of the run"
+        )
+    return found
 
 
 @jax.custom_vjp
@@ -163,7 +181,7 @@ def score(
         model: The model.
         params: Its parameters.
         ids: Token ids of the text.
-        text_bytes: Bytes of text that the scored ids stand for.
+        text_bytes: Bytes of text that the ids after the first stand for.
         batch_size: Windows at a time.
         length: Inputs in a window, at most the model's ``max_seq_len``.
         stride: Tokens from one window to the next; ``length`` if absent, so that they do not overlap.
@@ -191,4 +209,4 @@ def score(
         )
         nll, correct, scored = nll + float(sums.nll), correct + int(sums.correct), scored + int(kept_BT.sum())
     loss = nll / scored
-    return Score(loss=loss, nats_per_byte=loss * targets / text_bytes, accuracy=correct / scored, tokens=scored)
+    return Score(loss=loss, nats_per_byte=loss * targets / max(1, text_bytes), accuracy=correct / scored, tokens=scored)

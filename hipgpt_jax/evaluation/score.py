@@ -75,6 +75,7 @@ def score_text(
 
     Raises:
         ValueError: There are fewer than two tokens, an id is not in the vocabulary, or the stride is out of range.
+        FloatingPointError: A log-probability is infinite or not a number.
     """
     ids = check_ids(ids, model.config.vocab_size)
     loss.check_stride(stride, window)
@@ -92,17 +93,18 @@ def score_text(
         logprobs[at_BT[counted_BT]], ranks[at_BT[counted_BT]] = (np.asarray(part)[counted_BT] for part in found)
     mean = -float(logprobs.astype(np.float64).mean())
     text_bytes = len(vocabulary.decode_bytes(ids[1:]))
+    found = loss.Score(
+        loss=mean,
+        nats_per_byte=mean * len(logprobs) / max(1, text_bytes),
+        accuracy=float((ranks == 1).mean()),
+        tokens=len(logprobs),
+    )
     return TextScore(
         ids=tuple(ids),
         tokens=_pieces(vocabulary, ids),
         logprobs=logprobs,
         ranks=ranks,
-        score=loss.Score(
-            loss=mean,
-            nats_per_byte=mean * len(logprobs) / max(1, text_bytes),
-            accuracy=float((ranks == 1).mean()),
-            tokens=len(logprobs),
-        ),
+        score=loss.require_finite(found),
     )
 
 

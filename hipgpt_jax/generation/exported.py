@@ -17,50 +17,65 @@ from typing import Any
 import jax
 import jax.export
 
-from hipgpt_jax import files
+from hipgpt_jax import compilation, disk_cache
 from hipgpt_jax.generation import carry, sampling
 from hipgpt_jax.model import cache as kv
 
 _PACKAGE = Path(__file__).parents[1]
 _TRACED = ("config.py", "model/*.py", "generation/*.py")
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 for _node in (sampling.Settings, carry.Rows, carry.State, carry.Told, kv.Cache):
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"hipgpt_jax.{_node.__name__}")
 
 
 def kept(function: Callable[..., Any], settings: str) -> Callable[..., Any]:
-    """Returns ``function`` for ``jax.jit``, which finds its program on disk if any process has traced it before.
+    """Returns ``function`` for ``jax.jit``, to be traced only if its program is not in the cache.
 
-    Where JAX has no compilation cache, or computes on a GPU, it is ``function`` itself: cuDNN's attention
-    cannot be exported. What runs is the same program whether it was found or made. Nothing is said of a
-    directory that cannot be written; ``compilation.use_cache`` has told of it.
+    Without a cache, and on a GPU, it is ``function`` itself: cuDNN's attention cannot be exported. The same program
+    runs whether it was found or made.
 
     Args:
         function: Pure, of arrays; its name is that of the program.
-        settings: All that the program follows from beside the code, JAX's settings and the arguments' shapes.
+        settings: All that the program depends on, except for the code, JAX's settings and the arguments' shapes.
     """
     name = function.__name__.strip("_")
 
     def traced(*args: Any) -> Any:  # once for each shape of its arguments
-        if (directory := _directory(settings)) is None:
+        if (cache := _cache()) is None:
             return function(*args)
         shapes = jax.tree.map(_shape, args)
-        path = directory / f"{name}-{_digest(shapes)}"
-        program = _read(path)
-        if program is None:
-            program = bytes(jax.export.export(jax.jit(function))(*shapes).serialize())
-            _write(path, program)
-        return _without_lapack(jax.export.deserialize(bytearray(program))).call(*args)
+        entry = f"{_prefix(settings)}-{name}-{_digest(shapes)}{compilation.PROGRAM}"
+        if (found := cache.get(entry)) is not None:
+            try:
+                return _load(found, function).call(*args)
+            # The digest holds, so the entry was written with this content. JAX reads it with flatbuffers, which
+            # raises errors of any type on bytes that were not made by itself.
+            except Exception as error:
+                cache.discard(entry, str(error))
+        program = bytes(jax.export.export(jax.jit(function))(*shapes).serialize())
+        cache.put(entry, program)
+        return _load(program, function).call(*args)
 
     traced.__name__ = name
     return traced
 
 
 def any_kept(settings: str) -> bool:
-    """Returns whether any program of these settings is on disk."""
-    directory = _directory(settings)
-    return directory is not None and directory.is_dir()
+    """Returns whether any program of these settings is in the cache."""
+    if (cache := _cache()) is None:
+        return False
+    prefix = _prefix(settings)
+    try:
+        return any(entry.name.startswith(prefix) for entry in cache.entries())
+    except OSError:
+        return False
+
+
+def _load(program: bytes, function: Callable[..., Any]) -> jax.export.Exported:
+    found = jax.export.deserialize(bytearray(program))
+    if found.fun_name != function.__name__:
+        raise ValueError(f"it is the program {found.fun_name!r}")
+    return _without_lapack(found)
 
 
 def _without_lapack(program: jax.export.Exported) -> jax.export.Exported:
@@ -72,18 +87,19 @@ def _without_lapack(program: jax.export.Exported) -> jax.export.Exported:
     return dataclasses.replace(program, platforms=("any",), disabled_safety_checks=(unchecked,))
 
 
-def _directory(settings: str) -> Path | None:
-    place = jax.config.values["jax_compilation_cache_dir"]
-    on_disk = place and "://" not in place and jax.config.values["jax_enable_compilation_cache"]
-    if not on_disk or jax.default_backend() != "cpu":
-        return None
+def _cache() -> disk_cache.DiskCache | None:
+    return compilation.active() if jax.default_backend() == "cpu" else None
+
+
+def _prefix(settings: str) -> str:
+    """Returns a digest of all that a program depends on, except for its name and the arguments' shapes."""
     # A context manager's setting is the attribute's; not every setting has one.
     jax_settings = sorted((name, str(getattr(jax.config, name, value))) for name, value in jax.config.values.items())
-    return Path(place) / "programs" / _digest((settings, jax_settings, _code()))
+    return _digest((settings, jax_settings, _code()))
 
 
 def _digest(follows_from: Any) -> str:
-    return hashlib.sha256(repr(follows_from).encode()).hexdigest()
+    return hashlib.sha256(repr(follows_from).encode()).hexdigest()[:32]  # two of them stand in a file's name
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -100,22 +116,3 @@ def _code() -> str:
     for path in sorted(path for pattern in _TRACED for path in _PACKAGE.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _read(path: Path) -> bytes | None:
-    """Returns a program, or None where there is none or its file is damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, program = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return program if hashlib.sha256(program).digest() == digest else None
-
-
-def _write(path: Path, program: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as temporary:
-            temporary.write_bytes(hashlib.sha256(program).digest() + program)
-    except OSError:
-        return

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hipgpt_jax import config, devices
+from hipgpt_jax import config, devices, numerics
 from hipgpt_jax.generation import samples, source
 from hipgpt_jax.runs import output, provenance, record
 
@@ -42,11 +42,14 @@ class Recorder:
             platform=device.platform,
             device_kind=device.kind,
             machine=platform.machine(),
-            cores=provenance.cores(),
+            processor=numerics.processor(),
+            instruction_sets=numerics.instruction_sets(),
+            cores=numerics.cores(),
             dtype=run.decoding.dtype,
             attention=device.attention(run.decoding.dtype, checkpoint.model.head_dim),
             decode_width=run.decoding.width,
             xla_flags=provenance.without_directories(os.environ.get("XLA_FLAGS", "")),
+            environment=tuple(map(provenance.without_directories, numerics.environment())),
         )
         self._on_cpu = device.platform == "cpu"
 

@@ -1,84 +1,17 @@
-"""A record against the sample made anew from it."""
+"""Regeneration of a record: the request, the settings and the engine's configuration that it asks for."""
 
 import dataclasses
 
 from hipgpt_jax import config
+from hipgpt_jax.generation import events
 from hipgpt_jax.runs import record
 
-# How far the logits of two ways to compute the same may lie apart. In float32 the widths of a decode step
-# differed by up to 2e-5 on a CPU, and GPT-2 by up to 1e-4 from another framework.
-_TOLERANCE = {"float32": 2e-4, "bfloat16": 1e-1}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Where a sample made anew first departs from its record.
-
-    Attributes:
-        place: Index of the first token that differs.
-        recorded: The id in the record; None where it ends there.
-        found: The id made anew; None where that ends there.
-        margin: The record's margin there; None where it has none.
-        gap: The record's gap there.
-        is_rounding: Whether margin or gap is so small that rounding explains the difference.
-    """
-
-    place: int
-    recorded: int | None
-    found: int | None
-    margin: float | None
-    gap: float | None
-    is_rounding: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What became of a record.
-
-    Attributes:
-        recorded: The record.
-        found: The sample made anew.
-        difference: The first one; None where all tokens and the end are the same.
-        logprob_error: Largest difference of a log-probability before it, in nats.
-        altered: Fields of the record that do not belong to its ids: someone has changed them.
-    """
-
-    recorded: record.Record
-    found: record.Record
-    difference: Difference | None
-    logprob_error: float
-    altered: tuple[str, ...]
-
-
-def compare(recorded: record.Record, found: record.Record) -> Comparison:
-    """Compares a record with the sample made anew, token by token."""
-    pairs = list(zip(recorded.ids, found.ids, strict=False))
-    place = next((i for i, (old, new) in enumerate(pairs) if old != new), len(pairs))
-    pairs_of_logprobs = zip(recorded.logprobs[:place], found.logprobs[:place], strict=True)
-    error = max((abs(old - new) for old, new in pairs_of_logprobs), default=0.0)
-    ends_differ = (recorded.finish_reason, len(recorded.ids)) != (found.finish_reason, len(found.ids))
-    differs = place < len(pairs) or ends_differ
-    return Comparison(
-        recorded=recorded,
-        found=found,
-        difference=_difference(recorded, found, place) if differs else None,
-        logprob_error=error,
-        altered=() if differs else _altered(recorded, found, error),
-    )
-
-
-def _altered(recorded: record.Record, found: record.Record, error: float) -> tuple[str, ...]:
-    names = ["prompt", "prompt_dropped", "tokens", "text", "stop"]
-    if error == 0 and recorded.numerics == found.numerics:
-        names += ["ranks", "margins", "gaps"]
-    altered = [name for name in names if getattr(recorded, name) != getattr(found, name)]
-    if error > _TOLERANCE[recorded.numerics.dtype]:
-        altered.append("logprobs")
-    return tuple(altered)
+# An engine allocates a cache row for each of a record's decode width, whatever number of records there is.
+MAX_WIDTH = 4096
 
 
 def sampling_of(recorded: record.Record) -> config.SamplingConfig:
-    """Returns how the record's tokens were chosen."""
+    """Returns the sampling settings of a record."""
     settings = recorded.settings
     return config.SamplingConfig(
         temperature=settings.temperature,
@@ -89,7 +22,7 @@ def sampling_of(recorded: record.Record) -> config.SamplingConfig:
 
 
 def generation_of(recorded: record.Record) -> config.GenerationConfig:
-    """Returns what the record's sample was asked to be."""
+    """Returns the generation settings of a record."""
     settings = recorded.settings
     return config.GenerationConfig(
         num_tokens=settings.num_tokens,
@@ -101,9 +34,42 @@ def generation_of(recorded: record.Record) -> config.GenerationConfig:
     )
 
 
+def request_of(recorded: record.Record) -> events.Request:
+    """Returns the request that a record is the answer to."""
+    return events.Request(
+        prompt_ids=recorded.prompt_ids,
+        sample=recorded.sample,
+        generation=generation_of(recorded),
+        sampling=sampling_of(recorded),
+    )
+
+
+def shortened(request: events.Request, recorded: record.Record) -> events.Request:
+    """Returns the request with as few tokens as decide whether the record is true.
+
+    That is one more than it holds: where the record ends too early, there is one. ``num_tokens`` itself may be any
+    number in a record that was forged.
+    """
+    most = min(request.generation.num_tokens, len(recorded.ids) + 1)
+    return dataclasses.replace(request, generation=dataclasses.replace(request.generation, num_tokens=most))
+
+
 def decoding_of(recorded: record.Record, width: int | None = None) -> config.DecodingConfig:
-    """Returns the window, the type and the width of the record, or another width."""
+    """Returns the decoding configuration of a record.
+
+    Args:
+        recorded: The record.
+        width: Batch size to use instead of the record's.
+
+    Raises:
+        ValueError: A value is out of its range, or the record's batch size is too large to allocate blindly.
+    """
     settings = recorded.settings
+    if width is None and recorded.numerics.decode_width > MAX_WIDTH:
+        raise ValueError(
+            f"decode_width must be at most {MAX_WIDTH} to be replayed: got {recorded.numerics.decode_width}. "
+            f"Choose another batch_size for the replay"
+        )
     return config.DecodingConfig(
         window=settings.window,
         window_stride=settings.window_stride,
@@ -113,17 +79,37 @@ def decoding_of(recorded: record.Record, width: int | None = None) -> config.Dec
     )
 
 
-def _difference(recorded: record.Record, found: record.Record, place: int) -> Difference:
-    margin = recorded.margins[place] if place < len(recorded.margins) else None
-    gap = recorded.gaps[place] if place < len(recorded.gaps) else None
-    tolerance = _TOLERANCE[recorded.numerics.dtype]
-    # A draw divides the logits by the temperature, and so the error in them.
-    spread = tolerance / min(1.0, recorded.settings.temperature or 1.0)
-    return Difference(
-        place=place,
-        recorded=recorded.ids[place] if place < len(recorded.ids) else None,
-        found=found.ids[place] if place < len(found.ids) else None,
-        margin=margin,
-        gap=gap,
-        is_rounding=margin is not None and gap is not None and (margin <= spread or gap <= 2 * tolerance),
+def window_start(recorded: record.Record, length: int) -> int:
+    """Returns the index of the oldest token in the window when the prompt and the text are ``length`` tokens.
+
+    A prompt's last ``window`` tokens are read; then ``window_stride`` tokens are dropped whenever the window overflows.
+    """
+    window, stride = recorded.settings.window, recorded.settings.window_stride
+    start = max(0, len(recorded.prompt_ids) - window)
+    beyond = max(0, length - start - window)
+    return start - -beyond // stride * stride
+
+
+def not_exercised(recorded: record.Record) -> tuple[str, ...]:
+    """Returns the settings that had no part in a sample: with other values of them it would be the same.
+
+    Values that are off are not among them. A stop string or an end token that never came is: the sample shows only
+    that it did not come.
+    """
+    settings, length = recorded.settings, len(recorded.prompt_ids) + len(recorded.ids)
+    has_rolled = window_start(recorded, length - 1) > max(0, len(recorded.prompt_ids) - settings.window)
+    is_full = (
+        settings.overflow == "stop" and recorded.finish_reason == "length" and len(recorded.ids) < settings.num_tokens
     )
+    is_cut = recorded.prompt_dropped > 0
+    unused = {
+        "window": not (has_rolled or is_full or is_cut),
+        "window_stride": not has_rolled,
+        "overflow": not (has_rolled or is_full),
+        "eos_id": settings.eos_id >= 0 and recorded.finish_reason != "eos",
+        "stop": bool(settings.stop) and recorded.finish_reason != "stop",
+        "seed": settings.temperature == 0,
+        "top_k": settings.temperature == 0 and settings.top_k > 0,
+        "top_p": settings.temperature == 0 and settings.top_p < 1,
+    }
+    return tuple(name for name, is_unused in unused.items() if is_unused)

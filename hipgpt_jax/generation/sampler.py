@@ -115,7 +115,7 @@ class Sampler:
     def _samples(self, requests: Iterable[events.Request]) -> Iterator[waiting.Sample]:
         for index, request in enumerate(requests):
             self.check(request)
-            yield waiting.Sample(index, request, self._limit(request), request.prompt_ids[-self.window :])
+            yield waiting.Sample(index, request, self.limit(request), request.prompt_ids[-self.window :])
 
     def _fill(
         self, lanes: Sequence[lane.Lane], threads: Sequence[futures.Executor], queue: waiting.Queue
@@ -140,8 +140,8 @@ class Sampler:
         for future in under_way:
             future.result()
 
-    def _limit(self, request: events.Request) -> int:
-        """Tokens that a sample may have before it ends for want of tokens or of window."""
+    def limit(self, request: events.Request) -> int:
+        """Returns the most tokens that a sample can have: as many as were asked for, or as the window holds."""
         if self._decode.overflow != "stop":
             return request.generation.num_tokens
         return min(request.generation.num_tokens, self.window - min(len(request.prompt_ids), self.window) + 1)

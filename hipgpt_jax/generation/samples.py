@@ -3,8 +3,9 @@
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
-from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.generation import events
 from hipgpt_jax.text import stops, tokenizer
 
 
@@ -71,6 +72,12 @@ class Update:
     finish_reason: str | None
 
 
+class Engine(Protocol):
+    """Draws tokens for requests; see ``sampler.Sampler.run``."""
+
+    def run(self, requests: Iterable[events.Request], *, measure: bool = False) -> Iterator[events.Event]: ...
+
+
 class _Draft:
     """A sample and the decoding of its text."""
 
@@ -133,13 +140,11 @@ class _Draft:
         return text
 
 
-def make(
-    engine: sampler.Sampler, vocabulary: tokenizer.Tokenizer, jobs: Iterable[Job], *, measure: bool
-) -> Iterator[Update]:
+def make(engine: Engine, vocabulary: tokenizer.Tokenizer, jobs: Iterable[Job], *, measure: bool) -> Iterator[Update]:
     """Makes samples and yields their steps; ``sampler.Sampler.run`` says in which order.
 
     Args:
-        engine: The sampler.
+        engine: A sampler.
         vocabulary: Its model's tokenizer.
         jobs: Taken as ``Sampler.run`` takes requests.
         measure: Whether tokens are measured, and kept for the sample's record; it changes none.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hipgpt_jax import config
+from hipgpt_jax import config, numerics
 from hipgpt_jax.generation import candidates
 
 
@@ -30,7 +30,10 @@ def settings(rows: Sequence[config.SamplingConfig]) -> Settings:
     """Returns the settings of each row, as NumPy's arrays; a ``top_k`` of 2**31 or more keeps all, as 0 does."""
 
     def column(values: Iterable[float], dtype: type) -> Any:
-        return np.array(list(values), dtype)
+        with np.errstate(
+            over="ignore"
+        ):  # above 3.4e38, a temperature becomes inf: all that are kept are equally likely
+            return np.array(list(values), dtype)
 
     return Settings(
         column((row.temperature for row in rows), np.float32),
@@ -60,14 +63,14 @@ def sample_key(words_3: np.ndarray | jax.Array) -> jax.Array:
     Args:
         words_3: From ``key_words``.
     """
-    key = jax.random.key(words_3[0], impl="threefry2x32")
+    key = numerics.key_of(words_3[0])
     return jax.random.fold_in(jax.random.fold_in(key, words_3[1]), words_3[2])
 
 
 def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
     """Returns the uniform number of the token at ``index``: a multiple of 2**-24 in [0, 1).
 
-    The number is made of raw threefry words, so no setting of JAX's changes it.
+    Key and number are made of raw threefry words, so no JAX setting changes them.
     """
     word = jax.random.key_data(jax.random.fold_in(key, index))[..., 0]
     return (word >> 8).astype(jnp.float32) * jnp.float32(2**-24)

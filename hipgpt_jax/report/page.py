@@ -14,6 +14,8 @@ from hipgpt_jax.report import markup
 from hipgpt_jax.runs import record
 
 _STYLE, _SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+MARKER = b'<meta name="generator" content="hipgpt-inspect">'
+"""Identifies a page of this package, near its beginning."""
 _GROUPS = ("run", "settings", "numerics", "versions")
 _NONE = {"settings.eos_id": -1, "numerics.xla_flags": ""}
 _DIGEST = re.compile(r"[0-9a-f]{40,64}")
@@ -101,7 +103,7 @@ def _head(title: str) -> str:
         for i, (low, high) in enumerate(bounds)
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8">{MARKER.decode()}
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src {style}; script-src {script}; \
 base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">

@@ -1,9 +1,10 @@
 """Figures of training: one panel a metric, the runs laid over one another."""
 
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 from matplotlib import axes as mpl_axes
@@ -15,6 +16,8 @@ from hipgpt_jax import files
 from hipgpt_jax.report import curves
 
 SUFFIXES = (".png", ".svg")
+MARKER = b"hipgpt-plot"
+"""Identifies a figure of this package: in its metadata, near its beginning."""
 
 # Paul Tol's "bright" scheme, told apart with every kind of colour vision; a seventh run begins it anew, dashed.
 # References: Tol, Colour Schemes, SRON technical note 09-002, 2021.
@@ -88,13 +91,25 @@ def draw(
 
 
 def save(figure: mpl_figure.Figure, path: Path) -> None:
-    """Writes a figure in one atomic replacement, as its name's suffix says: PNG at 150 dpi, or SVG without a date.
+    """Writes a figure in one atomic replacement: PNG at 150 dpi, or SVG without a date if the name ends in ``.svg``.
 
-    Where ``path`` is a link, the file that it leads to is replaced.
+    If ``path`` is a link, its target is replaced. Pipes and devices are written to.
     """
-    kind = path.suffix.lower().removeprefix(".")
-    with files.replacing(path.resolve()) as temporary, matplotlib.rc_context(_STYLE):
-        figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    kind = "svg" if path.suffix.lower() == ".svg" else "png"
+    metadata = {"Creator": MARKER.decode(), "Date": None} if kind == "svg" else {"Software": MARKER.decode()}
+
+    def write(target: Path | BinaryIO) -> None:
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(target, format=kind, dpi=150, metadata=metadata)
+
+    if files.is_stream(path):
+        content = io.BytesIO()  # Pillow seeks
+        write(content)
+        with files.writing_stream(path) as file:
+            file.write(content.getvalue())
+        return
+    with files.replacing(path.resolve()) as temporary:
+        write(temporary)
 
 
 def median(values: Sequence[float], width: int) -> list[float]:

@@ -1,7 +1,8 @@
-"""A run's directory: its names, its links, and which checkpoint a request means."""
+"""A run's directory: file names, links, and the checkpoint that a name and a step refer to."""
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,16 @@ BEST_CHECKPOINT = "best_checkpoint.bin"
 SETTINGS_NAME = "settings.json"
 METRICS_NAME = "metrics.jsonl"
 TRAIN_STATE_NAME = "train_state"
+
+_MAX_NAME_BYTES = 255  # of a file name, on every common file system
+_MAX_PID = 1 << 22  # Linux's largest process number, which a temporary name contains
+
+# Path separators; control characters, Unicode's line separators and bidirectional overrides, which would forge lines
+# of a terminal; lone surrogates, which are no Unicode.
+_NOT_IN_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\.\.")
+
+# The run's name in a file name is not compared with the directory's: renaming a directory renames no file in it.
+_STEP_CONFIG = re.compile(r"(?!\.)(.+)_step([0-9]+)_config\.json", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +73,34 @@ class Checkpoint:
 def check_name(run: str) -> str:
     """Returns ``run`` if it can name a directory, else raises ValueError."""
     if not _is_name(run):
-        raise ValueError(f"run name must be a plain name, without '/' or '..' or a leading '.': got {run!r}")
+        raise ValueError(
+            f"run name must be a plain name in Unicode, without '/', '..', control characters or a leading '.': "
+            f"got {run!r}"
+        )
+    return run
+
+
+def check_new_name(run: str, steps: int) -> str:
+    """Returns ``run`` if a run of that name can write all of its files, else raises ValueError.
+
+    Args:
+        run: Name of the run.
+        steps: Its last step, the longest number in a file name.
+    """
+    check_name(run)
+    # The name on disk is encoded as the locale says, which may be ASCII.
+    longest = len(os.fsencode(f".{config_name(run, steps)}.{_MAX_PID}.tmp"))
+    if longest > _MAX_NAME_BYTES:
+        size = len(os.fsencode(run))
+        raise ValueError(
+            f"run name of {size} bytes is too long: its longest file name would have {longest} bytes, of "
+            f"{_MAX_NAME_BYTES}. Use at most {size - longest + _MAX_NAME_BYTES} bytes"
+        )
     return run
 
 
 def _is_name(run: str) -> bool:
-    return bool(run) and not run.startswith(".") and not re.search(r"[/\\\x00-\x1f]|\.\.", run)
+    return bool(run) and not run.startswith(".") and not _NOT_IN_NAME.search(run)
 
 
 def names() -> list[str]:
@@ -90,17 +123,53 @@ def find(run: str) -> Path:
     check_name(run)
     if (CHECKPOINTS / run / LATEST_CONFIG).is_file():
         return CHECKPOINTS / run
+    aside = beside(CHECKPOINTS / run, "old")
+    hint = f". The run that --reset set aside is in {aside}: the next hipgpt-train of that name restores it"
+    hint = hint if aside.exists() else ""
     if (CHECKPOINTS / run).exists():
-        raise FileNotFoundError(f"run {run!r} in {CHECKPOINTS}/ has no whole checkpoint yet: it has no {LATEST_CONFIG}")
+        raise FileNotFoundError(
+            f"run {run!r} in {CHECKPOINTS}/ has no whole checkpoint yet: it has no {LATEST_CONFIG}{hint}"
+        )
     if (SHIPPED / run / LATEST_CONFIG).is_file():
         return SHIPPED / run
-    raise FileNotFoundError(f"run {run!r} not found in {CHECKPOINTS}/ or the package. Runs: {', '.join(names())}")
+    raise FileNotFoundError(f"run {run!r} not found in {CHECKPOINTS}/ or the package. Runs: {', '.join(names())}{hint}")
 
 
-def steps(directory: Path, run: str | None = None) -> list[int]:
-    """Returns the steps that have a config file, ascending; the run has its directory's name unless one is given."""
-    pattern = re.compile(re.escape(run or directory.name) + r"_step(\d+)_config\.json")
-    return sorted(int(match[1]) for path in directory.iterdir() if (match := pattern.fullmatch(path.name)))
+def beside(directory: Path, suffix: str) -> Path:
+    """Returns the hidden path ``.NAME.suffix`` beside a run's directory, links followed: the same for every link."""
+    real = Path(os.path.realpath(directory))  # unlike resolve(), no error where links form a circle
+    return real.with_name(f".{real.name}.{suffix}")
+
+
+def configs(directory: Path) -> dict[int, list[Path]]:
+    """Returns the config files of each step, by ascending step.
+
+    A step usually has one. It has several where the directory was renamed and the step was then taken again; the
+    first is the one that counts: the one named after the directory, else the newest.
+    """
+    found: dict[int, list[Path]] = {}
+    for path in directory.iterdir():
+        if match := _STEP_CONFIG.fullmatch(path.name):
+            found.setdefault(int(match[2]), []).append(path)
+    for at, paths in found.items():
+        own = config_name(directory.name, at)
+        paths.sort(key=lambda path: (path.name == own, path.lstat().st_mtime_ns, path.name), reverse=True)
+    return dict(sorted(found.items()))
+
+
+def steps(directory: Path) -> list[int]:
+    """Returns the steps that have a config file, ascending, whatever the run was called when they were written."""
+    return list(configs(directory))
+
+
+def config_path(directory: Path, step: int) -> Path:
+    """Returns the config file of a step; where there is none, the path that it would be written to."""
+    return configs(directory).get(step, [directory / config_name(directory.name, step)])[0]
+
+
+def weights_beside(config: Path) -> Path:
+    """Returns the weights that were written with a step's config file."""
+    return config.with_name(config.name.removesuffix("_config.json") + ".bin")
 
 
 def is_begun(directory: Path) -> bool:
@@ -155,9 +224,9 @@ def read_checkpoint(run: str, step: int | str | None = None, directory: Path | N
     if step is None or step == "best":
         path = directory / (LATEST_CONFIG if step is None else BEST_CONFIG)
     else:
-        path = directory / config_name(run, int(step))
+        path = config_path(directory, int(step))
     if not path.is_file():
-        have = ", ".join(map(str, steps(directory, run))) or "none"
+        have = ", ".join(map(str, steps(directory))) or "none"
         raise FileNotFoundError(f"run {run!r} has no step {step}. Steps: {have}")
     found = _parse(run, directory, path)
     if step not in (None, "best", found.step):
@@ -195,9 +264,10 @@ def require_known(path: Path, value: dict[str, Any]) -> None:
     """Raises ValueError where the model of a config has a part that this version knows nothing of."""
     known = {field.name for field in dataclasses.fields(config.ModelConfig)}
     if unknown := sorted(set(value["model"]) - known):
+        key = files.shortened(f"model.{unknown[0]}")
         raise ValueError(
-            f"{path}: this version, {version.__version__}, does not know model.{unknown[0]}: the run was made by "
-            f"another, {json.dumps(value.get('version'))}; use that one"
+            f"{path}: this version, {version.__version__}, does not know {key}: the run was made by another, "
+            f"{files.shortened(json.dumps(value.get('version')))}; use that one"
         )
 
 
@@ -215,11 +285,13 @@ def _get(path: Path, value: dict[str, Any], section: str, key: str, kind: type[_
     part = value.get(section)
     found = part.get(key) if isinstance(part, dict) else None
     if not isinstance(found, kind) or isinstance(found, bool):
-        raise ValueError(f"{path} must hold {section}.{key} of type {kind.__name__}: got {found!r}")
+        raise ValueError(
+            f"{path} must hold {section}.{key} of type {kind.__name__}: got {files.shortened(repr(found))}"
+        )
     return found
 
 
 def _plain(path: Path, name: str) -> str:
     if Path(name).name != name or name in ("", ".."):
-        raise ValueError(f"{path} must name files in its own directory: got {name!r}")
+        raise ValueError(f"{path} must name files in its own directory: got {files.shortened(repr(name))}")
     return name

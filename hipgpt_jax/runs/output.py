@@ -298,7 +298,7 @@ def own_basis(value: dict[str, Any]) -> dict[str, Any]:
 def shared_basis(value: dict[str, Any]) -> dict[str, Any]:
     """Returns what the tokens of all samples in a file follow from, of a record's JSON.
 
-    Versions and the processor are not in it: a file may be resumed after an upgrade, and its records say so.
+    Versions and the processor are not in it: a file may be resumed after an upgrade, and its records name both.
     """
     settings, run, numerics = value["settings"], value["run"], value["numerics"]
     return {
@@ -309,6 +309,7 @@ def shared_basis(value: dict[str, Any]) -> dict[str, Any]:
             name: numerics[name]
             for name in ("platform", "device_kind", "dtype", "attention", "decode_width", "xla_flags")
         },
+        "environment": list(numerics["environment"]),
     }
 
 

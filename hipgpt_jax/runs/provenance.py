@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hipgpt_jax import version
+from hipgpt_jax import config, version
 
 _PACKAGE = Path(__file__).parents[1]
 _PATH_FLAGS = ("output", "prompts_file", "flagfile", "html", "data_path", "run_dir")
@@ -78,11 +78,6 @@ def versions(plugin: str | None) -> Versions:
     )
 
 
-def cores() -> int:
-    """Returns the CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def without_directories(text: str) -> str:
     """Returns ``text`` with each absolute path cut to its last name.
 
@@ -106,14 +101,16 @@ def arguments(program: str, argv: Sequence[str]) -> tuple[str, ...]:
             word = Path(_without_home(word)).name
         elif names_path and equals:
             word = f"{flag}={Path(_without_home(value)).name}"
-        # What a command line holds that is no UTF-8 is read as it is in text.
-        words.append(without_directories(word).encode(errors="surrogateescape").decode(errors="replace"))
+        words.append(config.valid_text(without_directories(word)))
         is_path = names_path and not equals
     return tuple(words)
 
 
 def _without_home(text: str) -> str:
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # HOME is unset, and the user is not in the password database
+        return text
     return text.replace(home, "~") if len(home) > 1 else text
 
 

@@ -7,17 +7,22 @@ import dataclasses
 import functools
 import json
 import os
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fastjsonschema
 
+from hipgpt_jax import files
 from hipgpt_jax.runs import provenance
 
 SCHEMA = 1
 CONTRACT = 1
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,21 +83,27 @@ class Numerics:
         platform: As JAX names it: ``cpu``, ``gpu``, ``cuda`` or ``rocm``.
         device_kind: As JAX names it.
         machine: Architecture of the processor.
+        processor: Its model name.
+        instruction_sets: Its vector extensions. The last bits of a log-probability depend on them.
         cores: CPU cores that the process could use.
         dtype: Type of the arithmetic.
         attention: Implementation of a prompt's attention, ``xla`` or ``cudnn``.
         decode_width: Rows decoded side by side, ``--batch_size``.
         xla_flags: ``XLA_FLAGS``, paths cut to their last name.
+        environment: Settings of JAX and of GPU libraries that can change a number and are not at their defaults.
     """
 
     platform: str
     device_kind: str
     machine: str
+    processor: str
+    instruction_sets: tuple[str, ...]
     cores: int
     dtype: str
     attention: str
     decode_width: int
     xla_flags: str
+    environment: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,33 +202,44 @@ _PARTS: dict[str, type] = {
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Yields the records of a file; a last line that a kill cut short is passed over.
+    """Yields the records of a file; ``lines`` says which lines are skipped.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line is no record of this schema and contract; the message has its number.
+        ValueError: A line is not a record of this schema and contract; the message has its number.
     """
-    for number, line in enumerate(lines(path), 1):
+    for number, line in lines(path):
         yield parse(line, f"{path} line {number}")
 
 
-def lines(path: Path) -> Iterator[bytes]:
-    """Yields the whole lines of a file, each ended by a line feed."""
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a file with their numbers, from 1.
+
+    Blank lines are skipped, and so is a last line without its line feed, which a kill has cut short.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"record file not found: {path}")
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield line
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n") and line.strip():
+                yield number, line
 
 
 def parse(line: bytes, place: str) -> Record:
-    """Reads a record; raises ValueError, naming ``place``, where it is none of this schema and contract."""
+    """Reads a record.
+
+    Args:
+        line: One line of a record file.
+        place: Name of the line, with which the message of an error begins.
+
+    Raises:
+        ValueError: It is not a record of this schema and contract.
+    """
     value = parse_object(line, place)
     try:
         _validate()(value)
     except fastjsonschema.JsonSchemaValueException as error:
-        raise ValueError(f"{place} is not a whole record: {error.message.replace('data', 'record', 1)}") from error
+        raise ValueError(f"{place} is not a whole record: {_violation(error)}") from error
     del value["schema"], value["contract"]
     lengths = {name: len(value[name]) for name in ("tokens", "logprobs", "ranks", "margins", "gaps")}
     if value["top_logprobs"] is not None:
@@ -233,19 +255,38 @@ def parse(line: bytes, place: str) -> Record:
 def parse_object(line: bytes, place: str) -> dict[str, Any]:
     """Reads the JSON object of a record's line; raises ValueError where it has another schema or contract."""
     try:
-        value = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-    if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
+        value = files.parse_json(line.strip())
+    except ValueError as error:
+        # A line is always line 1 of itself, which beside its number in the file would confuse.
+        raise ValueError(f"{place} is not JSON: {str(error).replace(' line 1 ', ' ')}") from error
+    if not isinstance(value, dict) or type(value.get("schema")) is not int:
         raise ValueError(f"{place} is not a record: it has no schema number")
     for key, own in (("schema", SCHEMA), ("contract", CONTRACT)):
-        if value.get(key) != own:
-            made_by = value["versions"].get("hipgpt_jax") if isinstance(value.get("versions"), dict) else None
+        if type(value.get(key)) is not int or value[key] != own:
+            versions = value.get("versions")
+            made_by = versions.get("hipgpt_jax") if isinstance(versions, dict) else None
             raise ValueError(
-                f"{place} has {key} {value.get(key)!r}: this version reads {key} {own}. "
-                f"Use the version of hipgpt_jax that wrote it ({made_by or 'unknown'})"
+                f"{place} has {key} {_shown(value.get(key))}: this version reads {key} {own}. Use the version of "
+                f"hipgpt_jax that wrote it ({_shown(made_by)[1:-1] if isinstance(made_by, str) else 'unknown'})"
             )
     return value
+
+
+def _violation(error: fastjsonschema.JsonSchemaValueException) -> str:
+    """Returns the violation of the schema in a few words, without the values at fault, which may be long."""
+    name = (error.name or "data").replace("data", "record", 1)
+    if error.rule == "required":
+        missing = next(key for key in error.rule_definition or () if key not in (error.value or {}))
+        return f"{name} has no {missing!r}"
+    if error.rule == "additionalProperties":
+        known = (error.definition or {}).get("properties", {})
+        return f"{name} has an unknown field {_shown(next(key for key in error.value or () if key not in known))}"
+    return error.message.replace("data", "record", 1)
+
+
+def _shown(value: Any) -> str:
+    """Returns the ``repr`` of a value from a file, at most about 40 characters of it."""
+    return _SHORT.repr(value)
 
 
 def is_torn(path: Path) -> bool:
@@ -253,10 +294,6 @@ def is_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON's")
 
 
 @functools.cache

@@ -79,6 +79,7 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
     params: dict[str, Any] = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
+            _check_size(path, model)
             _check_names(path, set(file.keys()), {tensor_name(key) for key in layout(model)})
             for key, shape in layout(model).items():
                 name = tensor_name(key)
@@ -90,7 +91,7 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
         for key in layout(model):
             _store(params, key, _read_tensor(path, tensor_name(key)))
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {files.shortened(str(error))}") from error
     return params
 
 
@@ -118,11 +119,29 @@ def _aligned(shape: Sequence[int]) -> np.ndarray:
     return memory[start : start + size].view(np.float32).reshape(shape)
 
 
+def count(model: config.ModelConfig) -> int:
+    """Returns the number of parameters of a model, without listing them."""
+    V, P, D, F, L = (model.vocab_size, model.max_seq_len, model.embed_dim, model.ff_hidden_dim, model.num_layers)
+    block = 2 * 2 * D + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * F + (F + 1) * D
+    return (V + P) * D + L * block + 2 * D
+
+
+def _check_size(path: Path, model: config.ModelConfig) -> None:
+    least = 2 * count(model)
+    if (size := path.stat().st_size) < least:
+        raise ValueError(
+            f"{path} has {size} bytes: the model in its config has {count(model)} parameters, which need {least} or "
+            f"more. Restore the file, or its config"
+        )
+
+
 def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
     if missing := sorted(expected - found):
         raise ValueError(f"{path} lacks {len(missing)} tensors of the model in its config, the first is {missing[0]}")
     if extra := sorted(found - expected):
-        raise ValueError(f"{path} has {len(extra)} tensors that its config does not know, the first is {extra[0]}")
+        raise ValueError(
+            f"{path} has {len(extra)} tensors that its config does not know, the first is {files.shortened(extra[0])}"
+        )
 
 
 def _leaf(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from hipgpt_jax.text import documents
 
 PIECE_BYTES = 1 << 16
 DEFAULT_TEXT_FIELD = "text"
+
+_SCAN_BYTES = 1 << 20
+_MAX_NUL_SHARE = 0.01  # UTF-16 of any language with spaces and line breaks has more; text has none
 
 # Called with what is done, what there is to do, both in bytes, and what is being done.
 Progress = Callable[[int, int, str], None]
@@ -80,15 +84,31 @@ def _digest(file: documents.File) -> Source:
     return Source(name=file.name, bytes=file.path.stat().st_size, sha256=files.sha256(file.path))
 
 
+@dataclasses.dataclass
+class _Count:
+    """Bytes of a kind, and the first file that has some."""
+
+    bytes: int = 0
+    first: Path | None = None
+
+    def add(self, file: documents.File, number: int) -> None:
+        self.bytes += number
+        self.first = self.first or (file.path if number else None)
+
+    def __str__(self) -> str:
+        return f"{self.bytes} byte{'s' * (self.bytes != 1)} (the first in {self.first})"
+
+
 class Corpus:
-    """The documents of several files, in order. Offsets count the bytes of their text from the first one on.
+    """The documents of several files, in order. Offsets count the uncompressed bytes of all their text.
 
     A document without text is passed over.
 
     Attributes:
         sources: The files.
         documents: Number of documents.
-        bytes: Bytes of their text, uncompressed.
+        bytes: Bytes of their text, uncompressed, as they are in the files.
+        notes: What the user should know about the text: bytes that are not UTF-8, or a form that is not text's.
         split: Offset of the validation split, the last tenth: nine tenths of the bytes, moved on past the
             continuation bytes of a UTF-8 character so that neither side holds half of one.
     """
@@ -104,15 +124,16 @@ class Corpus:
         Args:
             sources: Files and directories, as ``documents.find`` takes them.
             text_field: Key of the text in a line of a ``.jsonl`` file.
-            progress: Told of the bytes on disk that are read.
+            progress: Called with the bytes on disk that have been read.
 
         Raises:
-            FileNotFoundError: A path is not there.
+            OSError: A path is not there or cannot be read.
             ValueError: A file is broken, or there is no text at all.
         """
         self._files = documents.find(sources)
         self._text_field = text_field
         self._sizes: list[int] = []
+        self._invalid, self._nul = _Count(), _Count()
         self.documents = 0
         digested = []
         done, total = 0, sum(file.path.stat().st_size for file in self._files)
@@ -130,14 +151,35 @@ class Corpus:
                 f"{names} {'is' if len(self._files) == 1 else 'are'} empty: 0 tokens. Give a text file with --data-path"
             )
         self.split = self._find_split()
+        self.notes = tuple(self._describe())
 
     def _count(self, file: documents.File) -> None:
-        if file.form == documents.Form(is_json_lines=False, packing=""):
-            sizes = [file.path.stat().st_size]
-        else:
-            sizes = [_length(stream) if size is None else size for stream, size in file.documents(self._text_field)]
+        sizes = []
+        for document in file.documents(self._text_field):
+            size = 0
+            self._invalid.add(file, document.invalid_bytes)
+            for block, invalid in documents.count_invalid(document.stream, _SCAN_BYTES):
+                size += len(block)
+                self._invalid.add(file, invalid)
+                self._nul.add(file, block.count(0))
+            sizes.append(size)
         self._sizes.append(sum(sizes))
         self.documents += sum(size > 0 for size in sizes)
+
+    def _describe(self) -> Iterator[str]:
+        if self._invalid.bytes:
+            yield (
+                f"{self._invalid} of the text are not UTF-8 and became U+FFFD; is the file in another encoding? "
+                f"iconv -f LATIN1 -t UTF-8 FILE > NEW converts from Latin-1"
+            )
+        if self._nul.bytes > _MAX_NUL_SHARE * self.bytes:
+            yield f"{self._nul} of the text are NUL; is the file UTF-16, or not text?"
+        names = [str(file.path) for file in self._files if file.name.lower().endswith(".json")]
+        if names:
+            yield (
+                f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} is read as plain text, braces and "
+                f"escapes included; a file of one JSON object per line must be named .jsonl"
+            )
 
     def _find_split(self) -> int:
         offset = self.bytes * 9 // 10
@@ -156,7 +198,7 @@ class Corpus:
             if place + file_size <= start:
                 place += file_size
                 continue
-            for stream, own_size in file.documents(self._text_field):
+            for stream, own_size, _ in file.documents(self._text_field):
                 size = file_size if own_size is None else own_size
                 first, last = max(start, place), min(stop, place + size)
                 if first < last:
@@ -192,16 +234,9 @@ class Corpus:
                 yield piece
 
 
-def _length(stream: BinaryIO) -> int:
-    length = 0
-    while block := stream.read(PIECE_BYTES):
-        length += len(block)
-    return length
-
-
 def _skip(stream: BinaryIO, size: int) -> None:
     if stream.seekable():
-        stream.seek(size)
+        stream.seek(size, os.SEEK_CUR)  # a byte order mark has been read
         return
     while size and (block := stream.read(min(size, PIECE_BYTES))):
         size -= len(block)

@@ -1,7 +1,8 @@
 """A corpus as token ids on disk, and the batch that a step takes from it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,29 @@ Manifest = manifest.Manifest
 # 64 MiB took 650 MiB of memory. What more text would add are rare words, which are no pairs to merge.
 _SAMPLE_BYTES = 1 << 27
 _TOLD_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 22
 
 
 class Dataset:
     """The token ids of a run, memory-mapped.
 
     Attributes:
-        manifest: What the file holds.
+        manifest: Contents and origin of the file.
         train: Ids of the training split.
         validation: Ids of the validation split.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, verify: bool = True) -> None:
+        """Opens the ids of a run.
+
+        Args:
+            directory: The run's directory.
+            verify: Whether to compare the digest of ``tokens.bin``.
+
+        Raises:
+            FileNotFoundError: A file is not there.
+            ValueError: ``data.json`` is not a manifest, or ``tokens.bin`` is not the file that it describes.
+        """
         manifest_path, tokens_path = directory / MANIFEST_NAME, directory / TOKENS_NAME
         self.manifest = Manifest.read(manifest_path)
         tokens = self.manifest.train_tokens + self.manifest.validation_tokens
@@ -42,7 +54,9 @@ class Dataset:
                 f"{tokens_path} must hold {tokens} ids of {self.manifest.token_bytes} bytes, as {MANIFEST_NAME} "
                 f"says: got {tokens_path.stat().st_size} bytes. Prepare it again with --reset"
             )
-        ids = np.memmap(tokens_path, dtype=f"<u{self.manifest.token_bytes}", mode="r")
+        if verify:
+            _verify(tokens_path, self.manifest)
+        ids = np.memmap(tokens_path, dtype=f"<u{self.manifest.token_bytes}", mode="r") if tokens else np.zeros(0, "<u2")
         self.train = ids[: self.manifest.train_tokens]
         self.validation = ids[self.manifest.train_tokens :]
 
@@ -75,6 +89,22 @@ class Dataset:
         return np.stack([self.train[start : start + length + 1] for start in words % starts]).astype(np.int32)
 
 
+def _verify(path: Path, found: Manifest) -> None:
+    digest, highest = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            highest = max(highest, int(np.frombuffer(block, f"<u{found.token_bytes}").max()))
+    if digest.hexdigest() != found.tokens_sha256:
+        raise ValueError(
+            f"{path} is not the file that {MANIFEST_NAME} describes: it was changed (sha256 "
+            f"{digest.hexdigest()[:12]}…, expected {found.tokens_sha256[:12]}…). Restore it, or prepare it again with "
+            f"--reset"
+        )
+    if highest >= found.vocab_size:
+        raise ValueError(f"{path} has the id {highest}, beyond the vocabulary of {found.vocab_size} in {MANIFEST_NAME}")
+
+
 def prepare(
     directory: Path,
     sources: Path | Sequence[Path],
@@ -83,12 +113,13 @@ def prepare(
     text_field: str = corpus.DEFAULT_TEXT_FIELD,
     tokenizer_path: Path | None = None,
     progress: corpus.Progress | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Learns a tokenizer from the training split of a corpus and writes its token ids, once.
 
-    Memory does not grow with the corpus: text is read, and ids are written, by pieces. Work that was
-    cut short is gone on with, and gives the same files, where the corpus and the settings are the same;
-    else it starts anew. The manifest is written last, so its presence says that the other files are whole.
+    Memory does not grow with the corpus: text is read, and ids are written, in pieces. Interrupted work is continued,
+    and gives the same files, if the corpus and the settings are the same; otherwise it starts again. The manifest is
+    written last, so if it is there the other files are complete.
 
     Args:
         directory: The run's directory, which exists.
@@ -97,10 +128,11 @@ def prepare(
         vocab_size: Ids wanted, at least 256, or 257 with the end token; a ready-made tokenizer has its own.
         text_field: Key of the text in a line of a ``.jsonl`` file.
         tokenizer_path: A ready-made ``tokenizer.json``; None learns one.
-        progress: Called with bytes done, bytes in all and what is done: reading, learning, encoding.
+        progress: Called with bytes done, bytes in all and the activity: reading, learning, encoding.
+        note: Called with each of ``corpus.Corpus.notes``.
 
     Raises:
-        FileNotFoundError: A file is not there.
+        OSError: A file is not there or cannot be read.
         ValueError: A file is broken, there is no text, the tokenizer has no end token for several documents
             or loses text, or the run was prepared from another corpus or with other settings.
     """
@@ -110,9 +142,11 @@ def prepare(
         return Dataset(directory)
 
     _remove_stale(directory)
-    ready = None if tokenizer_path is None else tokenizer.Tokenizer.load_lossless(tokenizer_path)
+    ready = None if tokenizer_path is None else tokenizer.Tokenizer.load(tokenizer_path)
     digest = None if tokenizer_path is None else files.sha256(tokenizer_path)
     text = corpus.Corpus(sources, text_field, progress)
+    for line in text.notes:
+        note(line)
     if ready is not None and text.documents > 1 and ready.end_id is None:
         raise ValueError(
             f"{tokenizer_path} has no end token ({', '.join(tokenizer.END_TOKENS)}) to set {text.documents} documents "
@@ -129,7 +163,7 @@ def prepare(
     made = _write(directory, text, request, ready, progress)
     files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(made))
     (directory / JOURNAL_NAME).unlink()
-    return Dataset(directory)
+    return Dataset(directory, verify=False)
 
 
 def _remove_stale(directory: Path) -> None:
@@ -151,21 +185,24 @@ def _write(
     journal = encoding.begin(directory, request, lambda: ready or _learn(text, size, progress))
     vocabulary = tokenizer.Tokenizer.load(directory / TOKENIZER_NAME)
     end_id = vocabulary.end_id if text.documents > 1 else None
-    counts = encoding.write_tokens(directory, journal, text, vocabulary, end_id=end_id, progress=progress)
+    whole = encoding.write_tokens(directory, journal, text, vocabulary, end_id=end_id, progress=progress)
+    width = encoding.token_bytes(vocabulary)
+    first = np.fromfile(directory / TOKENS_NAME, f"<u{width}", count=1, offset=whole.tokens[0] * width)
     return Manifest(
         sources=text.sources,
         text_field=_text_field(text.sources, request["text_field"]),
         documents=text.documents,
-        text_bytes=text.bytes,
+        text_bytes=sum(whole.bytes),
         eos_id=end_id,
         tokenizer_sha256=request["tokenizer"],
         requested_vocab_size=size if ready is None else ready.vocab_size,
         vocab_size=vocabulary.vocab_size,
         sample_bytes=min(text.split, _SAMPLE_BYTES) if ready is None else 0,
-        token_bytes=encoding.token_bytes(vocabulary),
-        train_tokens=counts[0],
-        validation_tokens=counts[1],
-        validation_bytes=text.bytes - text.split,
+        token_bytes=width,
+        tokens_sha256=whole.tokens_sha256,
+        train_tokens=whole.tokens[0],
+        validation_tokens=whole.tokens[1],
+        scored_bytes=whole.bytes[1] - vocabulary.count_bytes(first, end_id),
     )
 
 
@@ -223,6 +260,5 @@ def require_same(
 
 
 def _tokenizer_digest(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"tokenizer not found: {path}")
+    tokenizer.require_file(path)
     return files.sha256(path)

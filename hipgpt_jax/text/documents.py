@@ -1,23 +1,49 @@
-"""Documents from files and directories: plain text or JSON lines, each as it is or compressed."""
+"""Documents from files and directories: plain text or JSON lines, uncompressed or compressed."""
 
 import codecs
 import dataclasses
-import gzip
 import io
 import json
-import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, NamedTuple
 
-import zstandard
+from hipgpt_jax import files
+from hipgpt_jax.text import unpacking
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+MAX_LINE_BYTES = 1 << 26  # of JSON, whose objects take up to 25 times the memory of their text
+_JSON_LINES = (".jsonl", ".ndjson")
+_HEAD_BYTES = 512
 
-_GZIP_BLOCK_BYTES = 1 << 16
-# A few bytes of Zstandard can stand for 128 KiB, and a call gives all that its input stands for.
-_ZSTANDARD_BLOCK_BYTES = 1 << 12
+# Beginnings of files that are not UTF-8 text, and what to do with them. The four bytes of UTF-32 begin as UTF-16 does.
+_ICONV = "it must be UTF-8. Convert it: iconv -f {0} -t UTF-8 FILE > NEW"
+_UNPACK_FIRST = "unpack it, and give the unpacked file or directory"
+_FOREIGN = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", _ICONV.format("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", _ICONV.format("UTF-16")),
+    (rb"\x1f\x8b\x08", "gzip data", "give it a name that ends in .gz"),
+    (rb"\x28\xb5\x2f\xfd", "Zstandard data", "give it a name that ends in .zst"),
+    (rb"BZh[1-9]1AY&SY", "bzip2 data", _UNPACK_FIRST),
+    (rb"\xfd7zXZ\0", "xz data", _UNPACK_FIRST),
+    (rb"PK\x03\x04", "a zip archive", _UNPACK_FIRST),
+    (rb"(?s:.{257})ustar", "a tar archive", _UNPACK_FIRST),
+)
+
+
+class Document(NamedTuple):
+    """The text of one document.
+
+    Attributes:
+        stream: Its bytes, to be read before the next document is taken.
+        bytes: Their number; None for a file that is one document, which ends where the file does.
+        invalid_bytes: Bytes of its JSON line that were not UTF-8 and were replaced.
+    """
+
+    stream: BinaryIO
+    bytes: int | None
+    invalid_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +51,8 @@ class Form:
     """How a file holds text, as the suffixes of its name say.
 
     Attributes:
-        is_json_lines: Whether it holds a JSON object a line, ``.jsonl``, a document each; else it is one document.
+        is_json_lines: Whether each of its lines is a JSON object with a document (``.jsonl``, ``.ndjson``); else the
+            file is one document.
         packing: ``.gz``, ``.zst`` or nothing.
     """
 
@@ -36,8 +63,8 @@ class Form:
     def of(cls, name: str) -> "Form":
         """Returns the form of a file of this name; a name that says nothing is plain text."""
         path = PurePath(name.lower())
-        packing = path.suffix if path.suffix in _UNPACK else ""
-        return cls(is_json_lines=path.name.removesuffix(packing).endswith(".jsonl"), packing=packing)
+        packing = path.suffix if path.suffix in unpacking.SUFFIXES else ""
+        return cls(is_json_lines=path.name.removesuffix(packing).endswith(_JSON_LINES), packing=packing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,65 +84,108 @@ class File:
         """How it holds text."""
         return Form.of(self.name)
 
-    def open(self) -> BinaryIO:
-        """Opens what the file holds, unpacked; a file that cannot be unpacked raises ValueError as it is read."""
-        if self.form.packing:
-            return io.BufferedReader(_Unpacked(self.path, self.form.packing), 1 << 18)
-        return self.path.open("rb")
+    def open(self) -> io.BufferedReader:
+        """Opens the uncompressed content, which raises ValueError as it is read where it cannot be unpacked."""
+        return unpacking.open(self.path, self.form.packing) if self.form.packing else self.path.open("rb")
 
-    def documents(self, text_field: str) -> Iterator[tuple[BinaryIO, int | None]]:
-        """Yields each document: its bytes, to be read before the next one is taken, and their number.
-
-        The number is None for a file that is one document, which ends where the file does.
+    def documents(self, text_field: str) -> Iterator[Document]:
+        """Yields each document. A byte order mark at the head of the file is not part of the text.
 
         Args:
             text_field: Key of the text in a JSON object; a lone surrogate in it becomes U+FFFD.
 
         Raises:
-            ValueError: A line is not a JSON object with such a text; the message has its number.
+            ValueError: The file is not text, or a line is not a JSON object with such a text; the message has its
+                number.
         """
         with self.open() as stream:
-            if not self.form.is_json_lines:
-                yield stream, None
-                return
-            for number, line in enumerate(stream, 1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if line.strip():
-                    try:
-                        content = _text(line, text_field)
-                    except ValueError as error:
-                        raise ValueError(f"{self.path} line {number}: {error}") from error
-                    yield io.BytesIO(content), len(content)
+            head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+            for pattern, kind, remedy in _FOREIGN:
+                if re.match(pattern, head):
+                    raise ValueError(f"{self.path} is {kind}: {remedy}")
+            if head.startswith(codecs.BOM_UTF8):
+                stream.read(len(codecs.BOM_UTF8))
+            if self.form.is_json_lines:
+                yield from self._lines(stream, text_field)
+            else:
+                yield Document(stream, None, 0)
+
+    def _lines(self, stream: BinaryIO, text_field: str) -> Iterator[Document]:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"it is longer than {MAX_LINE_BYTES >> 20} MiB, the limit for a line of JSON. Split the "
+                        f"document, or give it as a file of plain text"
+                    )
+                if line := line.strip():
+                    text = line.decode("utf-8", errors="replace")
+                    content = _text(text, text_field)
+                    yield Document(io.BytesIO(content), len(content), _count_invalid(line, text))
+            except ValueError as error:
+                raise ValueError(f"{self.path} line {number}: {error}") from error
 
 
-def _text(line: bytes, field: str) -> bytes:
+def _count_invalid(content: bytes, text: str) -> int:
+    if "\ufffd" not in text:
+        return 0
+    return len(content) - len(content.decode("utf-8", errors="ignore").encode())
+
+
+def count_invalid(stream: BinaryIO, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Yields each block of a stream, and the number of bytes that are not UTF-8 among those decoded with it."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    block = b" "
+    while block:
+        pending = decoder.getstate()[0]
+        block = stream.read(block_bytes)
+        text = decoder.decode(block, final=not block)
+        decoded = pending + block
+        yield block, _count_invalid(decoded[: len(decoded) - len(decoder.getstate()[0])], text)
+
+
+def _text(line: str, field: str) -> bytes:
     try:
-        value = json.loads(line.rstrip(b"\r\n").decode("utf-8", errors="replace"))
+        # Numbers are not looked at; some datasets hold NaN, or integers too long for Python.
+        value = json.loads(line, object_pairs_hook=files.unique_keys, parse_int=float, parse_constant=float)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        hint = _HINT if line in ("{", "[", "[{") else ""
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}{hint}") from error
     except RecursionError as error:
         raise ValueError("not JSON that a document could be: it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"must be a JSON object with a text: got {type(value).__name__}")
+        hint = _HINT if isinstance(value, list) else ""
+        raise ValueError(f"must be a JSON object with a text: got {type(value).__name__}{hint}")
     if field not in value:
-        keys = ", ".join(map(repr, value)) or "none"
-        raise ValueError(f"no field {field!r}: its fields are {keys}. Name the one with the text by --text-field")
+        keys = files.shortened(", ".join(map(repr, value))) or "none"
+        inside = ". A field inside another object cannot be named" if field.partition(".")[0] in value else ""
+        raise ValueError(
+            f"no field {field!r}: its fields are {keys}. Name the one with the text by --text-field{inside}"
+        )
     if not isinstance(value[field], str):
-        raise ValueError(f"field {field!r} must be a text: got {type(value[field]).__name__}")
+        kind = type(value[field])
+        raise ValueError(f"field {field!r} must be a text: got {_KINDS.get(kind, kind.__name__)}")
     # UTF-16 tells a lone surrogate from half of a pair.
     return value[field].encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+
+
+_HINT = ". Each line must hold a whole object: jq -c . FILE > NEW makes it so of indented JSON, jq -c '.[]' of an array"
+
+_KINDS = {type(None): "null", float: "a number"}
 
 
 def find(sources: Path | Sequence[Path]) -> list[File]:
     """Returns the files of documents that paths name, in the order given.
 
-    A directory stands for the files in it and below it whose names end in ``.txt`` or ``.jsonl``, with
-    ``.gz`` or ``.zst`` after it or without, in the order of their paths. Hidden ones are passed over. A
-    file that is named itself may have any name.
+    A directory stands for the files in it and below it whose names end in ``.txt``, ``.jsonl`` or ``.ndjson``, with
+    ``.gz`` or ``.zst`` after it or without, in the order of their paths. Hidden ones are passed over. Links are
+    followed; a directory that is reached twice is read once. A file that is named itself may have any name.
 
     Raises:
-        FileNotFoundError: A path is not there.
-        ValueError: A directory has no such file, or no path is given.
+        OSError: A path is not there, a directory cannot be read, or a link in it leads nowhere.
+        ValueError: A directory has no such file, no path is given, or a path is a pipe or a device.
     """
     sources = [sources] if isinstance(sources, Path) else sources
     if not sources:
@@ -126,68 +196,60 @@ def find(sources: Path | Sequence[Path]) -> list[File]:
 def _find(source: Path) -> list[File]:
     if source.is_file():
         return [File(path=source, name=source.name)]
+    if source.exists() and not source.is_dir():
+        raise ValueError(_not_regular(source))
     if not source.is_dir():
         raise FileNotFoundError(f"data file not found: {source}. Give a text file or a directory with --data-path")
-    places = sorted((path.relative_to(source).as_posix(), path) for path in source.rglob("*"))
-    found = [File(path=path, name=name) for name, path in places if _is_wanted(name) and path.is_file()]
+    found = [File(path=Path(path), name=name) for name, path in sorted(_walk(source))]
     if not found:
         raise ValueError(
-            f"{source} holds no data files: a directory's are those that end in .txt or .jsonl, with .gz or .zst after "
-            f"it or without. Name a file itself with --data-path where it is called otherwise"
+            f"{source} holds no data files: a directory's are those that end in .txt, .jsonl or .ndjson, with .gz or "
+            f".zst after it or without. Name a file itself with --data-path where it is called otherwise"
         )
     return found
 
 
+def _walk(top: Path) -> Iterator[tuple[str, str]]:
+    """Yields the name below ``top`` and the path of each data file."""
+    entered: set[tuple[int, int]] = set()
+    real, linked = [("", str(top))], []
+    while real or linked:
+        if not real:  # a directory that is also reached by a link keeps its own name
+            linked.sort(reverse=True)
+        prefix, directory = (real or linked).pop()
+        place = os.stat(directory)
+        if (place.st_dev, place.st_ino) in entered:
+            continue
+        entered.add((place.st_dev, place.st_ino))
+        for entry in _entries(directory):
+            if entry.is_dir():
+                (linked if entry.is_symlink() else real).append((f"{prefix}{entry.name}/", entry.path))
+            elif _is_wanted(entry.name):
+                if not entry.is_file():
+                    raise ValueError(_not_regular(entry.path))
+                yield prefix + entry.name, entry.path
+
+
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    """Returns what a directory shows; an entry that cannot be looked at might be a directory of texts."""
+    path = directory
+    try:
+        with os.scandir(directory) as scan:
+            shown = [entry for entry in scan if not entry.name.startswith(".")]
+        for entry in shown:
+            path = entry.path
+            entry.stat()
+    except OSError as error:
+        link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+        raise type(error)(
+            f"{path}{link} cannot be read: {error.strerror}. Make it readable, or move it away"
+        ) from error
+    return shown
+
+
+def _not_regular(path: object) -> str:
+    return f"{path} is a pipe or a device, and text is read more than once: write it to a file, and give that"
+
+
 def _is_wanted(name: str) -> bool:
-    path = PurePath(name)
-    is_hidden = any(part.startswith(".") for part in path.parts)
-    return not is_hidden and path.name.lower().removesuffix(Form.of(name).packing).endswith((".txt", ".jsonl"))
-
-
-class _Unpacked(io.RawIOBase):
-    """What a compressed file holds; a file that is damaged or cut short is named in a ValueError."""
-
-    def __init__(self, path: Path, packing: str) -> None:
-        self._path = path
-        self._blocks = _UNPACK[packing](path)
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        try:
-            while not self._rest and (block := next(self._blocks, None)) is not None:
-                self._rest = memoryview(block)
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise ValueError(f"{self._path} is damaged or cut short: {error}") from error
-        size = min(memoryview(buffer).nbytes, len(self._rest))
-        memoryview(buffer)[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
-
-    def close(self) -> None:
-        self._blocks.close()
-        super().close()
-
-
-def _ungzip(path: Path) -> Generator[bytes, None, None]:
-    with gzip.open(path) as file:
-        while block := file.read(_GZIP_BLOCK_BYTES):
-            yield block
-
-
-def _unzstandard(path: Path) -> Generator[bytes, None, None]:
-    # Not the library's stream_reader, to which a file that was cut short is one that ends there.
-    frame = None
-    with path.open("rb") as file:
-        while block := file.read(_ZSTANDARD_BLOCK_BYTES):
-            while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("the last frame has no end")
-
-
-_UNPACK: dict[str, Callable[[Path], Generator[bytes, None, None]]] = {".gz": _ungzip, ".zst": _unzstandard}
+    return name.lower().removesuffix(Form.of(name).packing).endswith((".txt", *_JSON_LINES))

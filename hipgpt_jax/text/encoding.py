@@ -1,12 +1,15 @@
 """Text to a file of ids, by pieces, in a way that can be cut short at any moment and gone on with."""
 
 import dataclasses
+import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import fastjsonschema
 import numpy as np
 
 from hipgpt_jax import files
@@ -16,54 +19,100 @@ TOKENIZER_NAME = "tokenizer.json"
 TOKENS_NAME = "tokens.bin"
 JOURNAL_NAME = "prepare.json"
 
-# 4 MiB of text keep every core busy for half a second; short documents are limited by their number,
-# as each costs about a kilobyte while its batch is encoded.
-_BATCH_CHARS = 1 << 22
+# 4 MiB of text keep every core busy for half a second, and take 400 MB where every byte becomes a token; short
+# documents are limited by their number, because each costs about a kilobyte while its batch is encoded.
+_BATCH_BYTES = 1 << 22
 _BATCH_PIECES = 1 << 13
+
+_PAIR = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**53}, "minItems": 2, "maxItems": 2}
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "request": {"type": "object"},
+        "tokenizer_sha256": {"type": "string"},
+        "pieces": _PAIR,
+        "tokens": _PAIR,
+        "bytes": _PAIR,
+        "tokens_sha256": {"type": "string"},
+    },
+    "required": ["request", "tokenizer_sha256", "pieces", "tokens", "bytes", "tokens_sha256"],
+    "additionalProperties": False,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Journal:
-    """How far ``tokens.bin`` has come; stored as ``prepare.json`` until it is whole.
+    """The progress of ``tokens.bin``; stored as ``prepare.json`` until the file is complete.
 
     Attributes:
-        request: All that the files depend on; work for another request is not gone on with.
-        tokenizer_sha256: Digest of the vocabulary that was learned.
-        pieces: Pieces encoded, of each split.
-        tokens: Ids written, of each split.
+        request: All that the files depend on; work for another request is not continued.
+        tokenizer_sha256: Digest of the vocabulary.
+        pieces: Pieces encoded, per split.
+        tokens: Ids written, per split.
+        bytes: Bytes of text encoded, per split.
+        tokens_sha256: Digest of the ids written.
     """
 
     request: dict[str, Any]
     tokenizer_sha256: str
     pieces: tuple[int, int] = (0, 0)
     tokens: tuple[int, int] = (0, 0)
+    bytes: tuple[int, int] = (0, 0)
+    tokens_sha256: str = hashlib.sha256().hexdigest()
 
-    def advanced(self, split: int, pieces: int, tokens: int) -> "Journal":
-        """Returns the journal after more pieces and ids of a split."""
-        if split == 0:
-            return dataclasses.replace(self, pieces=(self.pieces[0] + pieces, 0), tokens=(self.tokens[0] + tokens, 0))
+    def advanced(self, split: int, batch: list[str | None], tokens: int, digest: str) -> "Journal":
+        """Returns the journal after a batch of pieces of a split that became ``tokens`` ids."""
+
+        def added(old: tuple[int, int], number: int) -> tuple[int, int]:
+            return (old[0] + number, old[1]) if split == 0 else (old[0], old[1] + number)
+
         return dataclasses.replace(
             self,
-            pieces=(self.pieces[0], self.pieces[1] + pieces),
-            tokens=(self.tokens[0], self.tokens[1] + tokens),
+            pieces=added(self.pieces, len(batch)),
+            tokens=added(self.tokens, tokens),
+            bytes=added(self.bytes, sum(map(_size, batch))),
+            tokens_sha256=digest,
         )
+
+    def restarted(self) -> "Journal":
+        """Returns the journal of the same request before any work."""
+        return Journal(request=self.request, tokenizer_sha256=self.tokenizer_sha256)
 
     def write(self, directory: Path) -> None:
         """Replaces the journal on disk."""
         files.write_json(directory / JOURNAL_NAME, dataclasses.asdict(self))
 
+    @classmethod
+    def read(cls, path: Path) -> "Journal":
+        """Reads ``prepare.json``.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not a journal of this version.
+        """
+        value = files.read_json(path)
+        try:
+            _validator()(value)
+        except fastjsonschema.JsonSchemaValueException as error:
+            raise ValueError(f"{path} is not a journal of preparing: {files.shortened(error.message)}") from error
+        for name in ("pieces", "tokens", "bytes"):
+            value[name] = tuple(value[name])
+        return cls(**value)
+
+
+@functools.cache
+def _validator() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(_SCHEMA)
+
 
 def begin(directory: Path, request: dict[str, Any], make: Callable[[], tokenizer.Tokenizer]) -> Journal:
-    """Returns the journal of a directory, or where it has none of this request, makes a vocabulary and a new one."""
+    """Returns the journal of a directory; if it has none of this request, makes a vocabulary and a new journal."""
     try:
-        old = files.read_json(directory / JOURNAL_NAME)
-        digest = files.sha256(directory / TOKENIZER_NAME)
+        old = Journal.read(directory / JOURNAL_NAME)
+        if old.request == request and old.tokenizer_sha256 == files.sha256(directory / TOKENIZER_NAME):
+            return old
     except (FileNotFoundError, ValueError):
-        old, digest = {}, ""
-    if old.get("request") == request and old.get("tokenizer_sha256") == digest:
-        return Journal(
-            request=request, tokenizer_sha256=digest, pieces=tuple(old["pieces"]), tokens=tuple(old["tokens"])
-        )
+        pass  # a journal that cannot be read is not continued
     (directory / JOURNAL_NAME).unlink(missing_ok=True)
     files.write_text(directory / TOKENIZER_NAME, make().to_json())
     journal = Journal(request=request, tokenizer_sha256=files.sha256(directory / TOKENIZER_NAME))
@@ -79,59 +128,63 @@ def write_tokens(
     *,
     end_id: int | None,
     progress: corpus.Progress | None = None,
-) -> tuple[int, int]:
-    """Writes ``tokens.bin`` from where the journal says on; the file is the same however often it was cut short.
+) -> Journal:
+    """Writes ``tokens.bin``, continuing from the journal; the file is the same however often the work was interrupted.
 
     Args:
-        directory: Where the file and the journal are.
-        journal: What ``begin`` returned.
+        directory: The directory of the file and the journal.
+        journal: The result of ``begin``. Where the file or the text is not the one it describes, all is written again.
         text: The documents; the training split comes first in the file.
-        vocabulary: What ``begin`` made.
+        vocabulary: The vocabulary that ``begin`` made.
         end_id: Id that follows each document; None for none.
-        progress: Told of the bytes of text that are encoded.
+        progress: Called with the bytes of text that are encoded.
 
     Returns:
-        Ids of the training split and of the validation split.
+        The journal of the complete file.
+
+    Raises:
+        ValueError: The bytes of the ids are not those of the text: the vocabulary loses text.
     """
-    width = token_bytes(vocabulary)
+    size = sum(journal.tokens) * token_bytes(vocabulary)
     path = directory / TOKENS_NAME
     path.touch()
     with path.open("r+b") as file:
-        if file.seek(0, os.SEEK_END) < sum(journal.tokens) * width:
-            journal = dataclasses.replace(journal, pieces=(0, 0), tokens=(0, 0))
-        file.truncate(sum(journal.tokens) * width)
-        file.seek(0, os.SEEK_END)
-        for split in (0, 1):
-            if split or not journal.pieces[1]:
-                for latest in _append(file, journal, text, split, vocabulary, end_id, progress):
-                    latest.write(directory)
-                    journal = latest
-    return journal.tokens
+        digest = _digest(file, size)
+        if file.tell() < size or digest.hexdigest() != journal.tokens_sha256:
+            journal, digest, size = journal.restarted(), hashlib.sha256(), 0
+        file.truncate(size)
+        file.seek(size)
+        for split, ends in enumerate(((0, text.split), (text.split, text.bytes))):
+            pieces = text.pieces(*ends)
+            if not _skip(pieces, journal, split):
+                return write_tokens(directory, journal.restarted(), text, vocabulary, end_id=end_id, progress=progress)
+            while batch := list(_batch(pieces)):
+                if progress is not None:
+                    progress(min(ends[0] + journal.bytes[split], ends[1]), text.bytes, "encoding")
+                ids = _ids(vocabulary, batch, end_id)
+                content = ids.astype(f"<u{token_bytes(vocabulary)}").tobytes()
+                digest.update(content)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                journal = journal.advanced(split, batch, len(ids), digest.hexdigest())
+                journal.write(directory)
+    return journal
 
 
-def _append(
-    file: BinaryIO,
-    journal: Journal,
-    text: corpus.Corpus,
-    split: int,
-    vocabulary: tokenizer.Tokenizer,
-    end_id: int | None,
-    progress: corpus.Progress | None,
-) -> Iterator[Journal]:
-    """Writes the ids of a split, and yields the journal of what is on disk."""
-    width = token_bytes(vocabulary)
-    start, stop = ((0, text.split), (text.split, text.bytes))[split]
-    pieces = text.pieces(start, stop)
-    place = start + sum(map(_size, itertools.islice(pieces, journal.pieces[split])))
-    while batch := list(_batch(pieces)):
-        if progress is not None:
-            progress(min(place, stop), text.bytes, "encoding")
-        ids = _ids(vocabulary, batch, end_id)
-        file.write(ids.astype(f"<u{width}").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-        place += sum(map(_size, batch))
-        yield (journal := journal.advanced(split, len(batch), len(ids)))
+def _skip(pieces: Iterator[str | None], journal: Journal, split: int) -> bool:
+    """Skips the pieces that are encoded; False if they are not those of the journal."""
+    skipped = sum(map(_size, itertools.islice(pieces, journal.pieces[split])))
+    is_cut_before_the_second = split == 0 and journal.pieces[1] and next(pieces, False) is not False
+    return skipped == journal.bytes[split] and not is_cut_before_the_second
+
+
+def _digest(file: BinaryIO, size: int) -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    while size and (block := file.read(min(size, _BATCH_BYTES))):
+        digest.update(block)
+        size -= len(block)
+    return digest
 
 
 def token_bytes(vocabulary: tokenizer.Tokenizer) -> int:
@@ -152,21 +205,29 @@ def encode(
 
 def _batch(pieces: Iterator[str | None]) -> Iterator[str | None]:
     """Yields pieces until they are worth encoding together."""
-    length = 0
+    size = 0
     for piece in itertools.islice(pieces, _BATCH_PIECES):
         yield piece
-        length += len(piece or "")
-        if length >= _BATCH_CHARS:
+        size += _size(piece)
+        if size >= _BATCH_BYTES:
             return
 
 
 def _ids(vocabulary: tokenizer.Tokenizer, batch: list[str | None], end_id: int | None) -> np.ndarray:
-    end = [] if end_id is None else [end_id]
+    end = np.zeros(0, np.int32) if end_id is None else np.array([end_id], np.int32)
     encoded = vocabulary.encode_batch([piece for piece in batch if piece is not None])
-    ids: list[int] = []
+    parts = []
     for piece in batch:
-        ids += end if piece is None else next(encoded)
-    return np.asarray(ids, np.int32)
+        if piece is None:
+            parts.append(end)
+            continue
+        parts.append(ids := np.asarray(next(encoded), np.int32))
+        if vocabulary.count_bytes(ids) != _size(piece) or (end_id is not None and end_id in ids):
+            raise ValueError(
+                f"the tokenizer loses text: {_size(piece)} bytes became ids of {vocabulary.count_bytes(ids)} bytes, in "
+                f"the text that begins {piece[:30]!r}. Use another --tokenizer-path"
+            )
+    return np.concatenate(parts)
 
 
 def _size(piece: str | None) -> int:

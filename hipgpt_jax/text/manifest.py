@@ -1,8 +1,12 @@
-"""What a run's ids were made from."""
+"""Contents and origin of a run's ``tokens.bin``."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import fastjsonschema
 
 from hipgpt_jax import files
 from hipgpt_jax.text import corpus
@@ -10,22 +14,24 @@ from hipgpt_jax.text import corpus
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ``tokens.bin`` holds and where it came from; stored as ``data.json`` and in every config.
+    """Contents and origin of ``tokens.bin``; stored as ``data.json`` and in every config.
 
     Attributes:
         sources: The files of the text, in order.
-        text_field: Key of the text in their JSON lines; None where none of them holds such.
+        text_field: Key of the text in their JSON lines; None if none of them holds such.
         documents: Documents in them that hold text.
-        text_bytes: Bytes of that text, uncompressed.
-        eos_id: Id that follows each document; None where there is one document only.
-        tokenizer_sha256: Digest of the ready-made tokenizer; None where one was learned.
-        requested_vocab_size: Vocabulary asked for.
+        text_bytes: Bytes of that text in UTF-8; each invalid sequence of bytes is a U+FFFD, of 3 bytes.
+        eos_id: Id that follows each document; None if there is only one.
+        tokenizer_sha256: Digest of the ready-made tokenizer; None if one was learned.
+        requested_vocab_size: Vocabulary requested.
         vocab_size: Vocabulary learned; smaller where the text has too few distinct pairs.
         sample_bytes: Bytes of the training split, spread evenly, that it was learned from; 0 for a ready-made one.
         token_bytes: Width of an id in ``tokens.bin``, little-endian: 2 or 4.
+        tokens_sha256: Digest of ``tokens.bin``.
         train_tokens: Ids of the training split, first in the file.
         validation_tokens: Ids of the validation split, the last tenth of the text's bytes.
-        validation_bytes: Bytes of text in the validation split, for bits a byte.
+        scored_bytes: Bytes of the validation split's text after its first token, which nothing predicts: for nats per
+            byte.
     """
 
     sources: tuple[corpus.Source, ...]
@@ -38,9 +44,10 @@ class Manifest:
     vocab_size: int
     sample_bytes: int
     token_bytes: int
+    tokens_sha256: str
     train_tokens: int
     validation_tokens: int
-    validation_bytes: int
+    scored_bytes: int
 
     @property
     def name(self) -> str:
@@ -50,48 +57,63 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Reads ``data.json``, as this version writes it or as 0.1 did, for one text file.
+        """Reads ``data.json``.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no manifest.
+            ValueError: It is not a manifest of this version.
         """
-        value = _from_old(files.read_json(path))
-        names = [field.name for field in dataclasses.fields(cls)]
-        if value.keys() != set(names):
-            raise ValueError(f"{path} is not a data manifest: it must hold exactly {names}")
-        optional = {"text_field": str, "eos_id": int, "tokenizer_sha256": str}
-        for name in names[1:]:
-            kind = optional.get(name, int)
-            if type(value[name]) is not kind and (name not in optional or value[name] is not None):
-                raise ValueError(f"{path} must hold {name} of type {kind.__name__}: got {value[name]!r}")
-        value["sources"] = _sources(path, value["sources"])
-        return cls(**value)
+        value = files.read_json(path)
+        try:
+            _validator()(value)
+        except fastjsonschema.JsonSchemaValueException as error:
+            raise ValueError(
+                f"{path} is not a data manifest: {error.message}. Prepare it again with --reset"
+            ) from error
+        value["sources"] = tuple(corpus.Source(**source) for source in value["sources"])
+        found = cls(**value)
+        if found.eos_id is not None and found.eos_id >= found.vocab_size:
+            raise ValueError(f"{path}: eos_id {found.eos_id} is not below vocab_size {found.vocab_size}")
+        return found
 
 
-def _from_old(value: dict[str, Any]) -> dict[str, Any]:
-    """Gives the manifest of one text file, as it was before there could be several, the keys it has now."""
-    old = {"source": "name", "source_bytes": "bytes", "source_sha256": "sha256"}
-    if not old.keys() <= value.keys():
-        return value
-    size, validation = value["source_bytes"], value.get("validation_bytes")
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
+_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {
-        "sources": [{new: value[name] for name, new in old.items()}],
-        "text_field": None,
-        "documents": 1,
-        "text_bytes": size,
-        "eos_id": None,
-        "tokenizer_sha256": None,
-        "sample_bytes": size - validation if type(size) is int is type(validation) else None,
-        **{name: part for name, part in value.items() if name not in old},
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
     }
 
 
-def _sources(path: Path, value: Any) -> tuple[corpus.Source, ...]:
-    kinds = {"name": str, "bytes": int, "sha256": str}
-    parts = value if isinstance(value, list) else []
-    if not parts or not all(
-        isinstance(part, dict) and {key: type(found) for key, found in part.items()} == kinds for part in parts
-    ):
-        raise ValueError(f"{path} must hold sources, each with its name, bytes and sha256: got {value!r}")
-    return tuple(corpus.Source(**part) for part in parts)
+_SCHEMA = _object(
+    {
+        "sources": {
+            "type": "array",
+            "minItems": 1,
+            "items": _object({"name": {"type": "string", "minLength": 1}, "bytes": _COUNT, "sha256": _DIGEST}),
+        },
+        "text_field": {"type": ["string", "null"]},
+        "documents": _COUNT,
+        "text_bytes": _COUNT,
+        "eos_id": {"type": ["integer", "null"], "minimum": 0},
+        "tokenizer_sha256": {"type": ["string", "null"], "pattern": "^[0-9a-f]{64}$"},
+        "requested_vocab_size": _COUNT,
+        "vocab_size": {"type": "integer", "minimum": 1, "maximum": 2**31},
+        "sample_bytes": _COUNT,
+        "token_bytes": {"type": "integer", "enum": [2, 4]},
+        "tokens_sha256": _DIGEST,
+        "train_tokens": _COUNT,
+        "validation_tokens": _COUNT,
+        "scored_bytes": _COUNT,
+    }
+)
+
+
+@functools.cache
+def _validator() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(_SCHEMA)

@@ -1,42 +1,29 @@
 """Byte-level BPE: text to ids and back without loss, whole or as a stream."""
 
 import codecs
-import re
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tokenizers
+
+from hipgpt_jax import config, files
+from hipgpt_jax.text import lossless
 
 MIN_VOCAB_SIZE = 256
 # The token after a document, by the names that tokenizers give it; the first one is ours and GPT-2's.
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
-def _byte_of_char() -> dict[str, int]:
-    """The GPT-2 alphabet: a printable character for each byte.
-
-    References:
-        Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
-# What normalizers and pre-tokenizers other than the byte-level one are known to change.
-_PROBE = (
-    "The  King and\this fool's,\r\n\n e\u0301 \u00e9 \ufb01 \u00bd \u8981\u751f\u5b58 \U0001f642 \u2581 <unk>[UNK] \n"
-    + "".join(map(chr, range(0x250)))
-    + "\n \u3000 "
-)
-_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+_BLOCK_IDS = 1 << 20
 
 
 def _token_bytes(token: str) -> bytes:
     """Bytes that a token stands for; a token outside the byte alphabet stands for its own text."""
     try:
-        return bytes(_BYTE_OF_CHAR[char] for char in token)
+        return bytes(lossless.BYTE_OF_CHAR[char] for char in token)
     except KeyError:
         return token.encode()
 
@@ -58,6 +45,7 @@ class Tokenizer:
         self._bytes: list[bytes] = [b""] * backend.get_vocab_size()
         for token, token_id in backend.get_vocab().items():
             self._bytes[token_id] = token.encode() if token_id in added else _token_bytes(token)
+        self._lengths_V = np.array([len(token) for token in self._bytes])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, has_end: bool = False) -> "Tokenizer":
@@ -90,40 +78,31 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Reads a ``tokenizer.json`` of the tokenizers library.
+        """Reads a ``tokenizer.json`` of the tokenizers library and verifies that it loses no text.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is not a tokenizer.
+            ValueError: The file is not a tokenizer, or one that loses or changes text, or whose ids depend on chance.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"tokenizer not found: {path}")
+        require_file(path)
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        except Exception as error:  # the library raises Exception itself, whatever is wrong
+            value = lossless.validated(files.parse_json(path.read_text(encoding="utf-8")))
+            backend = _build(value)
+        except lossless.LossError as error:
+            raise ValueError(f"{path} does not keep text as it is: {error}") from error
+        except ValueError as error:
             raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
-
-    @classmethod
-    def load_lossless(cls, path: Path) -> "Tokenizer":
-        """Reads a ready-made ``tokenizer.json``, one that another program has made.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is not a tokenizer, or one that does not give text back as it was.
-        """
-        vocabulary = cls.load(path)
-        for text in (_PROBE, _PROBE.strip(), *END_TOKENS):
-            back = vocabulary.decode(ids := vocabulary.encode(text))
-            if back != text:
-                place = next((at for at, (one, two) in enumerate(zip(text, back, strict=False)) if one != two), 0)
-                raise ValueError(
-                    f"{path} does not keep text as it is: {text[place : place + 9]!r} comes back as "
-                    f"{back[place : place + 9]!r}. Take a byte-level BPE tokenizer that normalizes nothing and adds no "
-                    f"blank in front, such as GPT-2's"
-                )
-            if vocabulary.end_id in ids:
-                raise ValueError(f"{path} takes the text {text!r} for its end token: that one must be a special token")
+        vocabulary = cls(backend)
+        vocabulary._check_end(path, value)
         return vocabulary
+
+    def _check_end(self, path: Path, value: dict[str, Any]) -> None:
+        """Raises ValueError where text could be encoded as the end token."""
+        token = next((token for token in END_TOKENS if self._backend.token_to_id(token) == self.end_id), "")
+        added = {one["content"] for one in value["added_tokens"] if one.get("special") is not True}
+        merged = {"".join(pair) for pair in value["model"]["merges"]}
+        if token and (token in added or self.end_id in self.encode(token) or token in merged):
+            raise ValueError(f"{path} takes the text {token!r} for its end token: that one must be a special token")
 
     def to_json(self) -> str:
         """Returns the content of a ``tokenizer.json``, the tokenizers library's own format."""
@@ -142,11 +121,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``; no token is added."""
-        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+        return self._backend.encode(config.valid_text(text), add_special_tokens=False).ids
+
+    def count_bytes(self, ids: np.ndarray, end_id: int | None = None) -> int:
+        """Returns the number of bytes that ``ids`` stand for; ``end_id``, the end of a document, stands for none."""
+        blocks = (ids[first : first + _BLOCK_IDS] for first in range(0, len(ids), _BLOCK_IDS))  # lengths are int64
+        ends = 0 if end_id is None else int(np.count_nonzero(ids == end_id)) * len(self._bytes[end_id])
+        return sum(int(self._lengths_V[block].sum()) for block in blocks) - ends
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yields the ids of each text, encoded on all cores."""
-        for encoding in self._backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False):
+        for encoding in self._backend.encode_batch_fast(
+            [config.valid_text(text) for text in texts], add_special_tokens=False
+        ):
             yield encoding.ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -164,6 +151,20 @@ class Tokenizer:
     def decoder(self) -> "StreamDecoder":
         """Returns a decoder that takes ids one at a time."""
         return StreamDecoder(self)
+
+
+def require_file(path: Path) -> None:
+    """Raises FileNotFoundError where a path cannot be a tokenizer."""
+    if not path.is_file():
+        why = " (it is not a regular file)" if path.exists() else ""
+        raise FileNotFoundError(f"tokenizer not found: {path}{why}")
+
+
+def _build(value: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(value))
+    except Exception as error:  # the library raises Exception itself, for a bad merge or regular expression too
+        raise ValueError(files.shortened(str(error))) from error
 
 
 class StreamDecoder:
@@ -191,9 +192,3 @@ class StreamDecoder:
     def finish(self) -> str:
         """Returns what an unfinished character at the end becomes: U+FFFD, or nothing."""
         return self._utf8.decode(b"", final=True)
-
-
-def _valid(text: str) -> str:
-    """Replaces what UTF-8 cannot hold: bytes that Python smuggled in as surrogates, and lone surrogates."""
-    text = _LONE_SURROGATE.sub("\ufffd", text)
-    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import orbax.checkpoint as ocp
 import safetensors
 
 from hipgpt_jax import config, files, training_config, version
-from hipgpt_jax.runs import directory, weights
+from hipgpt_jax.runs import directory, states, weights
 from hipgpt_jax.text import dataset
 from hipgpt_jax.training import mesh, step
 
@@ -46,28 +48,55 @@ class Writer:
         Args:
             at: The step.
             params: Its parameters, on the host.
-            latest: Whether training can go on from here.
+            latest: Whether training can resume from here already, its state being complete.
             best: Whether no step evaluated so far had a lower validation loss.
         """
         run = self.directory.name
         bin_path = self.directory / directory.weights_name(run, at)
-        config_path = self.directory / directory.config_name(run, at)
         weights.write(bin_path, params, self.model, self.weights_dtype)
-        files.write_json(config_path, self._describe(at, bin_path))
-        for wanted, weights_link, config_link in (
-            (latest, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG),
-            (best, directory.BEST_CHECKPOINT, directory.BEST_CONFIG),
-        ):
-            if wanted:
-                files.link(self.directory / weights_link, bin_path.name)
-                files.link(self.directory / config_link, config_path.name)
-        self._prune()
+        files.write_json(self.directory / directory.config_name(run, at), self._describe(at, bin_path))
+        if latest:
+            self._link(at, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
+        if best:
+            self._link(at, directory.BEST_CHECKPOINT, directory.BEST_CONFIG)
+        self._prune(spare=at)
+
+    def link_latest(self, at: int) -> None:
+        """Points ``latest`` at a step that was written, and prunes older steps."""
+        self._link(at, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
+        self._prune(spare=at)
+
+    def rewind(self, at: int, best: int | None) -> None:
+        """Points the links at steps up to the one that a run resumes from.
+
+        The files of later steps stay; they are written again when the run has come there.
+
+        Args:
+            at: The step, whose weights are there.
+            best: The step up to there that has the lowest validation loss.
+        """
+        self._link(at, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
+        if best is not None and self.has(best):
+            self._link(best, directory.BEST_CHECKPOINT, directory.BEST_CONFIG)
+        elif self._best_linked() > at:
+            for name in (directory.BEST_CHECKPOINT, directory.BEST_CONFIG):
+                (self.directory / name).unlink(missing_ok=True)
 
     def has(self, at: int) -> bool:
         """Returns whether a step's weights and config are there."""
-        run = self.directory.name
-        names = directory.weights_name(run, at), directory.config_name(run, at)
-        return all((self.directory / name).is_file() for name in names)
+        path = directory.config_path(self.directory, at)
+        return path.is_file() and directory.weights_beside(path).is_file()
+
+    def _link(self, at: int, weights_link: str, config_link: str) -> None:
+        path = directory.config_path(self.directory, at)
+        files.link(self.directory / weights_link, directory.weights_beside(path).name)
+        files.link(self.directory / config_link, path.name)
+
+    def _best_linked(self) -> int:
+        """The step that ``best`` names; -1 where there is none."""
+        link = self.directory / directory.BEST_CONFIG
+        match = re.search(r"_step(\d+)_config\.json$", link.readlink().name) if link.is_symlink() else None
+        return int(match[1]) if match else -1
 
     def _describe(self, at: int, bin_path: Path) -> dict[str, Any]:
         return {
@@ -88,15 +117,21 @@ class Writer:
             "version": {"hipgpt_jax": version.__version__, "jax": jax.__version__},
         }
 
-    def _prune(self) -> None:
-        """Removes all but the newest steps by number, and never one that a link names."""
+    def _prune(self, spare: int) -> None:
+        """Removes all but the newest steps by number, and never ``spare`` or one that a link names.
+
+        A step that was taken again after the directory was renamed has files of both names; the older are removed.
+        """
         links = (self.directory / name for name in (directory.LATEST_CONFIG, directory.BEST_CONFIG))
-        linked = {link.readlink().name for link in links if link.is_symlink()}
-        run = self.directory.name
-        for old in directory.steps(self.directory)[: -self.train.keep_last]:
-            if directory.config_name(run, old) not in linked:
-                (self.directory / directory.config_name(run, old)).unlink()
-                (self.directory / directory.weights_name(run, old)).unlink(missing_ok=True)
+        kept = {link.readlink().name for link in links if link.is_symlink()}
+        kept.add(directory.config_path(self.directory, spare).name)
+        found = list(directory.configs(self.directory).values())
+        old = [path for paths in found[: -self.train.keep_last] for path in paths]
+        superseded = [path for paths in found for path in paths[1:]]
+        for path in {*old, *superseded}:
+            if path.name not in kept:
+                path.unlink()
+                directory.weights_beside(path).unlink(missing_ok=True)
 
 
 def training_section(train: training_config.TrainConfig) -> dict[str, Any]:
@@ -117,38 +152,68 @@ def saving(at: int) -> Iterator[None]:
 
 
 class StateStore:
-    """The training state of a run, in Orbax: written in the background, whole or not there, the newest two kept."""
+    """The training states of a run, in Orbax: saved in the background, complete or absent, the newest two kept.
+
+    A state is complete once the digests of its files are on disk; see ``states``.
+    """
 
     def __init__(self, run_directory: Path) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT_STATES, enable_async_checkpointing=True)
+        self._run = run_directory
         path = (run_directory / directory.TRAIN_STATE_NAME).absolute()
         self._manager = ocp.CheckpointManager(path, options=options)
+        self._thread = futures.ThreadPoolExecutor(1, "training-state")
+        self._saving: futures.Future[None] | None = None
 
     def save(self, state: step.TrainState) -> None:
-        """Begins to save a state under its own step; the state may be given away at once."""
-        self._manager.wait_until_finished()
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()), force=True)
-
-    def latest(self) -> int | None:
-        """Returns the newest step that was saved whole."""
-        return self._manager.latest_step()
+        """Begins to save a state under its own step; the state may be donated at once."""
+        self.wait()
+        at = int(state.step)
+        self._manager.save(at, args=ocp.args.StandardSave(state._asdict()), force=True)
+        self._saving = self._thread.submit(self._complete, at)
 
     def restore(self, at: int, like: step.TrainState, layout: mesh.Layout) -> step.TrainState:
-        """Returns the state of a step, with the shapes and types of ``like`` and laid out as ``layout`` says.
+        """Returns the state of a step, with the shapes and types of ``like`` and the sharding of ``layout``.
 
-        Which devices it was saved from does not matter.
+        The devices that it was saved from do not matter. Compare it with its digests first, see ``states.choose``.
+
+        Raises:
+            ValueError: Orbax cannot read it.
         """
         tree = like._asdict()
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, layout.of(tree)
         )
-        restored: Any = self._manager.restore(at, args=ocp.args.StandardRestore(abstract))
+        try:
+            restored: Any = self._manager.restore(at, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # Orbax raises Exception itself, and what TensorStore and JSON raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the training state {states.path_of(self._run, at)} cannot be read: {type(error).__name__}: {reason}"
+            ) from error
         return step.TrainState(**restored)
 
+    def is_complete(self) -> bool:
+        """Returns whether nothing is being saved any more, be it for an error."""
+        return self._saving is None or self._saving.done()
+
     def wait(self) -> None:
-        """Returns when what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the state being saved is complete; raises what kept it from that."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
-        self._manager.close()
+        """Waits, and closes Orbax's manager."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def _complete(self, at: int) -> None:
+        """Waits for Orbax, on a thread of its own: reading 1.5 GB for the digests takes about a second."""
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:  # by then the files of the other processes are on disk too
+            states.seal(states.path_of(self._run, at))
+            states.remove_damaged(self._run)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hipgpt_jax import config, training_config
+from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
@@ -34,6 +34,7 @@ class Job:
         weights_dtype: Of the ``.bin`` files, one of ``training_config.WEIGHTS_DTYPES``.
         attention: As of ``transformer.Transformer``.
         utilisation: Gives the model FLOPs utilisation at a rate of tokens a second, where it is known.
+        require_same_directory: Raises OSError where the directory is no longer the one that training began in.
     """
 
     directory: Path
@@ -44,6 +45,7 @@ class Job:
     weights_dtype: str = "float32"
     attention: str = "xla"
     utilisation: Callable[[float], float | None] = lambda rate: None
+    require_same_directory: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class Report:
         progress: Takes the step, its loss and the tokens a second since the last log line.
         metrics: Takes a line of metrics, as it is written.
         sample: Takes a step and the model's parameters, on the host, to write a sample of text.
+        saved: Takes a step that training can resume from, once ``latest`` names it.
         stops: Says whether to stop after the step under way.
     """
 
@@ -62,6 +65,7 @@ class Report:
     progress: Callable[[int, float, float], None]
     metrics: Callable[[dict[str, Any]], None] = lambda line: None
     sample: Callable[[int, Any], None] = lambda at, params: None
+    saved: Callable[[int], None] = lambda at: None
     stops: Callable[[], bool] = lambda: False
 
 
@@ -81,7 +85,8 @@ class _StopError(Exception):
     """An evaluation was cut short."""
 
 
-def train(job: Job, report: Report, *, resume: bool) -> End:
+@step.fixed_random_bits()
+def train(job: Job, report: Report, *, resume_at: int | None = None) -> End:
     """Trains a run to its last step, or until it is told to stop.
 
     Each batch and each dropout key is a function of the step's number, so a run that was cut short and
@@ -91,25 +96,27 @@ def train(job: Job, report: Report, *, resume: bool) -> End:
     Args:
         job: What is trained.
         report: Told of every step.
-        resume: Whether to go on from the newest saved state; from the first step where there is none.
+        resume_at: Step of the training state to resume from, one that ``states.choose`` returned; None begins at
+            the first step.
 
     Raises:
-        FloatingPointError: A loss is not finite; nothing is saved from that step on.
+        FloatingPointError: A loss or a gradient is not finite; nothing is saved from that step on.
         OSError: A checkpoint could not be written.
+        ValueError: The training state cannot be read.
     """
     trainer = _Trainer(job, report)
     try:
-        end = _train(trainer, job, report, resume)
+        end = _train(trainer, job, report, resume_at)
     except BaseException:
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # what stopped the loop is what is told
-            trainer.store.close()
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            trainer.close()
         raise
-    trainer.store.close()
+    trainer.close()
     return end
 
 
-def _train(trainer: "_Trainer", job: Job, report: Report, resume: bool) -> End:
-    state = trainer.begin(resume)
+def _train(trainer: "_Trainer", job: Job, report: Report, resume_at: int | None) -> End:
+    state = trainer.begin(resume_at)
     at, last, stopped = int(state.step), job.train.steps, False
     if trainer.owes_evaluation(at):
         is_best, stopped = trainer.evaluate(state, at)
@@ -118,6 +125,7 @@ def _train(trainer: "_Trainer", job: Job, report: Report, resume: bool) -> End:
     while at < last and not stopped:
         at += 1
         state = trainer.take_step(state, at)
+        trainer.finish_save(wait=False)
         is_best, stopped = (
             trainer.evaluate(state, at) if trainer.is_evaluated(at) else (False, trainer.is_told_to_stop())
         )
@@ -128,8 +136,7 @@ def _train(trainer: "_Trainer", job: Job, report: Report, resume: bool) -> End:
             params = job.layout.fetch(state.params)
             if trainer.tells:
                 report.sample(at, params)
-    with checkpoint.saving(at):
-        trainer.store.wait()
+    trainer.finish_save(wait=True)
     return End(at, whole=at == last and not trainer.owes_evaluation(at))
 
 
@@ -138,7 +145,7 @@ class _Trainer:
 
     def __init__(self, job: Job, report: Report) -> None:
         self._job, self._report = job, report
-        self._key = jax.random.key(job.train.seed, impl="threefry2x32")
+        self._key = numerics.key_of(job.train.seed)
         self._model = transformer.Transformer(job.model, job.train.dtype, job.train.remat, job.attention)
         self._optimizer = optimizer.make(job.train)
         self._step = step.make(self._model, self._optimizer, job.train, self._key, job.layout)
@@ -152,26 +159,28 @@ class _Trainer:
             weights_dtype=job.weights_dtype,
             attention=job.attention,
         )
-        self.store = checkpoint.StateStore(job.directory)
+        self._store = checkpoint.StateStore(job.directory)
+        self._saving: int | None = None
         self.tells = jax.process_index() == 0
         self._best = math.inf
         self._seconds, self._timed = 0.0, 0
 
-    def begin(self, resume: bool) -> step.TrainState:
-        """Returns the state to go on from, with the metrics and the weights brought to it."""
+    def begin(self, resume_at: int | None) -> step.TrainState:
+        """Returns the state to begin with, and brings the metrics, the weights and the links to its step."""
         state = step.init_on(self._job.layout, self._model, self._optimizer, self._key)
-        if resume and (saved := self.store.latest()) is not None:
-            state = self.store.restore(saved, state, self._job.layout)
-        elif resume and self.tells:
-            self._report.line("no state was saved yet: beginning at the first step")
+        if resume_at is not None:
+            state = self._store.restore(resume_at, state, self._job.layout)
         at = int(state.step)
         if self.tells:
             metrics.truncate(self._metrics_path, at)
         self._best = metrics.best_loss(self._metrics_path, at)
-        if at and not self._writer.has(at):  # the run was killed between the state and its weights
-            params = self._job.layout.fetch(state.params)
+        if at:
+            if not self._writer.has(at):  # the run was killed between the state and its weights
+                params = self._job.layout.fetch(state.params)
+                if self.tells:
+                    self._writer.write(at, params, latest=False, best=False)
             if self.tells:
-                self._writer.write(at, params, latest=True, best=metrics.is_best(self._metrics_path, at))
+                self._writer.rewind(at, metrics.best_step(self._metrics_path, at))
         return state
 
     def take_step(self, state: step.TrainState, at: int) -> step.TrainState:
@@ -182,6 +191,8 @@ class _Trainer:
         batch = self._job.data.batch_at(at - 1, seed=train.seed, batch_size=train.batch_size, length=length)
         state, measured = self._step(state, self._job.layout.rows(batch))
         value = _require_finite("loss", float(measured.loss), at)
+        if math.isnan(float(measured.gradient_norm)):  # an infinite one is clipped
+            _require_finite("the gradient's norm", math.nan, at)
         self._seconds, self._timed = self._seconds + time.perf_counter() - began, self._timed + 1
         rate = self._timed * train.batch_size * length / self._seconds
         self._report.progress(at, value, rate)
@@ -229,7 +240,7 @@ class _Trainer:
                 self._model,
                 state.params,
                 job.data.validation,
-                text_bytes=job.data.manifest.validation_bytes,
+                text_bytes=job.data.manifest.scored_bytes,
                 batch_size=job.train.batch_size,
                 length=job.model.max_seq_len,
                 max_batches=job.train.eval_batches,
@@ -245,16 +256,43 @@ class _Trainer:
         return is_best, False
 
     def save(self, state: step.TrainState, at: int, *, latest: bool, best: bool) -> None:
-        """Saves the state where training can go on from here, and the weights; in that order they are asked for."""
+        """Saves a step's weights, and in the background its state where training can resume from there.
+
+        ``latest`` is pointed at the step by ``finish_save``, so that whatever it names can be resumed.
+        """
+        self.finish_save(wait=True)
+        self._job.require_same_directory()
         with checkpoint.saving(at):
             if latest:
-                self.store.save(state)
+                self._store.save(state)
             params = self._job.layout.fetch(state.params)
             if self.tells:
-                self._writer.write(at, params, latest=latest, best=best)
+                self._writer.write(at, params, latest=False, best=best)
+        if latest:
+            self._saving = at
+
+    def finish_save(self, *, wait: bool) -> None:
+        """Points ``latest`` at the step whose state was being saved, if that is complete or ``wait`` is set."""
+        if self._saving is None or not (wait or self._store.is_complete()):
+            return
+        at, self._saving = self._saving, None
+        with checkpoint.saving(at):
+            self._store.wait()
+            if self.tells:
+                self._writer.link_latest(at)
+        if self.tells:
+            self._report.saved(at)
+
+    def close(self) -> None:
+        """Finishes a save under way and closes the store."""
+        try:
+            self.finish_save(wait=True)
+        finally:
+            self._store.close()
 
     def _tell(self, line: dict[str, Any], text: str) -> None:
         if self.tells:
+            self._job.require_same_directory()
             metrics.append(self._metrics_path, line)
             self._report.metrics(line)
             self._report.line(text)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line for each logged step, the source of every plot."""
+"""``metrics.jsonl``: one line per logged step, the source of every plot."""
 
 import json
 import math
@@ -6,88 +6,121 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fastjsonschema
+
 from hipgpt_jax import files
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.training import step
+
+_VALIDATION = "validation_loss"
+_validate = fastjsonschema.compile(
+    {
+        "type": "object",
+        "required": ["step"],
+        "properties": {"step": {"type": "integer", "minimum": 1}},
+        "additionalProperties": {"type": "number"},
+    }
+)
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
     """Appends one object as one line, in a single write."""
     with path.open("ab", buffering=0) as file:
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def truncate(path: Path, last_step: int) -> None:
-    """Drops the lines after ``last_step``, and a torn last line, before a run goes on from there.
+    """Drops the lines after ``last_step``, and a torn last line, before a run resumes from there.
 
     Raises:
-        ValueError: A line other than the last holds no step.
+        ValueError: A line, other than a torn last one, is not a line of metrics.
     """
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            reached = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number} is not a line of metrics: {line[:60]!r}") from error
-        if reached <= last_step:
-            kept.append(line + "\n")
-    files.write_text(path, "".join(kept))
+    if path.is_file():
+        kept = [line for line, value in _read(path) if value["step"] <= last_step]
+        files.write_text(path, "".join(line.decode() + "\n" for line in kept))
 
 
 def best_loss(path: Path, last_step: int) -> float:
     """Returns the lowest validation loss of the steps up to ``last_step``; infinity where none was evaluated."""
-    losses = [
-        line["validation_loss"] for line in _read(path) if "validation_loss" in line and line["step"] <= last_step
-    ]
-    return min(losses, default=math.inf)
+    return min(_losses(path, last_step).values(), default=math.inf)
+
+
+def best_step(path: Path, last_step: int) -> int | None:
+    """Returns the first step up to ``last_step`` that has the lowest validation loss; None where none was evaluated."""
+    losses = _losses(path, last_step)
+    return min(losses, key=lambda at: (losses[at], at), default=None)
 
 
 def is_evaluated(path: Path, at: int) -> bool:
     """Returns whether step ``at`` was evaluated."""
-    return any("validation_loss" in line for line in _read(path) if line["step"] == at)
+    return at in _losses(path, at)
 
 
-def is_best(path: Path, at: int) -> bool:
-    """Returns whether step ``at`` was evaluated and no step before it had a lower validation loss."""
-    own = [line["validation_loss"] for line in _read(path) if "validation_loss" in line and line["step"] == at]
-    return bool(own) and own[0] < best_loss(path, at - 1)
+def _losses(path: Path, last_step: int) -> dict[int, float]:
+    """The validation loss of each step that was evaluated."""
+    lines = (value for _, value in _read(path)) if path.is_file() else ()
+    return {line["step"]: line[_VALIDATION] for line in lines if _VALIDATION in line and line["step"] <= last_step}
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Returns each line and its object. A last line that a kill tore, or a power cut filled with NUL, is left out."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
+        try:
+            value = files.parse_json(line)
+        except ValueError as error:
+            if line is rest or (b"\0" in line and number == len(lines) and not rest):
+                break
+            raise _not_metrics(path, number, line, error) from error
+        try:
+            _validate(value)
+        except fastjsonschema.JsonSchemaValueException as error:
+            raise _not_metrics(path, number, line, error) from error
+        found.append((line, value))
+    return found
+
+
+def _not_metrics(path: Path, number: int, line: bytes, error: ValueError) -> ValueError:
+    shown = line[:60].decode(errors="replace")
+    return ValueError(f"{path}:{number} is not a line of metrics ({error}): {shown!r}. Restore the line or delete it")
 
 
 def describe_step(measured: step.Metrics) -> dict[str, float]:
-    """Returns what a line says of a step, beside its number, rate and time."""
+    """Returns the numbers of a step's line, apart from its number, learning rate and timing."""
     value = float(measured.loss)
     return {
         "loss": value,
-        "perplexity": math.exp(min(value, 700.0)),
+        **_finite("perplexity", loss.perplexity(value)),
         "accuracy": float(measured.accuracy),
         "gradient_norm": min(float(measured.gradient_norm), sys.float_info.max),  # JSON has no infinity
     }
 
 
 def describe_score(scored: loss.Score) -> dict[str, float]:
-    """Returns what a line says of an evaluation on the validation split."""
+    """Returns the numbers of a line for an evaluation on the validation split."""
     return {
         "validation_loss": scored.loss,
-        "validation_perplexity": scored.perplexity,
+        **_finite("validation_perplexity", scored.perplexity),
         "validation_nats_per_byte": scored.nats_per_byte,
         "validation_accuracy": scored.accuracy,
         "validation_tokens": scored.tokens,
     }
 
 
+def _finite(name: str, value: float) -> dict[str, float]:
+    return {name: value} if math.isfinite(value) else {}  # JSON has no infinity
+
+
+def _format_perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
 def format_step(line: dict[str, Any]) -> str:
     """Returns HipGPT's log line for the metrics of a step."""
     return (
-        f"[Step {line['step']}] Loss: {line['loss']:.4f} | Perplexity: {line['perplexity']:.2f} | "
+        f"[Step {line['step']}] Loss: {line['loss']:.4f} | "
+        f"Perplexity: {_format_perplexity(line.get('perplexity', math.inf))} | "
         f"Accuracy: {100 * line['accuracy']:.2f}% | LR: {line['learning_rate']:.3g} | "
         f"Time: {line['milliseconds']:.1f} ms | {line['tokens_per_second']:.0f} tok/s"
         + (f" | MFU: {100 * line['utilisation']:.1f}%" if "utilisation" in line else "")
@@ -98,6 +131,7 @@ def format_evaluation(line: dict[str, Any]) -> str:
     """Returns the log line for an evaluation on the validation split."""
     return (
         f"[Step {line['step']}] Validation loss: {line['validation_loss']:.4f} | "
-        f"Perplexity: {line['validation_perplexity']:.2f} | Nats a byte: {line['validation_nats_per_byte']:.4f} | "
+        f"Perplexity: {_format_perplexity(line.get('validation_perplexity', math.inf))} | "
+        f"Nats per byte: {line['validation_nats_per_byte']:.4f} | "
         f"Accuracy: {100 * line['validation_accuracy']:.2f}%"
     )

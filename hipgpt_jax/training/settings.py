@@ -1,39 +1,66 @@
-"""What a run was begun with, kept beside it from its first moment, so that it cannot go on with anything else."""
+"""``settings.json``: what a run was begun with, so that it is not resumed with other settings by mistake."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+import fastjsonschema
 import jax.numpy as jnp
 
 from hipgpt_jax import config, files, training_config
 from hipgpt_jax.runs import directory
 from hipgpt_jax.training import checkpoint, optimizer
 
-# What is told and kept of a run, and how its work is spread: none of it changes its numbers.
-_FREE = frozenset({"log_every", "eval_every", "eval_batches", "sample_every", "ckpt_every", "keep_last", "remat"})
+# Settings of the log and of what is kept of a run, which do not enter its numbers.
+_FREE = frozenset({"log_every", "eval_every", "eval_batches", "sample_every", "ckpt_every", "keep_last"})
 _HORIZON = "steps"
+_REMAT = "remat"
+
+_SECTION = {"type": "object"}
+_COUNT = {"type": "integer", "minimum": 0}
+_validate = fastjsonschema.compile(
+    {
+        "type": "object",
+        "required": ["model", "training"],
+        "properties": {
+            "model": _SECTION,
+            "training": {
+                "type": "object",
+                "required": [_HORIZON],
+                "properties": {_HORIZON: _COUNT, _REMAT: {"type": "boolean"}},
+            },
+            "extended": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["at", "from", "to"],
+                    "properties": {"at": _COUNT, "from": _COUNT, "to": _COUNT},
+                },
+            },
+        },
+    }
+)
 
 
 def begin(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
-    """Notes what a run begins with."""
+    """Writes the settings of a new run."""
     files.write_json(run_directory / directory.SETTINGS_NAME, {**_sections(model, train), "extended": []})
 
 
 def require_same(
-    run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig, *, extend: bool
-) -> str | None:
-    """Holds the settings of a resumed run against those it was begun with.
+    run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig, *, at: int, extend: bool
+) -> list[str]:
+    """Compares the settings of a resumed run with those it was begun with.
 
     Args:
         run_directory: The run.
         model: Shape of the model now.
         train: How it is to be trained now.
+        at: The step that it resumes from.
         extend: Whether the run may have more steps than it was begun with, which stretches the schedule.
 
     Returns:
-        What an extension changes, or None where nothing changes.
+        A line for each difference that is allowed and changes the numbers.
 
     Raises:
         ValueError: A setting that changes the numbers differs, the run has no settings that can be read,
@@ -41,20 +68,32 @@ def require_same(
     """
     old = _read(run_directory)
     differences = [
-        f"{key} {value} (the run has {old[section].get(key)})"
+        f"{key} {value} (the run has {_shortened(old[section].get(key))})"
         for section, values in _sections(model, train).items()
         for key, value in values.items()
-        if key not in _FREE and key != _HORIZON and old[section].get(key, _default(key)) != value
+        if key not in _FREE and key not in (_HORIZON, _REMAT) and old[section].get(key, _default(key)) != value
     ]
     if differences:
         raise ValueError(
             f"cannot resume run {run_directory.name!r} with other settings: {', '.join(differences)}. "
             f"Give the run's own, or --reset to start anew"
         )
-    before = old["training"].get(_HORIZON)
+    notes = []
+    if old["training"].get(_REMAT, _default(_REMAT)) != train.remat:
+        begun = "with" if not train.remat else "without"
+        notes.append(
+            f"the run was begun {begun} --remat: its results will be equal within rounding, but not to the last bit"
+        )
+    notes += [
+        f"the run was extended to {change['to']} steps at step {change['at']}: steps {at + 1} to {change['at']} are "
+        f"taken again with the longer schedule, and give other weights than the first time"
+        for change in old.get("extended", [])
+        if change["at"] > at
+    ]
+    before = old["training"][_HORIZON]
     if before == train.steps:
-        return None
-    if not isinstance(before, int) or train.steps < before:
+        return notes
+    if train.steps < before:
         raise ValueError(
             f"run {run_directory.name!r} was begun with --steps {before}: {train.steps} cannot cut it short"
         )
@@ -63,7 +102,12 @@ def require_same(
             f"run {run_directory.name!r} was begun with --steps {before}, where its schedule ends: {train.steps} need "
             f"--extend, which stretches the schedule, and so changes the learning rate of every step to come"
         )
-    at = min(before, directory.read_checkpoint(run_directory.name).step)
+    if (run_directory / directory.LATEST_CONFIG).is_file():  # a newer version may have written it
+        directory.read_checkpoint(run_directory.name, directory=run_directory)
+    return [*notes, _describe_extension(train, before, min(before, at))]
+
+
+def _describe_extension(train: training_config.TrainConfig, before: int, at: int) -> str:
     old_rate, new_rate = (
         float(jnp.asarray(optimizer.learning_rate(dataclasses.replace(train, steps=steps))(at)))
         for steps in (before, train.steps)
@@ -74,12 +118,21 @@ def require_same(
     )
 
 
-def extend(run_directory: Path, train: training_config.TrainConfig) -> None:
-    """Notes that a run has more steps from its latest checkpoint on than it was begun with."""
+def extend(run_directory: Path, train: training_config.TrainConfig, at: int) -> None:
+    """Writes down from which step on a run has more steps than it was begun with.
+
+    Args:
+        run_directory: The run.
+        train: How it is to be trained now.
+        at: The step that it resumes from. What was written of later steps holds from there on.
+    """
     old = _read(run_directory)
-    before = old["training"][_HORIZON]
-    at = directory.read_checkpoint(run_directory.name).step
-    old["extended"] = [*old.get("extended", []), {"at": at, "from": before, "to": train.steps}]
+    before, changes = old["training"][_HORIZON], old.get("extended", [])
+    if before == train.steps and all(change["at"] <= at for change in changes):
+        return
+    old["extended"] = [{**change, "at": min(change["at"], at)} for change in changes]
+    if before != train.steps:
+        old["extended"].append({"at": at, "from": before, "to": train.steps})
     old["training"][_HORIZON] = train.steps
     files.write_json(run_directory / directory.SETTINGS_NAME, old)
 
@@ -105,8 +158,14 @@ def _read(run_directory: Path) -> dict[str, Any]:
             f"was begun with is not known. Use --reset to start it anew"
         )
     value = files.read_json(path)
-    for section in ("model", "training"):
-        if not isinstance(value.get(section), dict):
-            raise ValueError(f"{path} must hold the section {section!r}: got {json.dumps(value.get(section))}")
+    try:
+        _validate(value)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise ValueError(f"{path} does not hold the settings of a run: {error.message}") from error
     directory.require_known(path, value)
     return value
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,14 +1,16 @@
 """One optimizer step, a pure function of the state and the batch."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
 
-from hipgpt_jax import config, training_config
+from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
 from hipgpt_jax.training import mesh
@@ -41,6 +43,13 @@ class Metrics(NamedTuple):
 TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
 
+@contextlib.contextmanager
+def fixed_random_bits() -> Iterator[None]:
+    """Fixes the settings of JAX and Flax that decide which bits a key gives, so that only the seed decides them."""
+    with jax.threefry_partitionable(True), flax.config.temp_flip_flag("fix_rng_separator", False):
+        yield
+
+
 def init(model: transformer.Transformer, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Returns the state before the first step."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
@@ -52,7 +61,7 @@ def shape_of(model: config.ModelConfig) -> Any:
     """Returns the shapes of a model's parameters, without making them."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init_params = functools.partial(transformer.Transformer(model).init, dropout=0.0)
-    return jax.eval_shape(init_params, jax.random.key(0, impl="threefry2x32"), tokens_BT)["params"]
+    return jax.eval_shape(init_params, numerics.key_of(0), tokens_BT)["params"]
 
 
 def init_on(

@@ -1,0 +1,188 @@
+"""Parsing of command lines and flag files."""
+
+import codecs
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+
+from hipgpt_jax import config
+
+# Flags whose values are text. They are decoded by ``config.valid_text``; other values, such as paths, stay as they are.
+TEXT_FLAGS = frozenset({"ids", "prompt", "sample-prompt", "stop", "text-field", "title"})
+
+_FLAG_FILE = "flagfile"
+_USAGE = {"help": "help", "h": "help", "version": "version"}
+_MAX_FLAG_FILE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Word:
+    """A word of a command line or a line of a flag file.
+
+    Attributes:
+        text: The word.
+        place: Beginning of a message about it, ``a.flags line 3: ``; empty on a command line.
+    """
+
+    text: str
+    place: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    """A flag with its value, or an operand.
+
+    Attributes:
+        word: The word as it was given.
+        flag: The flag's name as it was defined, or as it was given if there is no such flag; None for an operand.
+        value: The flag's value; None if there is none.
+        negated: Whether it has the form ``--noflag``.
+    """
+
+    word: _Word
+    flag: str | None = None
+    value: str | None = None
+    negated: bool = False
+
+
+def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | None = None) -> str | None:
+    """Sets ``values`` from a command line; flags that are absent get their defaults.
+
+    ``--run-name`` and ``--run_name`` are the same flag, as are ``--flag value`` and ``--flag=value``; a value may begin
+    with ``-``. Words after ``--`` are operands. ``--flagfile=FILE`` inserts the lines of a file: one flag per line,
+    without quotes, ``#`` or ``//`` before a comment.
+
+    Args:
+        values: The program's flags.
+        arguments: The command line, without the program's name.
+        operand: The flag that takes words which belong to no flag: all of them if it may be repeated, otherwise one.
+
+    Returns:
+        ``help`` or ``version`` if that was asked for, in which case no flag is set; otherwise None.
+
+    Raises:
+        flags.Error: A flag is unknown, lacks its value or has one of the wrong type; or a flag file cannot be read.
+        ValueError: A word belongs to no flag.
+    """
+    for flag in values:
+        values[flag].unparse()
+    given = list(_read(values, [_Word(word) for word in arguments]))
+    for one in given:
+        if one.flag in _USAGE and one.flag not in values and one.value is None:
+            return _USAGE[one.flag]
+    for one in given:
+        if one.flag is not None:
+            _set(values, one)
+    for one in given:
+        if one.flag is None:
+            _set_operand(values, operand, one)
+    values.mark_as_parsed()
+    return None
+
+
+def takes_several(values: flags.FlagValues, flag: str) -> bool:
+    """Returns whether a flag may be repeated, each time with another value."""
+    return isinstance(values[flag], flags.MultiFlag)
+
+
+def _read(values: flags.FlagValues, words: list[_Word], opened: tuple[str, ...] = ()) -> Iterator[_Argument]:
+    """Splits words into flags and operands, and replaces ``--flagfile`` by the arguments of the file."""
+    known = {flag.replace("-", "_"): flag for flag in values}
+    rest = iter(words)
+    for word in rest:
+        if word.text == "--":
+            yield from (_Argument(operand) for operand in rest)
+            return
+        if not word.text.startswith("-") or word.text == "-":
+            yield _Argument(word)
+            continue
+        name, equals, value = word.text.lstrip("-").partition("=")
+        if opened and len(parts := name.split(maxsplit=1)) > 1:
+            name, equals, value = parts[0], "=", word.text.lstrip("-")[len(parts[0]) :].lstrip()
+        name = name.rstrip() if opened else name
+        plain = name.replace("-", "_")
+        negated = plain.removeprefix("no_") if plain.startswith("no_") else plain.removeprefix("no")
+        if plain not in known and negated != plain and negated in known and values[known[negated]].boolean:
+            yield _Argument(word, known[negated], value if equals else None, negated=True)
+            continue
+        flag = known.get(plain, name)
+        takes_value = flag == _FLAG_FILE or (flag in values and not values[flag].boolean)
+        if takes_value and not equals:
+            following = next(rest, None)
+            equals, value = ("=", following.text) if following else ("", "")
+        if flag == _FLAG_FILE:
+            yield from _read_file(values, word, value, opened)
+        else:
+            yield _Argument(word, flag, value if equals else None)
+
+
+def _read_file(values: flags.FlagValues, word: _Word, name: str, opened: tuple[str, ...]) -> Iterator[_Argument]:
+    """Reads the arguments in a flag file."""
+    path = os.path.expanduser(name.strip())
+    if not path:
+        raise flags.Error(f"{word.place}--flagfile needs the name of a file")
+    if any(os.path.exists(one) and os.path.exists(path) and os.path.samefile(one, path) for one in opened):
+        raise flags.Error(f"{word.place}flag file {name} includes itself")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_FLAG_FILE + 1)
+    except OSError as error:
+        raise flags.Error(f"{word.place}flag file {name} cannot be read: {error.strerror}") from error
+    if len(content) > _MAX_FLAG_FILE:
+        raise flags.Error(f"{word.place}flag file {name} is too large: it may have {_MAX_FLAG_FILE} bytes")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise flags.Error(f"{word.place}flag file {name} is not UTF-8 text")
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
+    lines = (line.removesuffix("\r").lstrip() for line in text.split("\n"))
+    words = [_Word(line, f"{name} line {number}: ") for number, line in enumerate(lines, 1)]
+    yield from _read(
+        values, [one for one in words if one.text and not one.text.startswith(("#", "//"))], (*opened, path)
+    )
+
+
+def _set(values: flags.FlagValues, given: _Argument) -> None:
+    """Sets a flag; the last one wins, and a flag that may be repeated collects its values."""
+    flag, value, place = str(given.flag), given.value, given.word.place
+    if flag not in values:
+        near = difflib.get_close_matches(flag, list(values), n=3)
+        hint = f"Did you mean: {', '.join(near)}?" if near else "--help lists every flag"
+        raise flags.Error(f"{place}Unknown command line flag {flag!r}. {hint}")
+    if values[flag].boolean and value is None:
+        value = "false" if given.negated else "true"
+    elif given.negated:
+        raise flags.Error(f"{place}--no{flag} takes no value: got {value!r}")
+    if value is None:
+        raise flags.Error(f"{place}Missing value for flag --{flag}")
+    _set_value(values, flag, value, place)
+
+
+def _set_operand(values: flags.FlagValues, operand: str | None, given: _Argument) -> None:
+    """Gives a word that belongs to no flag to the flag ``operand``."""
+    text, place = given.word.text, given.word.place
+    if operand is None or not (takes_several(values, operand) or values[operand].value is None):
+        raise ValueError(
+            f"{place}unexpected argument {text!r}: flags begin with '--', and text with blanks needs quotes"
+        )
+    _set_value(values, operand, text, place)
+
+
+def _set_value(values: flags.FlagValues, flag: str, value: str, place: str) -> None:
+    holder = values[flag]
+    value = config.valid_text(value) if flag in TEXT_FLAGS else value.strip() if place else value
+    try:
+        holder.parse(value)
+    except flags.IllegalFlagValueError as error:
+        raise flags.Error(f"{place}--{flag} must be {_kind(holder)}: got {value!r}") from error
+    holder.using_default_value = False
+
+
+def _kind(holder: flags.Flag) -> str:
+    """Describes the values that a flag takes."""
+    if holder.boolean:
+        return "true or false"
+    if isinstance(holder.parser, flags.EnumParser):
+        return f"one of {', '.join(holder.parser.enum_values)}"
+    return holder.parser.syntactic_help.replace("a comma separated list", "values separated by commas")

@@ -1,0 +1,235 @@
+"""The start of a training run: new, resumed or replaced, locked and checked before anything is changed."""
+
+import contextlib
+import errno
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hipgpt_jax import config, training_config
+from hipgpt_jax.cli import train_flags, train_report
+from hipgpt_jax.runs import directory, lock, reset, states
+from hipgpt_jax.text import dataset, documents, tokenizer
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_flags(train: training_config.TrainConfig) -> None:
+    """Raises ValueError for flags that contradict one another or would end the run at their first use."""
+    if train_flags.RESET.value and train_flags.RESUME.value:
+        raise ValueError("--reset starts the run again and --resume goes on with it: give one of them")
+    if train_flags.EXTEND.value and not train_flags.RESUME.value:
+        raise ValueError("--extend goes with --resume: it makes a run longer than it was begun")
+    if train_flags.RESUME.value and train_flags.RUN_NAME.value is None:
+        raise ValueError("--resume needs --run-name, the run to go on with")
+    if train_flags.RUN_NAME.value is not None:
+        directory.check_new_name(train_flags.RUN_NAME.value, train.steps)
+    if train.sample_every:
+        config.require_text("--sample-prompt", train_flags.SAMPLE_PROMPT.value)
+    if train_flags.TENSORBOARD.value:
+        from hipgpt_jax.training import tensorboard
+
+        tensorboard.require()
+
+
+@contextlib.contextmanager
+def open_run() -> Iterator["Start"]:
+    """Yields the run that the flags name, locked until the block ends.
+
+    Where the block raises before a new run has its first checkpoint, the run that it replaced is restored.
+
+    Raises:
+        ValueError: Another process trains the run, it cannot be begun or resumed as the flags ask, or its data or
+            training states are not what they should be.
+        OSError: Its directory cannot be written, or there is nothing to resume.
+    """
+    with _lock() as (run_directory, held):
+        if line := reset.recover(run_directory):
+            train_report.note(line)
+            held.hold(run_directory)
+        start = Start(run_directory, held)
+        try:
+            yield start
+        except BaseException as error:
+            start.undo()
+            if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+                raise OSError(f"{run_directory} cannot be written: {error.strerror}. Make room") from error
+            raise
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[tuple[Path, lock.Lock]]:
+    """Yields the run's directory and its lock; a run without a name gets one that no other has."""
+    if train_flags.RUN_NAME.value is not None:
+        run_directory = directory.CHECKPOINTS / train_flags.RUN_NAME.value
+        with lock.Lock(run_directory) as held:
+            yield run_directory, held
+        return
+    stem = time.strftime("run_%Y%m%d-%H%M%S")
+    for name in itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2))):
+        run_directory = directory.CHECKPOINTS / name
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(lock.Lock(run_directory))
+            except lock.HeldError:
+                continue
+            if not os.path.lexists(run_directory):
+                yield run_directory, held
+                return
+
+
+class Start:
+    """A run that is locked, and was checked against the flags.
+
+    Attributes:
+        directory: The run's directory.
+        held: Its lock.
+        resume_at: Step of the training state that it resumes from; None begins at the first step.
+    """
+
+    def __init__(self, run_directory: Path, held: lock.Lock) -> None:
+        self.directory = run_directory
+        self.held = held
+        self.resume_at: int | None = None
+        if train_flags.RESUME.value:
+            self._check_resumed()
+        else:
+            self._check_new()
+
+    def prepare(self) -> None:
+        """Prepares the data of a new run beside it, and moves it into place when that is whole.
+
+        Work that was cut short by a kill or a full disk is taken up again.
+        """
+        if train_flags.RESUME.value:
+            return
+        fresh = directory.beside(self.directory, "new")
+        try:
+            fresh.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{fresh}, where the data is prepared, cannot be made: {error.strerror}") from error
+        try:
+            with train_report.preparing() as progress:
+                data = dataset.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
+            data.check_length(train_flags.SEQ.value)
+            _check_prompt(fresh)
+        except BaseException as error:
+            is_full = isinstance(error, OSError) and error.errno in _FULL
+            if not (is_full or isinstance(error, KeyboardInterrupt)):
+                reset.remove(fresh)
+            raise
+        reset.replace(self.directory)
+        self.held.hold(self.directory)
+
+    def begin(self, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
+        """Writes the settings of a new run, or compares those of a resumed one with its own."""
+        from hipgpt_jax.training import settings
+
+        if not train_flags.RESUME.value:
+            settings.begin(self.directory, model, train)
+            return
+        at = self.resume_at or 0
+        for line in settings.require_same(self.directory, model, train, at=at, extend=train_flags.EXTEND.value):
+            train_report.note(line)
+        states.set_damaged_aside(self.directory, self.resume_at)
+        settings.extend(self.directory, train, at)
+
+    def saved(self, at: int) -> None:
+        """Deletes the run that this one replaced, as soon as this one has a checkpoint."""
+        if problem := reset.finish(self.directory):
+            train_report.note(f"step {at} is saved, but the run before --reset could not be deleted: {problem}")
+
+    def undo(self) -> None:
+        """Restores the run that this one replaced, where this one has no checkpoint yet."""
+        try:
+            line = reset.recover(self.directory)
+        except (OSError, ValueError) as error:
+            line = f"the run before --reset could not be moved back: {error}"
+        if line:
+            train_report.note(line)
+
+    def _check_new(self) -> None:
+        here = self.directory
+        is_begun = directory.is_begun(here)
+        if is_begun and not train_flags.RESET.value:
+            if (here / dataset.MANIFEST_NAME).is_file():
+                dataset.require_same(here, **_sources())
+            raise ValueError(
+                f"run {here.name!r} exists already: --resume goes on with it, --reset deletes it and starts anew"
+            )
+        if here.is_dir():
+            if other := reset.foreign(here):
+                raise ValueError(
+                    f"{here} exists and is no run, or not only that: it holds {other.relative_to(here)}. Give another "
+                    f"--run-name, or move that elsewhere"
+                )
+            if not is_begun and not reset.is_leftover(here):
+                raise ValueError(f"{here} exists and is no run: give another --run-name")
+            if os.path.ismount(os.path.realpath(here)):
+                raise ValueError(f"{here} is a mount point, which cannot be replaced: mount the directory above it")
+            reset.require_writable(here)
+        if os.path.lexists(old := directory.beside(here, "old")):
+            raise ValueError(f"{old} is in the way, where --reset keeps a run until the new one is saved: move it away")
+        reset.require_outside(here, _files())
+
+    def _check_resumed(self) -> None:
+        here = self.directory
+        if not (directory.is_begun(here) or (here / directory.SETTINGS_NAME).is_file()):
+            raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
+        reset.require_writable(here)
+        if (here / dataset.MANIFEST_NAME).is_file():
+            missing = [path for path in train_flags.DATA_PATH.value if not Path(path).exists()]
+            if missing:
+                train_report.note(f"{missing[0]} is not there to be compared: resuming with the run's own tokens")
+            else:
+                dataset.require_same(here, **_sources())
+        _check_prompt(here)
+        self.resume_at, lines = states.choose(here)
+        if self.resume_at is None:
+            self._check_unsaved()
+            lines = ["no training state was saved yet: beginning at the first step"]
+        for line in lines:
+            train_report.note(line)
+        reset.remove_temporaries(here)
+        reset.remove(directory.beside(here, "new"))
+
+    def _check_unsaved(self) -> None:
+        """Raises ValueError where the run had a training state: ``latest`` names a step only when that is complete."""
+        here = self.directory
+        if os.path.lexists(here / directory.LATEST_CONFIG):
+            steps = directory.steps(here)
+            raise ValueError(
+                f"run {here.name!r} has weights{f' of step {steps[-1]}' if steps else ''} but no training state in "
+                f"{here / directory.TRAIN_STATE_NAME}: it cannot be resumed. Restore that from a copy, or start again "
+                f"with --reset"
+            )
+
+
+def _check_prompt(where: Path) -> None:
+    if train_flags.SAMPLE_EVERY.value and (where / dataset.TOKENIZER_NAME).is_file():
+        vocabulary = tokenizer.Tokenizer.load(where / dataset.TOKENIZER_NAME)
+        if not vocabulary.encode(train_flags.SAMPLE_PROMPT.value):
+            raise ValueError(
+                f"--sample-prompt {train_flags.SAMPLE_PROMPT.value!r} has no token in the run's vocabulary"
+            )
+
+
+def _sources() -> dict[str, Any]:
+    """The arguments of ``dataset.prepare`` and ``dataset.require_same``."""
+    given = train_flags.TOKENIZER_PATH.value
+    return {
+        "sources": [Path(path) for path in train_flags.DATA_PATH.value],
+        "vocab_size": train_flags.VOCAB_SIZE.value,
+        "text_field": train_flags.TEXT_FIELD.value,
+        "tokenizer_path": None if given is None else Path(given),
+    }
+
+
+def _files() -> list[Path]:
+    """The files that a new run is made from."""
+    sources = _sources()
+    given = [file.path for file in documents.find(sources["sources"])]
+    return given if sources["tokenizer_path"] is None else [*given, sources["tokenizer_path"]]

@@ -1,0 +1,160 @@
+"""Command lines and flag files: spellings, values of the wrong type, text that is not UTF-8."""
+
+from pathlib import Path
+
+import programs
+import pytest
+from absl import flags
+
+from hipgpt_jax import cli as package
+from hipgpt_jax.cli import arguments, doctor, evaluate, generate, inspect, plot, program, replay, train_flags
+
+FLAGS = {
+    "doctor": doctor.FLAGS,
+    "evaluate": evaluate.FLAGS,
+    "generate": generate.FLAGS,
+    "inspect": inspect.FLAGS,
+    "plot": plot.FLAGS,
+    "replay": replay.FLAGS,
+    "train": train_flags.FLAGS,
+}
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> flags.FlagValues:
+    """Flags of each type, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    made = flags.FlagValues()
+    flags.DEFINE_string("prompt", None, "", flag_values=made)
+    flags.DEFINE_multi_string("stop", [], "", flag_values=made)
+    flags.DEFINE_string("run-name", None, "", flag_values=made)
+    flags.DEFINE_string("output", None, "", flag_values=made)
+    flags.DEFINE_integer("num_tokens", 50, "", flag_values=made)
+    flags.DEFINE_integer("smooth", 1, "", lower_bound=1, flag_values=made)
+    flags.DEFINE_float("temp", 1.0, "", flag_values=made)
+    flags.DEFINE_enum("unit", None, ["byte", "token"], "", flag_values=made)
+    flags.DEFINE_list("ids", None, "", flag_values=made)
+    flags.DEFINE_boolean("stream", True, "", flag_values=made)
+    return made
+
+
+def parsed(values: flags.FlagValues, *words: str) -> dict[str, object]:
+    """Returns the flags that a command line sets."""
+    assert program.parse(values, words) is None
+    return {name: values[name].value for name in values if values[name].present}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--run_name", "a", "--num-tokens=3"], {"run-name": "a", "num_tokens": 3}),
+        (["--stop", "a", "--stop=b", "--nostream"], {"stop": ["a", "b"], "stream": False}),
+        (["--no-stream", "--stream"], {"stream": True}),
+        (["--temp", "-1", "--prompt", "--temp"], {"temp": -1.0, "prompt": "--temp"}),
+        (["--prompt", "--help"], {"prompt": "--help"}),
+        (["--prompt", "--"], {"prompt": "--"}),
+        (["--prompt", "--flagfile=a.flags"], {"prompt": "--flagfile=a.flags"}),
+        (["--prompt", "--flagfile", "--num_tokens", "4"], {"prompt": "--flagfile", "num_tokens": 4}),
+        (["--flagfile=a.flags"], {"num_tokens": 7}),
+        (["-flagfile", "a.flags", "--num_tokens=8"], {"num_tokens": 8}),
+        (["--num_tokens=8", "--flagfile", "a.flags"], {"num_tokens": 7}),
+    ],
+)
+def test_values_of_flags(values: flags.FlagValues, words: list[str], expected: dict[str, object]) -> None:
+    Path("a.flags").write_text("--num_tokens=7\n")
+    assert parsed(values, *words) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"--run-name shakespeare\n", {"run-name": "shakespeare"}),
+        (b"--run-name   shakespeare  \n", {"run-name": "shakespeare"}),
+        (b"--run_name\nshakespeare\n", {"run-name": "shakespeare"}),
+        (BOM + b"--run-name=a\r\n\r\n# --frob\r\n// --frob\r\n  --nostream  \r\n", {"run-name": "a", "stream": False}),
+        (
+            b"--prompt=To be,  \n--num_tokens=5  \n--unit=byte \n",
+            {"prompt": "To be,  ", "num_tokens": 5, "unit": "byte"},
+        ),
+        (b"--prompt To be, or not  \n", {"prompt": "To be, or not  "}),
+        (b"--prompt==\n--stop=\t# no comment\n", {"prompt": "=", "stop": ["\t# no comment"]}),
+        (b"--prompt=caf\xe9 \xc3\xa9\n--output=\xe9.jsonl", {"prompt": "caf\ufffd é", "output": "\udce9.jsonl"}),
+        (b"--flagfile=inner.flags\n--num_tokens=9", {"temp": 0.5, "num_tokens": 9}),
+        (b"--flagfile inner.flags \n--flagfile=inner.flags\n", {"temp": 0.5, "num_tokens": 3}),
+        (b"--prompt=--flagfile=inner.flags\n", {"prompt": "--flagfile=inner.flags"}),
+        (b"--prompt\n--flagfile=inner.flags\n", {"prompt": "--flagfile=inner.flags"}),
+        ("--prompt=a\u2028b\x0cc\n".encode(), {"prompt": "a\u2028b\x0cc"}),
+    ],
+)
+def test_flag_files(values: flags.FlagValues, content: bytes, expected: dict[str, object]) -> None:
+    Path("inner.flags").write_text("--temp=0.5\n--num_tokens=3\n")
+    Path("a.flags").write_bytes(content)
+    assert parsed(values, "--flagfile=a.flags") == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num_tokens x", "--num_tokens must be an integer: got 'x'"),
+        ("--num_tokens 1e1", "--num_tokens must be an integer: got '1e1'"),
+        ("--num_tokens=", "--num_tokens must be an integer: got ''"),
+        ("--num_tokens " + "9" * 5000, "--num_tokens must be an integer: got '9+'"),
+        ("--smooth 0", "--smooth must be a positive integer: got '0'"),
+        ("--temp hot", "--temp must be a number: got 'hot'"),
+        ("--unit word", "--unit must be one of byte, token: got 'word'"),
+        ("--stream=maybe", "--stream must be true or false: got 'maybe'"),
+        ("--nostream=true", "--nostream takes no value: got 'true'"),
+        ('--ids="', "--ids must be values separated by commas: got '\"'"),
+        ("--frob", "Unknown command line flag 'frob'"),
+        ("--undefok=frob --frob", "Unknown command line flag 'undefok'"),
+        ("--num_token 3", "Unknown command line flag 'num_token'. Did you mean: num_tokens?"),
+        ("--prompt", "Missing value for flag --prompt"),
+        ("--flagfile", "--flagfile needs the name of a file"),
+        ("--flagfile=", "--flagfile needs the name of a file"),
+        ("--flagfile=none.flags", "flag file none.flags cannot be read: No such file or directory"),
+        ("--flagfile=.", "flag file . cannot be read: Is a directory"),
+        ("--flagfile=/dev/zero", "flag file /dev/zero is too large: it may have 1048576 bytes"),
+        ("--flagfile=wide.flags", "flag file wide.flags is not UTF-8 text"),
+        ("--flagfile=bad.flags", "bad.flags line 3: --temp must be a number: got 'hot'"),
+        ("--flagfile=word.flags", "word.flags line 1: unexpected argument 'word'"),
+        ("--flagfile=outer.flags", "circle.flags line 2: flag file ./outer.flags includes itself"),
+    ],
+)
+def test_a_mistake_is_named_in_our_words(values: flags.FlagValues, words: str, message: str) -> None:
+    Path("wide.flags").write_text("--temp=1", encoding="utf-16")
+    Path("bad.flags").write_text("# comment\n\n--temp=hot\n")
+    Path("word.flags").write_text("word\n")
+    Path("outer.flags").write_text("--flagfile=circle.flags\n")
+    Path("circle.flags").write_text("--temp=1\n--flagfile=./outer.flags\n")
+    with pytest.raises((flags.Error, ValueError)) as raised:
+        program.parse(values, words.split(" "))
+    assert str(raised.value).replace("9" * 5000, "9+").startswith(message)
+
+
+def test_text_flags_are_decoded_by_one_rule(values: flags.FlagValues) -> None:
+    """Bytes of a command line that are not UTF-8 become U+FFFD in text and stay what they are in paths."""
+    smuggled = b"caf\xc3\xa9 \xe9 \xf0\x9f".decode("ascii", "surrogateescape")
+    words = (f"--prompt={smuggled}", "--stop", smuggled, f"--ids=a,{smuggled}", f"--output={smuggled}")
+    text = "café \ufffd \ufffd"
+    assert parsed(values, *words) == {"prompt": text, "stop": [text], "ids": ["a", text], "output": smuggled}
+
+
+def test_every_flag_is_classified_as_text_or_not() -> None:
+    names = {"data-path", "device", "dtype", "html", "metrics", "output", "overflow", "prompts_file", "records"}
+    names |= {"run-dir", "run-name", "split", "step", "unit", "tokenizer-path", "weights-dtype", "mesh", "coordinator"}
+    strings = {
+        flag for values in FLAGS.values() for flag in values if "string" in values[flag].flag_type().split("enum")[0]
+    }
+    assert strings >= arguments.TEXT_FLAGS
+    assert strings - arguments.TEXT_FLAGS <= names, "add the new flag to TEXT_FLAGS, or to this list if it is no text"
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_help_is_ascii(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(FLAGS) == set(programs.MAINS)
+    result = programs.call(name, "--help", monkeypatch=monkeypatch, capsys=capsys)
+    assert result.code == 0
+    assert result.out.isascii()
+    assert all(f"--{flag}\n" in result.out or f"--[no]{flag}\n" in result.out for flag in FLAGS[name])
+    assert not package.interrupted

@@ -1,0 +1,141 @@
+"""One process at a time has a run."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from hipgpt_jax.runs import lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hipgpt_jax.runs import lock
+with lock.Lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's directory."""
+    path = tmp_path / "checkpoints" / "mine"
+    path.mkdir(parents=True)
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(lock.HeldError) as caught, lock.Lock(path):
+        pass
+    return str(caught.value)
+
+
+def test_a_second_holder_is_told_the_run_and_the_process_and_a_kill_frees_it(run: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        assert refused(run).startswith(f"run 'mine' is being trained by process {holder.pid}: ")
+        holder.kill()
+    assert (run.parent / ".mine.lock").exists()
+    with lock.Lock(run):
+        refused(run)
+    assert os.listdir(run.parent) == ["mine"]
+
+
+def test_a_run_is_the_same_behind_a_link_and_under_a_new_name(run: Path) -> None:
+    (run.parent / "alias").symlink_to("mine")
+    with lock.Lock(run) as held:
+        refused(run.parent / "alias")
+        held.require_same()
+        renamed = run.rename(run.parent / "renamed")
+        assert "is being trained by another process" in refused(renamed)
+        with pytest.raises(OSError, match="mine was moved, renamed or deleted while the run was trained"):
+            held.require_same()
+        run.mkdir()
+        with pytest.raises(OSError, match="was moved, renamed or deleted"):
+            held.require_same()
+    with lock.Lock(renamed):
+        pass
+
+
+def test_a_run_that_is_not_there_yet_is_locked_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "new"
+    with lock.Lock(path) as held:
+        refused(path)
+        held.require_same()
+    assert os.listdir(tmp_path) == []
+    with lock.Lock(path) as held:
+        (path.parent / ".new.new").mkdir()
+        (path.parent / ".new.new").rename(path)
+        held.hold(path)
+        path.rename(path.parent / "other")
+        refused(path.parent / "other")
+    assert os.listdir(path.parent) == ["other"]
+
+
+def test_of_many_that_try_at_once_one_has_it(tmp_path: Path) -> None:
+    """The holder removes the lock's file, which another may have opened already."""
+    path, holders, most, taken = tmp_path / "run", [0], [0], [0]
+
+    def work() -> None:
+        for _ in range(150):
+            try:
+                with lock.Lock(path):
+                    holders[0] += 1
+                    most[0] = max(most[0], holders[0])
+                    taken[0] += 1
+                    holders[0] -= 1
+            except lock.HeldError:
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert taken[0] > 150
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.Lock(run), lock.Lock(run):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda run: (run.rmdir(), run.touch()), "mine is a file, not the directory of a run"),
+        (lambda run: (run.rmdir(), run.symlink_to("/nosuch/disk/x")), "is a link to /nosuch/disk/x: there is no"),
+        (lambda run: (run.rmdir(), run.symlink_to("mine")), "Too many levels of symbolic links"),
+        (lambda run: (run.rmdir(), run.parent.rmdir(), run.parent.touch()), "checkpoints is not a directory"),
+        (lambda run: (run.rmdir(), run.parent.rmdir(), run.parent.symlink_to("/nosuch/x")), "is not a directory"),
+    ],
+)
+def test_what_cannot_be_a_runs_directory_is_named(run: Path, make, message: str) -> None:
+    make(run)
+    with pytest.raises((OSError, ValueError), match=message), lock.Lock(run):
+        pass
+    assert not Path("/nosuch").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_in_a_directory_of_others_is_locked_by_itself(run: Path) -> None:
+    (run.parent / "mine").rename(run.parent.parent / "mine")
+    run.symlink_to("../mine")
+    run.parent.parent.chmod(0o555)
+    try:
+        with lock.Lock(run):
+            refused(run)
+    finally:
+        run.parent.parent.chmod(0o755)

@@ -1,0 +1,125 @@
+"""Training states are compared with their digests before anything reads them."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import fakes
+import pytest
+
+from hipgpt_jax.runs import states
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with the states of steps 4 and 6."""
+    for at in (4, 6):
+        fakes.make_state(tmp_path / "run", at)
+    return tmp_path / "run"
+
+
+def files_of(state: Path) -> list[Path]:
+    return sorted(path for path in state.rglob("*") if path.is_file())
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_whole_states_are_found_and_the_newest_is_chosen(run: Path) -> None:
+    assert states.verify_states(run) == [states.State(step=4, fault=None), states.State(step=6, fault=None)]
+    assert states.choose(run) == (6, [])
+    assert states.choose(run.parent) == (None, [])
+
+
+def test_any_flipped_bit_of_a_real_state_is_noticed(trained: Path, tmp_path: Path) -> None:
+    """In the files that Orbax wrote, and in the digests themselves."""
+    run = Path(shutil.copytree(trained / "checkpoints/tiny", tmp_path / "tiny", symlinks=True))
+    assert states.choose(run) == (40, [])
+    draw = random.Random(26)
+    paths = files_of(states.path_of(run, 40))
+    assert len(paths) > 10
+    for number in range(80):
+        path = paths[number % len(paths)]
+        bit = draw.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        assert states.verify(run, 40).fault is not None, (path, bit)
+        flip(path, bit)
+    flip(paths[-1], 0)
+    at, (note,) = states.choose(run)
+    assert at == 20
+    assert note.startswith("the training state of step 40 is damaged (")
+    assert note.endswith("): resuming from the state of step 20")
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "default/d/5c1e", "sha256.json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "grown", "missing", "link", "directory"])
+def test_a_file_of_another_kind_or_size_is_noticed(run: Path, name: str, damage: str) -> None:
+    path = states.path_of(run, 6) / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "link":
+        (run / "elsewhere").write_bytes(data[1:])
+        path.symlink_to(run / "elsewhere")
+    elif damage == "directory":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes({"empty": b"", "cut": data[:-9], "grown": data + b"\0"}[damage])
+    at, (note,) = states.choose(run)
+    assert at == 4
+    assert str(path) in note or "no sha256.json" in note
+
+
+@pytest.mark.parametrize("extra", ["default/d/0000", "notes.txt", "default/link"])
+def test_a_file_that_does_not_belong_to_a_state_is_named(run: Path, extra: str) -> None:
+    path = states.path_of(run, 6) / extra
+    path.symlink_to(run) if "link" in extra else path.touch()
+    assert states.verify(run, 6).fault == f"{path} does not belong to it"
+    assert list(states.foreign(run)) == [path]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": {}}', '{"files": {"a": 1}}', '{"files": {"a": "00"}}', '{"files": [1e400]}']
+)
+def test_digests_that_are_none_are_named(run: Path, text: str) -> None:
+    path = states.path_of(run, 6) / "sha256.json"
+    path.write_text(text)
+    assert states.verify(run, 6).fault == f"{path} is not a file of digests"
+
+
+def test_no_intact_state_is_one_line_with_every_fault(run: Path) -> None:
+    flip(states.path_of(run, 6) / "default/d/5c1e", 77)
+    (states.path_of(run, 4) / "default/d/5c1e").unlink()
+    with pytest.raises(ValueError, match=r"run 'run' cannot be resumed: .*step 6 .*5c1e was changed.*step 4 .*missing"):
+        states.choose(run)
+
+
+def test_a_state_without_digests_serves_only_where_no_other_has_any(run: Path) -> None:
+    """An older version wrote none; of a newer one it is a save that was cut short."""
+    fakes.make_state(run, 8, sealed=False)
+    at, (note,) = states.choose(run)
+    assert (at, "step 8 is damaged (no sha256.json: its save was cut short)" in note) == (6, True)
+    for step in (4, 6):
+        (states.path_of(run, step) / "sha256.json").unlink()
+    assert states.choose(run) == (8, ["the training state of step 8 has no digests, so it is not checked"])
+
+
+def test_damaged_states_are_set_aside_until_the_next_is_saved(run: Path) -> None:
+    (run / "train_state/9.orbax-checkpoint-tmp-1").mkdir()
+    states.set_damaged_aside(run, 4)
+    assert sorted(os.listdir(run / "train_state")) == ["4", "6.damaged"]
+    assert states.steps(run) == [4]
+    fakes.make_state(run, 6)
+    states.set_damaged_aside(run, 4)  # damaged again: the newer one stays
+    states.remove_damaged(run)
+    assert sorted(os.listdir(run / "train_state")) == ["4"]
+
+
+def test_the_digests_are_those_of_the_files(run: Path) -> None:
+    state = states.path_of(run, 4)
+    found = json.loads((state / "sha256.json").read_text())["files"]
+    assert set(found) == {"_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d/5c1e"}

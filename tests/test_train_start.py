@@ -1,0 +1,205 @@
+"""How ``hipgpt-train`` starts: what is refused before anything is changed, and how a run is stopped and resumed."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fakes
+import jax
+import programs
+import pytest
+
+from hipgpt_jax.cli import program, train_flags, train_start
+from hipgpt_jax.runs import lock, states
+
+TINY = (
+    *("--data-path", "text.txt", "--vocab-size", "256", "--warmup-steps", "2", "--mesh", "data=1"),
+    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16"),
+)
+Run = Callable[..., programs.Result]
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion() -> Iterator[None]:
+    """Optax 0.2.8 itself promotes a Python float with an integer count; our own code is tested strictly elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a text and a run ``mine``, whose training states are no real ones."""
+    run = fakes.make_run(tmp_path / "checkpoints", "mine", steps=(2, 4))
+    for at in (2, 4):
+        fakes.make_state(run, at)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``hipgpt-train`` in this process."""
+    return lambda *arguments: programs.call("train", *TINY, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))}
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        (None, ("--run-name", "mine"), "run 'mine' exists already: --resume goes on with it"),
+        (None, ("--reset", "--sample-every", "1", "--sample-prompt", ""), "--sample-prompt must be a text of at least"),
+        (None, ("--reset", "--data-path", "checkpoints/mine/metrics.jsonl"), "lies in the directory of the run"),
+        (None, ("--reset", "--tokenizer-path", "checkpoints/mine/tokenizer.json"), "lies in the directory of the run"),
+        (None, ("--reset", "--data-path", "checkpoints/mine"), "lies in the directory of the run"),
+        (None, ("--run-name", "n" * 240), "run name of 240 bytes is too long"),
+        (None, ("--run-name", "r\udcff"), "run name must be a plain name in Unicode"),
+        (None, ("--run-name", "r\x9b"), "run name must be a plain name in Unicode"),
+        (lambda run: shutil.rmtree(run / "train_state"), ("--resume",), "has weights of step 4 but no training state"),
+        (lambda run: damage(run / "train_state/2/sha256.json") or damage(run / "train_state/4/default/d/5c1e"),
+         ("--resume",), "cannot be resumed: the training state of step 4 is damaged"),
+        (lambda run: (run / "thesis.txt").touch(), ("--reset",), "it holds thesis.txt"),
+        (lambda run: (run / "train_state/2/thesis.txt").touch(), ("--reset",), "it holds train_state/2/thesis.txt"),
+        (lambda run: (run.parent / ".mine.old").touch(), ("--reset",), r"\.mine\.old is in the way"),
+        (lambda run: (run / "best_config.json").mkdir(), ("--resume",), "best_config.json is not a file"),
+    ],
+)  # fmt: skip
+def test_what_would_end_a_run_is_refused_before_anything_changes(
+    run: Run, work: Path, prepare: Callable[[Path], object] | None, arguments: tuple[str, ...], message: str
+) -> None:
+    if prepare:
+        prepare(work / "checkpoints/mine")
+    (work / "checkpoints/mine/metrics.jsonl").touch()
+    before = tree(work)
+    result = run("--run-name", "mine", *arguments)
+    assert (result.code, result.out) == (1, "")
+    (line,) = (line for line in result.err.splitlines() if line.startswith("train: error: "))
+    assert result.err.splitlines()[-1] == line
+    assert re.search(message, line), line
+    assert tree(work) == before
+
+
+def test_a_run_that_is_being_trained_is_left_alone(run: Run, work: Path) -> None:
+    before = tree(work)
+    with lock.Lock(Path("checkpoints/mine")):
+        for more in ((), ("--resume",), ("--reset",)):
+            line = run("--run-name", "mine", *more).err.splitlines()[-1]
+            assert line.startswith(f"train: error: run 'mine' is being trained by process {os.getpid()}: ")
+    assert tree(work) == before
+
+
+def test_runs_without_a_name_never_share_one(work: Path) -> None:
+    program.parse(train_flags.FLAGS, [])
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(train_start._lock())[0].name for _ in range(3)]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("name", ["reset", "resume", "a b", "--x", "it's", "$HOME", "näme", "=", "--reset=true"])
+def test_the_command_to_resume_is_what_was_given(name: str) -> None:
+    given = [
+        "--run-name",
+        name,
+        "--reset=true",
+        "--data_path=a b.txt",
+        "--data-path",
+        "c",
+        "--noremat",
+        "--lr",
+        "1e-05",
+    ]
+    program.parse(train_flags.FLAGS, [*given, "--tensorboard", "--sample-prompt", "the king"])
+    expected = {flag: train_flags.FLAGS[flag].value for flag in train_flags.FLAGS} | {"reset": False, "resume": True}
+    words = shlex.split(train_flags.resume_command(name))
+    assert words[0] == "hipgpt-train"
+    program.parse(train_flags.FLAGS, words[1:])
+    assert {flag: train_flags.FLAGS[flag].value for flag in train_flags.FLAGS} == expected
+
+
+def test_the_command_to_resume_is_one_line_of_shell() -> None:
+    program.parse(train_flags.FLAGS, ["--sample-prompt", "a\n'\\é\x1b", "--run-name", "r"])
+    command = train_flags.resume_command("r")
+    assert command == r"hipgpt-train --run-name r --sample-prompt $'a\x0a\x27\x5c\xc3\xa9\x1b' --resume"
+
+
+def test_a_damaged_state_falls_back_to_the_older_one_and_to_the_same_bits(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a bit flipped in the largest file of the newest state, after the directory was renamed."""
+    shutil.copy(trained / "text.txt", tmp_path)
+    path = Path(shutil.copytree(trained / "checkpoints/tiny", tmp_path / "checkpoints/moved", symlinks=True))
+    monkeypatch.chdir(tmp_path)
+    whole = (path / "tiny_step40.bin").read_bytes()
+    largest = max(states.path_of(path, 40).rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    (path / ".tiny_step33.bin.99.tmp").touch()
+    flags = "--data-path text.txt --run-name moved --vocab-size 300 --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2"
+    before = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    arguments = (*flags.split(), "--warmup-steps", "5", "--mesh", "data=1", "--resume")
+    result = programs.call("train", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert result.code == 0, result.err
+    assert f"the training state of step 40 is damaged ({largest.relative_to(tmp_path)} was changed)" in result.err
+    assert (path / "moved_step40.bin").read_bytes() == whole
+    assert not (path / "tiny_step40.bin").exists()
+    after = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "validation_loss")
+    assert [{k: line.get(k) for k in kept} for line in after] == [{k: line.get(k) for k in kept} for line in before]
+    assert [state.fault for state in states.verify_states(path)] == [None, None]
+    assert not list(path.rglob("*.damaged")) + list(path.rglob(".*.tmp"))
+
+
+def test_a_reset_that_cannot_train_leaves_the_old_run(run: Run, work: Path) -> None:
+    before = tree(work / "checkpoints/mine")
+    result = run("--run-name", "mine", "--reset", "--steps", "9", "--lr", "1e38", "--clip", "1e38", "--log-every", "1")
+    assert result.code == 1
+    assert "run 'mine' is again what it was before --reset" in result.err
+    assert tree(work / "checkpoints/mine") == before
+    result = run("--run-name", "mine", "--reset", "--steps", "2", "--seed", "5")
+    assert result.code == 0, result.err
+    assert sorted(os.listdir(work / "checkpoints")) == ["mine"]
+    assert not (work / "checkpoints/mine/mine_step4.bin").exists()
+
+
+def test_a_hangup_and_a_closed_pipe_save_the_run(run: Run, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hipgpt_jax.training import metrics
+
+    append = metrics.append
+
+    def hang_up(path: Path, line: dict[str, float]) -> None:
+        append(path, line)
+        if line["step"] == 3:
+            signal.raise_signal(signal.SIGHUP)
+
+    flags = ("--run-name", "long", "--steps", "500", "--ckpt-every", "500", "--log-every", "1", "--eval-batches", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics, "append", hang_up)
+        result = run(*flags)
+    assert (result.code, "stopped and saved at step 3; to go on: hipgpt-train " in result.err) == (0, True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patched, open(writer, "w") as pipe:
+        patched.setattr(sys, "stdout", pipe)
+        result = run(*flags, "--resume")
+    assert result.code == 141
+    assert "stdout cannot be written (Broken pipe): stopping after this step" in result.err
+    (found,) = (line for line in result.err.splitlines() if line.startswith("stopped and saved at step "))
+    latest = json.loads((work / "checkpoints/long/latest_config.json").read_text())["checkpoint"]["step"]
+    assert found.startswith(f"stopped and saved at step {latest};")
+    assert 4 <= latest < 10
+    assert states.choose(work / "checkpoints/long") == (latest, [])
