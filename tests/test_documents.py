@@ -249,7 +249,7 @@ def tar() -> bytes:
         ("to be".encode("utf-16"), "is UTF-16 text: it must be UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 FILE"),
         (b"\xfe\xff" + "to be".encode("utf-16-be"), "is UTF-16 text"),
         ("to be".encode("utf-32"), "is UTF-32 text"),
-        (gzip.compress(b"to be"), "is gzip data: give it a name that ends in .gz"),
+        (gzip.compress(b"to be", mtime=0), "is gzip data: give it a name that ends in .gz"),
         (zstandard.compress(b"to be"), "is Zstandard data: give it a name that ends in .zst"),
         (tar(), "is a tar archive: unpack it, and give the unpacked file or directory"),
         (b"PK\x03\x04\x14\0", "is a zip archive: unpack it"),
