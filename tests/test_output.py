@@ -6,11 +6,14 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import records
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hipgpt_jax.runs import output, record
 
@@ -30,9 +33,9 @@ def samples_in(path: Path) -> list[int]:
 def test_lines_are_appended_and_known_again(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = [records.make_record(sample=i) for i in range(2)]
-    assert fill(path, *first).done == {}
+    assert len(fill(path, *first).done) == 0
     again = fill(path, records.make_record(sample=2, id="q"))
-    assert again.done.keys() == {("p1", 0), ("p1", 1)}
+    assert (len(again.done), list(again.done.missing("p1", 3)), list(again.done.missing("q", 2))) == (2, [2], [0, 1])
     assert list(record.read(path)) == [*first, records.make_record(sample=2, id="q")]
 
 
@@ -79,7 +82,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
     for cut in range(start + 1, len(whole), 97):
         path.write_bytes(whole[:cut])
         out = fill(path, records.make_record(sample=1))
-        assert (out.done.keys(), out.dropped) == ({("p1", 0)}, cut - start)
+        assert (len(out.done), list(out.done.missing("p1", 2)), out.dropped) == (1, [1], cut - start)
         assert path.read_bytes() == whole
 
 
@@ -124,21 +127,92 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record())
     out = output.Output(path)
-    same = output.basis(json.loads(records.make_record().to_json()))
-    common = {name: same[name] for name in ("window", "weights", "decode_width")}
-    out.require_same({"p1": same}.get, {})
-    out.require_same({}.get, common)
-    changes = {"seed": 8, "temperature": 0.5, "stop": ["x"], "window": 9, "weights": "0" * 64, "decode_width": 2}
-    changes |= {"environment": ["jax_enable_x64=True"]}
-    for name, value in changes.items():
-        with pytest.raises(ValueError, match=f"made by other settings: {name} .* in sample 0 of p1, .* now"):
-            out.require_same({"p1": {**same, name: value}}.get, common)
-    for name in common:
-        with pytest.raises(ValueError, match=f"made by other settings: {name} .* in sample 0 of p1, .* now"):
-            out.require_same({}.get, {**common, name: changes[name]})
-    with pytest.raises(ValueError, match=r"other settings: prompt 'To be' in .*, 'Not to be' now"):
-        out.require_same({"p1": {**same, "prompt": "Not to be"}}.get, common)
+    value = json.loads(records.make_record().to_json())
+    own, shared = output.own_basis(value), output.shared_basis(value)
+    out.require_same("p1", own)
+    out.require_same("another", {**own, "seed": 8})
+    out.require_shared(shared)
+    said = "made by other settings: {} .* in sample 0 of p1, .* now"
+    for name, other in {"seed": 8, "temperature": 0.5, "stop": ["x"], "prompt": "Not to be"}.items():
+        with pytest.raises(ValueError, match=said.format(name)):
+            out.require_same("p1", {**own, name: other})
+    changes = {"window": 9, "weights": "0" * 64, "decode_width": 2, "environment": ["jax_enable_x64=True"]}
+    for name, other in changes.items():
+        with pytest.raises(ValueError, match=said.format(name)):
+            out.require_shared({**shared, name: other})
     out.close()
+
+
+def test_every_setting_of_a_record_is_in_one_basis_or_the_other() -> None:
+    value = json.loads(records.make_record().to_json())
+    known = {*output.own_basis(value), *output.shared_basis(value)}
+    assert known >= set(value["settings"])
+    assert known >= set(value["numerics"]) - {"machine", "processor", "instruction_sets", "cores"}
+
+
+def test_a_prompt_whose_records_were_made_by_several_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path, records.make_record(sample=0), records.make_record(sample=1, seed=8))
+    out = output.Output(path)
+    assert out.seeds == {7, 8}
+    with pytest.raises(ValueError, match="other settings: seed 8 in sample 1 of p1, 7 now"):
+        out.require_same("p1", output.own_basis(json.loads(records.make_record().to_json())))
+    out.close()
+
+
+@given(st.lists(st.integers(0, 3000), unique=True, max_size=60), st.integers(0, 3200), st.integers(0, 3200))
+@settings(deadline=None, derandomize=True, database=None, max_examples=200)
+def test_samples_are_a_set_whatever_their_order(added: list[int], number: int, first: int) -> None:
+    found = output.Samples()
+    assert all(found.add("a", sample, "basis") for sample in added)
+    assert not any(found.add("a", sample, "basis") for sample in added)
+    assert (len(found), "a" in found, "b" in found) == (len(added), bool(added), False)
+    assert list(found.missing("a", number, first)) == sorted(set(range(first, number)) - set(added))
+    assert found.count("a", number) == sum(sample < number for sample in added)
+    assert not found.differs("a", "basis")
+
+
+def test_finished_samples_take_little_memory() -> None:
+    tracemalloc.start()
+    found = output.Samples()
+    for sample in range(100_000):
+        found.add("in order", sample, "basis")
+    for sample in range(99_999, -1, -1):
+        found.add("backwards", sample, "basis")
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 100_000  # a set of the keys alone took 156 bytes per sample
+    assert next(found.missing("in order", 10**9)) == 100_000  # by arithmetic, not by counting
+
+
+def test_overwriting_replaces_files_of_records_alone(tmp_path: Path) -> None:
+    path = tmp_path / "thesis.txt"
+    for content in ("all of my work\n", '{"prompt":"ROMEO:"}\n', '{"schema":1}', " "):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"--overwrite replaces files of records, and .* does not begin with one"):
+            output.Output(path, overwrite=True)
+        assert path.read_text() == content
+    path.write_text("")
+    fill(path, records.make_record(), overwrite=True)
+    assert samples_in(path) == [0]
+
+
+@pytest.mark.parametrize("content", ['{"schema":1}', '{"schema":', "{", '{"schema":1,"contr', "no record"])
+def test_a_file_that_may_be_somebody_elses_is_not_cut(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="line 1 is not a record: use another --output"):
+        output.Output(path)
+    assert path.read_text() == content
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path, records.make_record(sample=0))
+    path.write_bytes(path.read_bytes().rstrip())
+    out = fill(path, records.make_record(sample=1))
+    assert (len(out.done), out.dropped) == (1, 0)
+    assert samples_in(path) == [0, 1]
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
