@@ -1,10 +1,17 @@
 """Files of prompts, good ones and broken ones."""
 
+import gzip
+import io
 import json
+import random
+import re
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
+import zstandard
 from hypothesis import strategies as st
 
 from hipgpt_jax.text import prompts
@@ -52,16 +59,20 @@ def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> 
         (b'{"prompt": "a"}\n{"prompt": 3}', r"line 2: prompt must be a text .*: got 3"),
         (b'{"prompt": "a"', r"line 1: not JSON: Expecting ',' delimiter at column 15"),
         (b'["a"]', "line 1: must be a JSON object with a prompt: got list"),
-        (b'{"prompt": "a", "temperature": 1}', "line 1: unknown key 'temperature': the keys are id, prompt, seed"),
-        (b'{"prompt": "a", "prompt": "b"}', "line 1: key 'prompt' is there twice"),
+        (b'{"prompt": "a", "heat": 1}', "line 1: unknown key 'heat': the keys are id, prompt, seed"),
+        (b'{"prompt": "a", "temp": 1, "temperature": 1}', "line 1: temp is given twice, once under another name"),
+        (b'{"prompt": "a", "prompt": "b"}', "line 1: not JSON: key 'prompt' appears twice"),
         (b'{"prompt": "a", "id": 3}', "line 1: id must be a text .*: got 3"),
         (b'{"prompt": "a", "id": "\\ud800"}', "line 1: id must be a text .* in UTF-8"),
         (b'{"prompt": "a", "stop": "\\ud800"}', "line 1: stop must be a text .* in UTF-8"),
-        (b'{"prompt": "a", "temp": 1' + b"0" * 400 + b"}", "line 1: int too large to convert to float"),
+        (
+            b'{"prompt": "a", "temp": 1' + b"0" * 400 + b"}",
+            "line 1: not JSON: the number 10000000000000000... has 401 digits",
+        ),
         (b'{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', "line 3: id 'x' is that of line 1 too"),
         (b'{"prompt": "a", "temp": -1}', "line 1: temp must be at least 0"),
         (b'{"prompt": "a", "temp": "hot"}', "line 1: temp must be a number: got 'hot'"),
-        (b'{"prompt": "a", "temp": NaN}', "line 1: temp must be a finite number"),
+        (b'{"prompt": "a", "temp": NaN}', "line 1: not JSON: NaN is not a JSON number"),
         (b'{"prompt": "a", "top_k": 1.5}', "line 1: top_k must be an integer"),
         (b'{"prompt": "a", "top_k": true}', "line 1: top_k must be a number: got True"),
         (b'{"prompt": "a", "seed": -1}', "line 1: seed must be an integer of at least 0"),
@@ -85,6 +96,101 @@ def test_a_broken_file_is_told_with_the_line_and_the_reason(tmp_path: Path, cont
 def test_json_lines_are_known_by_more_names(tmp_path: Path, suffix: str) -> None:
     (prompt,) = prompts.read(write(tmp_path / f"p{suffix}", '{"prompt": "a", "top_logprobs": 3}'))
     assert (prompt.text, prompt.generation["top_logprobs"]) == ("a", 3)
+
+
+def test_the_names_of_settings_in_records_are_accepted(tmp_path: Path) -> None:
+    line = '{"prompt": "a", "temperature": 0.5, "repetition_penalty": 1.5}'
+    (prompt,) = prompts.read(write(tmp_path / "p.jsonl", line))
+    assert prompt.sampling == {"temperature": 0.5, "repetition_penalty": 1.5}
+    assert prompt.name == prompts.Prompt(text="a", sampling={"temperature": 0.5, "repetition_penalty": 1.5}).name
+
+
+@pytest.mark.parametrize(("packing", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_a_file_may_be_compressed(tmp_path: Path, packing: str, pack: Callable[[bytes], bytes]) -> None:
+    path = write(tmp_path / f"p.jsonl{packing}", pack(b'{"prompt": "a"}\n   \n{"prompt": "b"}\n'))
+    assert [prompt.text for prompt in prompts.read(path)] == ["a", "b"]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises((ValueError, OSError), match=re.escape(str(path))):
+        prompts.read(path)
+
+
+def test_a_pipe_is_read_by_its_first_line_and_repeatedly() -> None:
+    for content, texts in ((b'{"prompt": "a"}\n', ["a"]), (b"a\nb\n", ["a", "b"])):
+        found = prompts.File(Path("stdin"), io.BytesIO(content))
+        for _ in range(2):
+            assert [prompt.text for prompt in found] == texts
+
+
+def test_a_name_that_hides_json_lines_gets_a_hint(tmp_path: Path) -> None:
+    found = prompts.File(write(tmp_path / "p.txt", '{"prompt": "a"}\n'))
+    assert [prompt.text for prompt in found] == ['{"prompt": "a"}']
+    assert "the name of a file of JSON lines must end in .jsonl" in str(found.hint)
+    assert prompts.File(write(tmp_path / "q.txt", "a\n")).hint is None
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", "one\ntwo\n")
+    found = prompts.File(path)
+    assert len(list(found)) == 2
+    path.write_text("one\ntwo\nthree\n")
+    with pytest.raises(ValueError, match="was changed while it was being read"):
+        list(found)
+
+
+def test_a_line_of_any_length_takes_bounded_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt.gz", gzip.compress(b"a" * (prompts.MAX_LINE_BYTES + 1) + b"\n"))
+    with pytest.raises(ValueError, match="line 1 is longer than 16 MiB"):
+        prompts.read(path)
+
+
+def test_prompts_are_told_apart_in_a_few_bytes_each() -> None:
+    names = prompts.Names()
+    tracemalloc.start()
+    for number in range(20_000):
+        names.add(prompts.Prompt(text=f"text {number % 19_000}"))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 16 * 20_000
+    order, starts = names.groups()
+    assert (len(order), len(starts)) == (20_000, 19_000)
+
+
+def test_one_id_for_two_prompts_is_refused() -> None:
+    one, other = prompts.Prompt(text="a", id="x"), prompts.Prompt(text="b", id="x")
+    prompts.require_distinct([one, one])
+    with pytest.raises(ValueError, match="prompt 2: id 'x' is that of prompt 1 too"):
+        prompts.require_distinct([one, other])
+
+
+def test_mutated_files_are_prompts_or_a_value_error(tmp_path: Path) -> None:
+    line = {"prompt": "To be", "id": "x", "seed": 7, "num_samples": 3, "stop": ["."], "temp": 0.5, "top_k": 9}
+    content = "".join(json.dumps({**line, "id": f"x{number}"}) + "\n" for number in range(3)).encode()
+    draw, messages = random.Random(0), []
+    nasty = (
+        b"\xff",
+        b"\0",
+        b"1e400",
+        b"NaN",
+        b"9" * 40,
+        b"[" * 3000,
+        b'"\\ud800"',
+        b"\n",
+        b"\xef\xbb\xbf",
+        b"1.0",
+        b"null",
+        b"{}",
+    )
+    for _ in range(600):
+        at, length = draw.randrange(len(content)), draw.choice((0, 1, 5, 30))
+        mutated = content[:at] + draw.choice((*nasty, draw.randbytes(3))) + content[at + length :]
+        path = write(tmp_path / "p.jsonl", mutated)
+        try:
+            assert all(prompt.text for prompt in prompts.read(path))
+        except ValueError as error:
+            messages.append(str(error))
+    assert messages
+    assert max(map(len, messages)) < 600
+    assert not any("\n" in message for message in messages)
 
 
 def test_a_prompt_tells_where_it_stands(tmp_path: Path) -> None:

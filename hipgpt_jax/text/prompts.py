@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -136,6 +137,8 @@ class File:
         elif not path.is_file():
             with path.open("rb") as pipe:
                 self._spool = _spooled(pipe)
+        if self._spool:
+            weakref.finalize(self, self._spool.close)
         self._state = None if self._spool else _state(path)
         packing = "" if self._spool else documents.Form.of(path.name).packing
         self._is_json = path.name.lower().removesuffix(packing).endswith(_JSON_SUFFIXES)
