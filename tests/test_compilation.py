@@ -36,6 +36,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
     monkeypatch.setattr(compilation, "_active", None)
     monkeypatch.setattr(of_jax, "get_file_cache", of_jax.get_file_cache)
     before = read_settings()
+    jax.config.update("jax_compilation_cache_dir", None)  # that of programs that ran in this process before
+    of_jax.reset_cache()
     yield before
     for name, value in before.items():
         jax.config.update(name, value)

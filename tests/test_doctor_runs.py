@@ -142,7 +142,8 @@ def test_deep_reads_the_cache_and_the_training_files(
     for name in names:
         flip(cache.directory / name, 8 * 90)
     flip(tiny / "tokens.bin", 8 * 90)
-    assert re.search(r"tokens\.bin was changed: its sha256 is \w{12}\.\.\., not", list(deep.examine("tiny"))[-1].text)
+    (tokens,) = (finding for finding in deep.examine("tiny") if finding.topic == "tokens.bin")
+    assert re.search(r"tokens\.bin was changed: its sha256 is \w{12}\.\.\., not", tokens.text)
     cut(tiny / "tokens.bin")
     result = call("--deep", "--run-name", "tiny")
     assert (result.code, result.err) == (1, "")

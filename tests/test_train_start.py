@@ -176,9 +176,13 @@ def test_a_reset_that_cannot_train_leaves_the_old_run(run: Run, work: Path) -> N
     assert not (work / "checkpoints/mine/mine_step4.bin").exists()
 
 
-def test_a_hangup_and_a_closed_pipe_save_the_run(run: Run, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hangup_and_a_closed_pipe_save_the_run(
+    run: Run, work: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     from hipgpt_jax.training import metrics
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, as it should be
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     append = metrics.append
 
     def hang_up(path: Path, line: dict[str, float]) -> None:
