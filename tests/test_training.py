@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from hipgpt_jax import config, training_config
+from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import loss
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
@@ -258,6 +258,22 @@ def test_settings_say_what_changes_the_numbers(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"model": {}, "training": {"steps": 40}, "extended": 1}')
     with pytest.raises(ValueError, match=r"settings.json does not hold the settings of a run: data.extended must be"):
         settings.require_same(tmp_path, MODEL, train, at=20, extend=False)
+
+
+def test_settings_name_the_hardware_that_the_last_bits_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = training_config.TrainConfig(steps=40)
+    settings.begin(tmp_path, MODEL, train)
+    held = json.loads((tmp_path / "settings.json").read_text())["numerics"]
+    assert held["cores"] == numerics.cores()
+    assert held["processor"] == numerics.processor()
+    monkeypatch.setattr(numerics, "cores", lambda: 4096)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/ann/dump")
+    (line,) = settings.require_same(tmp_path, MODEL, train, at=20, extend=False)
+    assert line.startswith(f"the run was begun with other numerics: cores 4096 (it was {held['cores']}), xla_flags ")
+    assert "/home" not in line
+    assert line.endswith("equal those of the uninterrupted run within rounding, but not to the last bit")
 
 
 def test_a_perplexity_is_never_hundreds_of_digits() -> None:

@@ -1,14 +1,16 @@
 """``settings.json``: what a run was begun with, so that it is not resumed with other settings by mistake."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import fastjsonschema
+import jax
 import jax.numpy as jnp
 
-from hipgpt_jax import config, files, training_config
-from hipgpt_jax.runs import directory
+from hipgpt_jax import config, files, numerics, training_config
+from hipgpt_jax.runs import directory, provenance
 from hipgpt_jax.training import checkpoint, optimizer
 
 # Settings of the log and of what is kept of a run, which do not enter its numbers.
@@ -29,6 +31,7 @@ _validate = fastjsonschema.compile(
                 "required": [_HORIZON],
                 "properties": {_HORIZON: _COUNT, _REMAT: {"type": "boolean"}},
             },
+            "numerics": _SECTION,
             "extended": {
                 "type": "array",
                 "items": {
@@ -43,8 +46,9 @@ _validate = fastjsonschema.compile(
 
 
 def begin(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
-    """Writes the settings of a new run."""
-    files.write_json(run_directory / directory.SETTINGS_NAME, {**_sections(model, train), "extended": []})
+    """Writes the settings of a new run, and the hardware and software that its last bits depend on."""
+    value = {**_sections(model, train), "numerics": _numerics(), "extended": []}
+    files.write_json(run_directory / directory.SETTINGS_NAME, value)
 
 
 def require_same(
@@ -78,7 +82,7 @@ def require_same(
             f"cannot resume run {run_directory.name!r} with other settings: {', '.join(differences)}. "
             f"Give the run's own, or --reset to start anew"
         )
-    notes = []
+    notes = _note_numerics(old.get("numerics", {}))
     if old["training"].get(_REMAT, _default(_REMAT)) != train.remat:
         begun = "with" if not train.remat else "without"
         notes.append(
@@ -105,6 +109,37 @@ def require_same(
     if (run_directory / directory.LATEST_CONFIG).is_file():  # a newer version may have written it
         directory.read_checkpoint(run_directory.name, directory=run_directory)
     return [*notes, _describe_extension(train, before, min(before, at))]
+
+
+def _numerics() -> dict[str, Any]:
+    """Returns what the last bits of weights depend on besides the settings; JAX has started."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processor": numerics.processor(),
+        "instruction_sets": list(numerics.instruction_sets()),
+        "cores": numerics.cores(),
+        "jax": jax.__version__,
+        "xla_flags": provenance.without_directories(os.environ.get("XLA_FLAGS", "")),
+        "environment": [provenance.without_directories(line) for line in numerics.environment()],
+    }
+
+
+def _note_numerics(old: dict[str, Any]) -> list[str]:
+    """Returns a line if the numerics are not those that the run was begun with."""
+    changes = [
+        f"{name} {_shortened(now)} (it was {_shortened(old[name])})"
+        for name, now in _numerics().items()
+        if name in old and old[name] != now
+    ]
+    if not changes:
+        return []
+    return [
+        f"the run was begun with other numerics: {', '.join(changes)}. Its weights will equal those of the "
+        f"uninterrupted run within rounding, but not to the last bit"
+    ]
 
 
 def _describe_extension(train: training_config.TrainConfig, before: int, at: int) -> str:
