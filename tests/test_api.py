@@ -4,6 +4,7 @@ import doctest
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,101 @@ def test_what_cannot_be_scored_is_told(run: hipgpt_jax.Run) -> None:
             run.score(
                 ["the king and his fool went up to see what a queen would say of all that they had lost"] * 2, stride
             )
+
+
+def test_settings_are_keywords_of_any_numeric_type(run: hipgpt_jax.Run) -> None:
+    settings = hipgpt_jax.SamplingConfig(temperature=0.5, top_k=20)
+    (expected,) = run.generate("the king", settings, seed=3, num_tokens=8, stop=("\n",))
+    (same,) = run.generate(
+        "the king",
+        temperature=np.float32(0.5),
+        top_k=np.int64(20),
+        seed=np.uint32(3),
+        num_tokens=np.int8(8),
+        num_samples=np.int16(1),
+        stop="\n",
+    )
+    assert without_times(same) == without_times(expected)
+    (listed,) = run.generate("the king", temperature=0.5, top_k=20, seed=3, num_tokens=8, stop=["\n"])
+    assert without_times(listed) == without_times(expected)
+    assert "".join(run.stream("the king", temperature=0.5, top_k=20, seed=3, num_tokens=8, stop="\n")) == same.text
+
+
+BAD_CALLS: dict[str, tuple[Callable[[hipgpt_jax.Run], Any], type[Exception], str]] = {
+    "bytes": (lambda run: run.generate(b"the king"), TypeError, "prompts must be a text, a Prompt or several: got b'"),
+    "number": (lambda run: run.generate(["a", 3]), TypeError, "prompt 2 must be a text or a Prompt: got 3"),
+    "keyword": (lambda run: run.generate("a", temp=0.5), TypeError, "unknown keyword 'temp': .*temperature"),
+    "both": (
+        lambda run: run.generate("a", hipgpt_jax.SamplingConfig(), top_k=3),
+        TypeError,
+        "settings and top_k are both given",
+    ),
+    "settings": (lambda run: run.generate("a", {"top_k": 3}), TypeError, "settings must be a SamplingConfig"),
+    "text": (
+        lambda run: run.generate("a", temperature="0.5"),
+        ValueError,
+        "temperature .* must be a number: got '0.5'",
+    ),
+    "bool": (lambda run: run.generate("a", top_k=True), ValueError, "top_k must be an integer .*: got True"),
+    "float": (lambda run: run.generate("a", seed=1.0), ValueError, "seed must be an integer .*: got 1.0"),
+    "samples": (lambda run: run.generate("a", num_samples=2**32 + 1), ValueError, "num_samples must be at most"),
+    "stop": (lambda run: run.generate("a", stop=3), ValueError, "stop must be a text or a list of texts: got 3"),
+    "sample": (lambda run: run.stream("a", sample=2**32), ValueError, "sample must be below 4294967296"),
+    "num_samples": (lambda run: run.stream("a", num_samples=2), TypeError, "a stream is of one sample"),
+    "ids": (lambda run: run.score([[1.5, 2.5]]), ValueError, "ids must be integers: got 1.5"),
+    "bools": (lambda run: run.score([[True, False]]), ValueError, "ids must be integers: got True"),
+    "matrix": (lambda run: run.score([np.ones((2, 2), int)]), ValueError, "a text or a list of ids"),
+    "stride": (lambda run: run.score("the king", stride=1.5), ValueError, "stride must be an integer: got 1.5"),
+    "scored bytes": (lambda run: run.score(b"the king"), TypeError, "texts must be a text or a list"),
+    "none": (lambda run: run.score(None), TypeError, "texts must be a text or a list"),
+    "name": (lambda run: hipgpt_jax.load_run(3), TypeError, "name is of the wrong type: got 3"),
+    "step": (lambda run: hipgpt_jax.load_run("shakespeare", step=1.5), ValueError, "step must be an integer"),
+    "prompt": (lambda run: hipgpt_jax.Prompt(text=b"a"), TypeError, "text must be a string: got b'a'"),
+    "generation": (
+        lambda run: hipgpt_jax.Prompt(text="a", generation={"nums": 3}),
+        TypeError,
+        "generation has no setting 'nums'",
+    ),
+    "one id": (
+        lambda run: run.generate([hipgpt_jax.Prompt(text="a", id="x"), hipgpt_jax.Prompt(text="b", id="x")]),
+        ValueError,
+        "prompt 2: id 'x' is that of prompt 1 too",
+    ),
+    "one id, of an iterator": (
+        lambda run: list(run.records(iter([hipgpt_jax.Prompt(text="a", id="x"), hipgpt_jax.Prompt(text="b", id="x")]))),
+        ValueError,
+        "prompt 2: id 'x' is that of a different prompt too",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_wrong_argument_is_refused_at_the_call_by_its_name(run: hipgpt_jax.Run, name: str) -> None:
+    call, kind, message = BAD_CALLS[name]
+    with pytest.raises(kind, match=message):
+        call(run)
+
+
+def test_ids_may_be_arrays_of_any_integer_type(run: hipgpt_jax.Run) -> None:
+    ids = run.source.vocabulary.encode("the king and his fool")
+    (expected,) = run.score([ids])
+    for array in (np.array(ids, np.uint16), np.array(ids, np.int64), tuple(map(np.int32, ids))):
+        (scored,) = run.score([array])
+        assert scored.ids == expected.ids == tuple(ids)
+        assert scored.logprobs.tolist() == expected.logprobs.tolist()
+
+
+def test_prompts_of_an_iterator_are_taken_as_they_are_needed(run: hipgpt_jax.Run) -> None:
+    taken = []
+
+    def prompts() -> Iterator[str]:
+        for number in range(1000):
+            taken.append(number)
+            yield f"the king {number}"
+
+    made = run.records(prompts(), num_tokens=1)
+    assert [next(made).prompt for _ in range(2)] == ["the king 0", "the king 1"]
+    assert len(taken) < 80
 
 
 def test_a_device_that_is_not_the_one_jax_started_on_is_told() -> None:
