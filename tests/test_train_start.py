@@ -133,7 +133,7 @@ def test_the_command_to_resume_is_what_was_given(name: str) -> None:
 def test_the_command_to_resume_is_one_line_of_shell() -> None:
     program.parse(train_flags.FLAGS, ["--sample-prompt", "a\n'\\é\x1b", "--run-name", "r"])
     command = train_flags.resume_command("r")
-    assert command == r"hipgpt-train --run-name r --sample-prompt $'a\x0a\x27\x5c\xc3\xa9\x1b' --resume"
+    assert command == r"hipgpt-train --run-name r --sample-prompt $'a\n\'\\é\u001b' --resume"
 
 
 def test_a_damaged_state_falls_back_to_the_older_one_and_to_the_same_bits(

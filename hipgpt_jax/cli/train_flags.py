@@ -1,11 +1,11 @@
 """The flags of ``hipgpt-train``, and the validated values that they stand for."""
 
-import shlex
 from typing import Any
 
 from absl import flags
 
 from hipgpt_jax import config, devices, training_config
+from hipgpt_jax.cli import program
 from hipgpt_jax.text import corpus
 
 FLAGS = flags.FlagValues()
@@ -132,12 +132,4 @@ def resume_command(run: str) -> str:
         else:
             values: Any = flag.value if isinstance(flag, flags.MultiFlag) else [flag.value]
             words += [word for value in values for word in (f"--{name}", str(value))]
-    return " ".join(_quoted(word) for word in [*words, "--resume"])
-
-
-def _quoted(word: str) -> str:
-    """A word for a shell, on one line: Bash and zsh read bytes in hexadecimal between ``$'`` and ``'``."""
-    if word.isprintable():
-        return shlex.quote(word)
-    data = word.encode(errors="surrogateescape")
-    return "$'" + "".join(chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in data) + "'"
+    return program.shell_command([*words, "--resume"])

@@ -192,8 +192,8 @@ def _write_text(updates: "Iterable[samples.Update]", *, stream: bool, echo: bool
     begun = False
     for update in updates:
         if not begun and echo:
-            sys.stdout.write(update.sample.job.prompt)
-        sys.stdout.write(update.text)
+            sys.stdout.write(program.displayable(update.sample.job.prompt))
+        sys.stdout.write(program.displayable(update.text))
         begun = update.finish_reason is None
         if not begun:
             sys.stdout.write("\n")
