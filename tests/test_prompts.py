@@ -98,6 +98,12 @@ def test_json_lines_are_known_by_more_names(tmp_path: Path, suffix: str) -> None
     assert (prompt.text, prompt.generation["top_logprobs"]) == ("a", 3)
 
 
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    lines = r'{"prompt": "a\ud83d"}', r'{"prompt": "\udcc3\udca9"}', r'{"prompt": "\ud83d\ude00"}'
+    found = prompts.read(write(tmp_path / "p.jsonl", "\n".join(lines)))
+    assert [prompt.text for prompt in found] == ["a\ufffd", "\ufffd\ufffd", "\U0001f600"]
+
+
 def test_the_names_of_settings_in_records_are_accepted(tmp_path: Path) -> None:
     line = '{"prompt": "a", "temperature": 0.5, "repetition_penalty": 1.5}'
     (prompt,) = prompts.read(write(tmp_path / "p.jsonl", line))

@@ -304,6 +304,10 @@ def _parse(line: str, place: str) -> Prompt:
     text, name = value.get("prompt"), value.get("id", "")
     if not isinstance(text, str) or not text:
         raise ValueError(f"prompt must be a text of at least one character: got {config.shortened(text)}")
+    if (
+        not text.isascii()
+    ):  # an escape may stand for half of a surrogate pair, which is no text: U+FFFD, as in documents
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if not _is_plain(name) and "id" in value:
         config.require_text("id", name)
     if len(value) == ("id" in value) + 1:
