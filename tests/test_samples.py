@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fakes
@@ -105,3 +106,29 @@ def test_updates_are_put_in_order(width: int) -> None:
     order = [update.index for update in events.in_order(updates)]
     assert order == sorted(order)
     assert order.count(0) == 30
+
+
+def test_a_streamed_sample_keeps_none_of_its_tokens() -> None:
+    """A text that nothing records may be longer than memory holds."""
+
+    class Endless:
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        def run(self, requests: Iterable[events.Request], *, measure: bool = False) -> Iterator[events.Event]:
+            (request,) = requests
+            assert request.ends is not None
+            for number in range(self._number):
+                request.ends(65)
+                yield events.Event(index=0, token=65, finish_reason="length" if number == self._number - 1 else None)
+
+    vocabulary = tokenizer.Tokenizer.train([], 256)
+    job = samples.Job(id="p", prompt="a", request=fakes.request())
+    peaks = []
+    for number in (1_000, 20_000):
+        tracemalloc.start()
+        count = sum(len(update.text) for update in samples.make(Endless(number), vocabulary, [job], measure=False))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert count == number
+    assert peaks[1] - peaks[0] < 10_000

@@ -1,0 +1,117 @@
+"""Plans: prompts checked, counted and resolved, without holding them."""
+
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import records
+
+from hipgpt_jax import config
+from hipgpt_jax.generation import source
+from hipgpt_jax.runs import output
+from hipgpt_jax.text import prompts
+
+SAMPLING = config.SamplingConfig()
+
+
+class Many:
+    """Prompts that are made as they are read."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __iter__(self) -> Iterator[prompts.Prompt]:
+        return (prompts.Prompt(text=f"text {number}", id=f"p{number}") for number in range(self._number))
+
+
+@pytest.fixture(scope="module")
+def found() -> source.Source:
+    return source.open_run("shakespeare", None, config.DecodingConfig())
+
+
+def plan_of(found: source.Source, several: Any, out: output.Output | None = None, **generation: Any) -> source.Plan:
+    return source.Plan(found, several, SAMPLING, config.GenerationConfig(**generation), out)
+
+
+def record_of(found: source.Source, prompt: prompts.Prompt, sample: int, **generation: Any) -> Any:
+    """Returns a record that a plan with these settings takes for its own."""
+    asked = config.GenerationConfig(**generation)
+    base = records.make_record()
+    own = {"num_tokens": asked.num_tokens, "eos_id": asked.eos_id, "stop": asked.stop, "top_logprobs": 0}
+    values = {**vars(base.settings), **vars(SAMPLING), **own}
+    return records.make_record(
+        id=prompt.name, sample=sample, seed=asked.seed, prompt=prompt.text, settings=type(base.settings)(**values)
+    )
+
+
+def test_a_billion_samples_are_counted_by_arithmetic(found: source.Source, tmp_path: Path) -> None:
+    out = output.Output(tmp_path / "a.jsonl")
+    began = time.process_time()
+    tracemalloc.start()
+    plan = plan_of(found, [prompts.Prompt(text="ROMEO:")], out, num_samples=10**9)
+    (asked,) = plan
+    assert asked.samples is not None
+    first = next(iter(asked.samples))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    out.close()
+    assert (plan.prompts, plan.samples, plan.left, first) == (1, 10**9, 10**9, 0)
+    assert peak < 200_000  # the set of all keys took 156 bytes per sample
+    assert time.process_time() - began < 5
+
+
+def test_memory_does_not_grow_with_the_prompts(found: source.Source) -> None:
+    peaks = []
+    for number in (100, 10_000):
+        tracemalloc.start()
+        plan = plan_of(found, Many(number))
+        assert plan.samples == number
+        assert next(iter(plan)).prompt == "text 0"
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 80 * 10_000  # 4 kB for each, when all were resolved first
+
+
+def test_finished_samples_are_not_planned_again(found: source.Source, tmp_path: Path) -> None:
+    one, other = prompts.Prompt(text="ROMEO:"), prompts.Prompt(text="JULIET:")
+    out = output.Output(tmp_path / "a.jsonl")
+    for sample in (0, 1, 4):
+        out.append(record_of(found, one, sample, num_samples=6))
+    out.close()
+    again = output.Output(tmp_path / "a.jsonl")
+    plan = plan_of(found, [one, other, one], again, num_samples=6)
+    assert (plan.prompts, plan.repeated, plan.samples, plan.left) == (3, 1, 12, 9)
+    asked = [(each.prompt, list(each.samples or ())) for each in plan]
+    assert asked == [("ROMEO:", [2, 3, 5]), ("JULIET:", [0, 1, 2, 3, 4, 5])]
+    with pytest.raises(ValueError, match=r"made by other settings: seed 0 in sample 0 of \w+, 1 now"):
+        plan_of(found, [one], again, num_samples=6, seed=1)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("several", "generation", "message"),
+    [
+        ([prompts.Prompt(text="a"), prompts.Prompt(text="")], {}, "prompt 2 .*: the prompt is empty"),
+        ([prompts.Prompt(text="")], {}, "^the prompt is empty"),
+        ([prompts.Prompt(text="a")], {"eos_id": 1024}, "eos_id must be -1 or below the vocabulary's size 1024"),
+        (
+            [prompts.Prompt(text="a"), prompts.Prompt(text="b", generation={"eos_id": 5000})],
+            {},
+            "prompt 2 .*: eos_id must be -1 or below",
+        ),
+    ],
+)
+def test_a_prompt_anywhere_is_checked_before_the_first_is_generated_from(
+    found: source.Source, several: list[prompts.Prompt], generation: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of(found, several, **generation)
+
+
+@pytest.mark.parametrize("width", [10**9, 10**30])
+def test_a_batch_that_no_memory_holds_is_refused_by_name(width: int) -> None:
+    with pytest.raises(ValueError, match=r"batch_size 1000.* needs at least .* GiB of memory"):
+        source.open_run("shakespeare", None, config.DecodingConfig(width=width))
