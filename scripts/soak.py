@@ -1,8 +1,9 @@
-"""Kills two trainers of one run at random moments, resumes it each time, and compares it with an uninterrupted run.
+"""Kills training or generation at random moments, resumes it each time, and compares it with an uninterrupted one.
 
-Each time both are started at once, and one must be refused. ``python scripts/soak.py --kills 20`` ends with exit code 0
-if after every kill ``latest`` names whole files whose training state is intact, and the killed run ends with the
-weights and the metrics of the other.
+``python scripts/soak.py training`` starts two trainers of one run at once each time, one of which must be refused. It
+ends with exit code 0 if after every kill ``latest`` names whole files whose training state is intact, and the killed
+run ends with the weights and the metrics of the other. ``python scripts/soak.py generation`` does if the killed record
+file ends with the samples of the other, each once and whole.
 """
 
 import argparse
@@ -27,25 +28,59 @@ _CLOCK = ("milliseconds", "tokens_per_second")
 _START_SECONDS = 10  # within which a second trainer is refused, on a busy machine too
 
 
-def main(kills: int, seed: int) -> None:
-    """Runs the soak in a temporary directory."""
+def main(subject: str, kills: int, seed: int) -> None:
+    """Runs the soak of a subject in a temporary directory."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)
-        words = _TEXT.split()
-        Path("text.txt").write_text("\n".join(" ".join(draw.choices(words, k=9)) for _ in range(900)))
-        subprocess.run(_command("whole"), check=True, stdout=subprocess.DEVNULL)
-        opened = 0
-        for kill in range(kills):
-            _kill_both(kill, draw.uniform(1, 14))
-            if (directory.CHECKPOINTS / "killed" / directory.LATEST_CONFIG).exists():
-                directory.read_checkpoint("killed").verify()
-                states.choose(directory.CHECKPOINTS / "killed")
-                opened += 1
-        subprocess.run(_command("killed", begun=_is_begun()), check=True, stdout=subprocess.DEVNULL)
-        same = _result("killed") == _result("whole")
-        print(f"{kills} kills, {opened} left a checkpoint that opens; the end is {'the same' if same else 'ANOTHER'}")
-        sys.exit(not same)
+        sys.exit(not {"training": _training, "generation": _generation}[subject](kills, draw))
+
+
+def _training(kills: int, draw: random.Random) -> bool:
+    """Returns whether the killed run ended as the whole one did."""
+    words = _TEXT.split()
+    Path("text.txt").write_text("\n".join(" ".join(draw.choices(words, k=9)) for _ in range(900)))
+    subprocess.run(_command("whole"), check=True, stdout=subprocess.DEVNULL)
+    opened = 0
+    for kill in range(kills):
+        _kill_both(kill, draw.uniform(1, 14))
+        if (directory.CHECKPOINTS / "killed" / directory.LATEST_CONFIG).exists():
+            directory.read_checkpoint("killed").verify()
+            states.choose(directory.CHECKPOINTS / "killed")
+            opened += 1
+    subprocess.run(_command("killed", begun=_is_begun()), check=True, stdout=subprocess.DEVNULL)
+    same = _result("killed") == _result("whole")
+    print(f"{kills} kills, {opened} left a checkpoint that opens; the end is {'the same' if same else 'ANOTHER'}")
+    return same
+
+
+def _generation(kills: int, draw: random.Random) -> bool:
+    """Returns whether the killed record file holds what the whole one does, line for line but for the clock."""
+    flags = "--run-name shakespeare --prompts_file prompts.txt --num_samples 40 --num_tokens 60 --batch_size 4"
+    command = [sys.executable, "-m", "hipgpt_jax.cli.generate", *flags.split(), "--device", "cpu", "--output"]
+    Path("prompts.txt").write_text("".join(f"{word}:\n" for word in sorted(set(_TEXT.split()))))
+    subprocess.run([*command, "whole.jsonl"], check=True, stderr=subprocess.DEVNULL)
+    left = []
+    for _ in range(kills):
+        process = subprocess.Popen([*command, "killed.jsonl"], stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.5, 3))
+        process.kill()
+        process.wait()
+        lines = Path("killed.jsonl").read_bytes().splitlines(keepends=True) if Path("killed.jsonl").exists() else []
+        left.append(len(lines))
+        list(map(json.loads, lines[:-1]))  # at most the last line is torn
+    subprocess.run([*command, "killed.jsonl"], check=True, stderr=subprocess.DEVNULL)
+    found, expected = (_samples(Path(name)) for name in ("killed.jsonl", "whole.jsonl"))
+    same = sorted(found) == sorted(expected)
+    print(f"{kills} kills, after which there were {left} lines; the end is {'the same' if same else 'ANOTHER'}")
+    return same
+
+
+def _samples(path: Path) -> list[str]:
+    """Returns the records of a file without what differs from one command to the next."""
+    values = map(json.loads, path.read_text().splitlines())
+    own = ("timings", "started", "argv")
+    return [json.dumps({name: part for name, part in value.items() if name not in own}) for value in values]
 
 
 def _kill_both(number: int, seconds: float) -> None:
@@ -83,7 +118,8 @@ def _result(run: str) -> tuple[bytes, list[dict[str, float]]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="(%(default)s)")
+    parser.add_argument("subject", choices=("training", "generation"))
+    parser.add_argument("--kills", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args()
-    main(options.kills, options.seed)
+    main(options.subject, options.kills, options.seed)

@@ -148,7 +148,7 @@ def test_what_cannot_be_scored_is_told(run: hipgpt_jax.Run) -> None:
             )
 
 
-def test_settings_are_keywords_of_any_numeric_type(run: hipgpt_jax.Run) -> None:
+def test_settings_are_keywords_of_any_numeric_type(run: Any) -> None:
     settings = hipgpt_jax.SamplingConfig(temperature=0.5, top_k=20)
     (expected,) = run.generate("the king", settings, seed=3, num_tokens=8, stop=("\n",))
     (same,) = run.generate(
@@ -166,12 +166,13 @@ def test_settings_are_keywords_of_any_numeric_type(run: hipgpt_jax.Run) -> None:
     assert "".join(run.stream("the king", temperature=0.5, top_k=20, seed=3, num_tokens=8, stop="\n")) == same.text
 
 
-BAD_CALLS: dict[str, tuple[Callable[[hipgpt_jax.Run], Any], type[Exception], str]] = {
+PACKAGE: Any = hipgpt_jax  # whose types the calls below break on purpose
+BAD_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "bytes": (lambda run: run.generate(b"the king"), TypeError, "prompts must be a text, a Prompt or several: got b'"),
     "number": (lambda run: run.generate(["a", 3]), TypeError, "prompt 2 must be a text or a Prompt: got 3"),
     "keyword": (lambda run: run.generate("a", temp=0.5), TypeError, "unknown keyword 'temp': .*temperature"),
     "both": (
-        lambda run: run.generate("a", hipgpt_jax.SamplingConfig(), top_k=3),
+        lambda run: run.generate("a", PACKAGE.SamplingConfig(), top_k=3),
         TypeError,
         "settings and top_k are both given",
     ),
@@ -193,21 +194,21 @@ BAD_CALLS: dict[str, tuple[Callable[[hipgpt_jax.Run], Any], type[Exception], str
     "stride": (lambda run: run.score("the king", stride=1.5), ValueError, "stride must be an integer: got 1.5"),
     "scored bytes": (lambda run: run.score(b"the king"), TypeError, "texts must be a text or a list"),
     "none": (lambda run: run.score(None), TypeError, "texts must be a text or a list"),
-    "name": (lambda run: hipgpt_jax.load_run(3), TypeError, "name is of the wrong type: got 3"),
-    "step": (lambda run: hipgpt_jax.load_run("shakespeare", step=1.5), ValueError, "step must be an integer"),
-    "prompt": (lambda run: hipgpt_jax.Prompt(text=b"a"), TypeError, "text must be a string: got b'a'"),
+    "name": (lambda run: PACKAGE.load_run(3), TypeError, "name is of the wrong type: got 3"),
+    "step": (lambda run: PACKAGE.load_run("shakespeare", step=1.5), ValueError, "step must be an integer"),
+    "prompt": (lambda run: PACKAGE.Prompt(text=b"a"), TypeError, "text must be a string: got b'a'"),
     "generation": (
-        lambda run: hipgpt_jax.Prompt(text="a", generation={"nums": 3}),
+        lambda run: PACKAGE.Prompt(text="a", generation={"nums": 3}),
         TypeError,
         "generation has no setting 'nums'",
     ),
     "one id": (
-        lambda run: run.generate([hipgpt_jax.Prompt(text="a", id="x"), hipgpt_jax.Prompt(text="b", id="x")]),
+        lambda run: run.generate([PACKAGE.Prompt(text="a", id="x"), PACKAGE.Prompt(text="b", id="x")]),
         ValueError,
         "prompt 2: id 'x' is that of prompt 1 too",
     ),
     "one id, of an iterator": (
-        lambda run: list(run.records(iter([hipgpt_jax.Prompt(text="a", id="x"), hipgpt_jax.Prompt(text="b", id="x")]))),
+        lambda run: list(run.records(iter([PACKAGE.Prompt(text="a", id="x"), PACKAGE.Prompt(text="b", id="x")]))),
         ValueError,
         "prompt 2: id 'x' is that of a different prompt too",
     ),
@@ -221,7 +222,7 @@ def test_a_wrong_argument_is_refused_at_the_call_by_its_name(run: hipgpt_jax.Run
         call(run)
 
 
-def test_ids_may_be_arrays_of_any_integer_type(run: hipgpt_jax.Run) -> None:
+def test_ids_may_be_arrays_of_any_integer_type(run: Any) -> None:
     ids = run.source.vocabulary.encode("the king and his fool")
     (expected,) = run.score([ids])
     for array in (np.array(ids, np.uint16), np.array(ids, np.int64), tuple(map(np.int32, ids))):
