@@ -22,7 +22,7 @@ from hipgpt_jax.generation import carry, sampling
 from hipgpt_jax.model import cache as kv
 
 _PACKAGE = Path(__file__).parents[1]
-_TRACED = ("config.py", "model/*.py", "generation/*.py")
+_TRACED = ("config.py", "numerics.py", "model/*.py", "generation/*.py")
 
 for _node in (sampling.Settings, carry.Rows, carry.State, carry.Told, kv.Cache):
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"hipgpt_jax.{_node.__name__}")
