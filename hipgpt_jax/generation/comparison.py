@@ -208,7 +208,7 @@ class Judge:
         request = replay.request_of(recorded)
         dictated = _Dictated(recorded.ids, self._engine.limit(request))
         job = samples.Job(id=recorded.id, prompt=recorded.prompt, request=request)
-        *_, last = samples.make(dictated, self._vocabulary, [job], measure=False)
+        *_, last = samples.make(dictated, self._vocabulary, [job], measure=True)
         return last.sample
 
 

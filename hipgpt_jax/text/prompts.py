@@ -13,12 +13,13 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hipgpt_jax import config, files
 from hipgpt_jax.text import documents
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_LINE_BYTES = 16 << 20  # tokenizing a prompt takes about 200 times its size in memory
 
@@ -221,8 +222,10 @@ class Names:
         self._is_given.append(prompt.id is not None)
         self._names.append(hash(prompt.name))
 
-    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+    def groups(self) -> "tuple[np.ndarray, np.ndarray]":
         """Returns the indices of the prompts, those of equal names together in order, and where each name begins."""
+        import numpy as np
+
         names = np.array(self._names, np.int64)
         order = np.argsort(names, kind="stable")
         return order, np.flatnonzero(np.append(True, names[order[1:]] != names[order[:-1]]))[: len(names)]
@@ -233,6 +236,8 @@ class Names:
         Args:
             several: The prompts that were added, to be read again for the message.
         """
+        import numpy as np
+
         order, _ = self.groups()
         names, is_given = np.array(self._names, np.int64)[order], np.frombuffer(self._is_given, bool)[order]
         suspect = (names[1:] == names[:-1]) & (is_given[1:] | is_given[:-1])
