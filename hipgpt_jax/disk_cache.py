@@ -83,7 +83,7 @@ class DiskCache:
         with contextlib.suppress(OSError):
             (self.directory / name).unlink()
         reason = " ".join(reason.split())[:200]
-        self._tell_once("damaged", f"compiling anew: removed a damaged file from the cache, {name}: {reason}")
+        self._tell_once("damaged", f"recompiling: removed a damaged file from the cache, {name}: {reason}")
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
         """Yields the files of all entries, in no order.

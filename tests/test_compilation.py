@@ -117,7 +117,7 @@ def test_a_damaged_executable_is_made_anew_in_one_line(damage: str) -> None:
     assert run_program().tobytes() == right.tobytes()
     assert counted.compiled == 1
     assert len(told) == 1
-    assert told[0].startswith(f"compiling anew: removed a damaged file from the cache, {path.name}: ")
+    assert told[0].startswith(f"recompiling: removed a damaged file from the cache, {path.name}: ")
     assert run_program().tobytes() == right.tobytes()
     assert (counted.compiled, counted.cached, len(told)) == (1, 1, 1), "the entry is whole again"
 

@@ -75,7 +75,7 @@ def test_what_is_not_a_readable_file_is_no_entry_and_no_error(tmp_path: Path) ->
     assert cache.get("folder.xla") is None
     cache.put("folder.xla", b"code")
     assert [line.partition(":")[0] for line in told] == [
-        "compiling anew",
+        "recompiling",
         "the cache of compiled programs cannot be written",
     ]
     assert names(cache) == ["folder.xla"]

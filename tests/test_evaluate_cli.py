@@ -228,7 +228,7 @@ def test_texts_are_scored_token_by_token(run: Run) -> None:
         (("--prompt", "a", "--data-path", "text.txt"), "--data-path does not go with --prompt"),
         (("--prompt", "a", "--prompts_file", "text.txt"), "are both given"),
         (("--output", "-"), "--output is for --prompt and --prompts_file"),
-        (("--prompt", "a"), r"text 1 \(\w{16}\): a text to score needs at least 2 tokens"),
+        (("--prompt", "a"), r"text 1 \('a'\): a text to score needs at least 2 tokens"),
         (("--prompt", "the king", "--output", "none/o.jsonl"), "none/o.jsonl cannot be written: there is no directory"),
         (
             ("--run-name", "shakespeare"),

@@ -115,7 +115,8 @@ def _evaluate() -> None:
     texts = _read_texts() if _is_prompts() else None
     for place, one in enumerate(texts or (), 1):
         if len(found.vocabulary.encode(one.text)) < 2:
-            raise ValueError(f"{one.place or f'text {place}'} ({one.name}): a text to score needs at least 2 tokens")
+            name = config.shortened(one.text if one.id is None else one.id)
+            raise ValueError(f"{one.place or f'text {place}'} ({name}): a text to score needs at least 2 tokens")
     text = None if texts else _read_text(found)
     with _open(output) as out:
         device = devices.start(_DEVICE.value, program.note)

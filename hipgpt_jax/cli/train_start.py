@@ -157,9 +157,7 @@ class Start:
         if is_begun and not train_flags.RESET.value:
             if (here / dataset.MANIFEST_NAME).is_file():
                 dataset.require_same(here, **_sources())
-            raise ValueError(
-                f"run {here.name!r} exists already: --resume goes on with it, --reset deletes it and starts anew"
-            )
+            raise ValueError(f"run {here.name!r} exists already: --resume continues it, --reset replaces it")
         if here.is_dir():
             if other := reset.foreign(here):
                 raise ValueError(
