@@ -72,7 +72,7 @@ def require_same(
     """
     old = _read(run_directory)
     differences = [
-        f"{key} {value} (the run has {_shortened(old[section].get(key))})"
+        f"{key} {value} (the run has {_short(old[section].get(key))})"
         for section, values in _sections(model, train).items()
         for key, value in values.items()
         if key not in _FREE and key not in (_HORIZON, _REMAT) and old[section].get(key, _default(key)) != value
@@ -111,6 +111,10 @@ def require_same(
     return [*notes, _describe_extension(train, before, min(before, at))]
 
 
+def _short(value: Any) -> str:
+    return files.shortened(str(value), 60)
+
+
 def _numerics() -> dict[str, Any]:
     """Returns what the last bits of weights depend on besides the settings; JAX has started."""
     device = jax.devices()[0]
@@ -130,7 +134,7 @@ def _numerics() -> dict[str, Any]:
 def _note_numerics(old: dict[str, Any]) -> list[str]:
     """Returns a line if the numerics are not those that the run was begun with."""
     changes = [
-        f"{name} {_shortened(now)} (it was {_shortened(old[name])})"
+        f"{name} {_short(now)} (it was {_short(old[name])})"
         for name, now in _numerics().items()
         if name in old and old[name] != now
     ]
@@ -199,8 +203,3 @@ def _read(run_directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not hold the settings of a run: {error.message}") from error
     directory.require_known(path, value)
     return value
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
