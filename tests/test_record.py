@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ import records
 from hypothesis import strategies as st
 
 from hipgpt_jax.report import page
-from hipgpt_jax.runs import provenance, record
+from hipgpt_jax.runs import output, provenance, record
 
 SCHEMA = json.loads(record.SCHEMA_FILE.read_text())
 PARTS = {
@@ -73,6 +74,22 @@ def test_a_file_is_read_line_by_line_and_a_torn_end_is_passed_over(tmp_path: Pat
         assert list(record.read(path)) == made[: 3 if cut == 0 else 2]
     with pytest.raises(FileNotFoundError, match="record file not found"):
         list(record.read(tmp_path / "none.jsonl"))
+
+
+def test_what_is_no_file_of_records_is_named_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="is a directory: give a record file in it"):
+        list(record.read(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is a pipe or a device, and records are read more than once"):
+        list(record.read(tmp_path / "pipe"))
+    path = tmp_path / "a.jsonl"
+    path.write_text(records.make_record().to_json() + "\n")
+    size = path.stat().st_size
+    monkeypatch.setattr(record, "MAX_LINE_BYTES", size - 1)
+    for read in (lambda: list(record.read(path)), lambda: output.Output(path)):
+        with pytest.raises(ValueError, match=r"a\.jsonl line 1 is longer than 0 MiB"):
+            read()
+    assert path.stat().st_size == size
 
 
 @pytest.mark.parametrize(

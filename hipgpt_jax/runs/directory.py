@@ -75,8 +75,10 @@ def check_name(run: str) -> str:
     if not _is_name(run):
         raise ValueError(
             f"run name must be a plain name in Unicode, without '/', '..', control characters or a leading '.': "
-            f"got {run!r}"
+            f"got {files.shortened(repr(run))}"
         )
+    if (size := len(os.fsencode(run))) > _MAX_NAME_BYTES:
+        raise ValueError(f"run name of {size} bytes is too long: a file name may have {_MAX_NAME_BYTES}")
     return run
 
 

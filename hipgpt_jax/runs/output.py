@@ -261,10 +261,12 @@ class Output:
             is_own = bool(_BEGINNING.match(file.peek(200)[:200]))
             for number in itertools.count(1):
                 # Any other file may be one line of gigabytes, which is not read to refuse it.
-                line = file.readline(-1 if is_own else 1 << 20)
+                line = file.readline(record.MAX_LINE_BYTES + 1 if is_own else 1 << 20)
                 if not line:
                     return
                 place = f"{self.path} line {number}"
+                if len(line) > record.MAX_LINE_BYTES:
+                    raise ValueError(f"{place} is longer than {record.MAX_LINE_BYTES >> 20} MiB: use another --output")
                 if not line.endswith(b"\n"):
                     yield from self._torn(line, place, end, is_own=is_own)
                     return

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import reprlib
@@ -19,6 +20,7 @@ from hipgpt_jax.runs import provenance
 
 SCHEMA = 1
 CONTRACT = 1
+MAX_LINE_BYTES = 1 << 28  # a record of a prompt of 10 MB has 28 MB
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 
 _SHORT = reprlib.Repr()
@@ -216,12 +218,27 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields the lines of a file with their numbers, from 1.
 
     Blank lines are skipped, and so is a last line without its line feed, which a kill has cut short.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is a directory, a pipe or a device, or a line is longer than ``MAX_LINE_BYTES``.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"record file not found: {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: give a record file in it")
+    if not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device, and records are read more than once: write them to a file")
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n") and line.strip():
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path} line {number} is longer than {MAX_LINE_BYTES >> 20} MiB, the limit for a record"
+                )
+            if not line.endswith(b"\n"):
+                return
+            if line.strip():
                 yield number, line
 
 
