@@ -378,7 +378,7 @@ def test_an_existing_run_is_neither_overwritten_nor_given_other_data(run, work: 
     flags = (*TINY, "--run-name", "mine", "--steps", "2")
     assert run(*flags).code == 0
     before = (work / "checkpoints/mine/mine_step2.bin").read_bytes()
-    assert "--resume goes on with it, --reset deletes it" in run(*flags).err
+    assert "--resume continues it, --reset replaces it" in run(*flags).err
     assert (
         "was begun with --steps 2, where its schedule ends: 3 need --extend"
         in run(*flags, "--resume", "--steps", "3").err

@@ -61,7 +61,7 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "arguments", "message"),
     [
-        (None, ("--run-name", "mine"), "run 'mine' exists already: --resume goes on with it"),
+        (None, ("--run-name", "mine"), "run 'mine' exists already: --resume continues it, --reset replaces it"),
         (None, ("--reset", "--sample-every", "1", "--sample-prompt", ""), "--sample-prompt must be a text of at least"),
         (None, ("--reset", "--data-path", "checkpoints/mine/metrics.jsonl"), "lies in the directory of the run"),
         (None, ("--reset", "--tokenizer-path", "checkpoints/mine/tokenizer.json"), "lies in the directory of the run"),
