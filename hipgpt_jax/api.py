@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipgpt_jax import compilation, config, devices
-from hipgpt_jax.generation import source
-from hipgpt_jax.runs import provenance, record, weights
+from hipgpt_jax.records import planning, provenance, record
+from hipgpt_jax.runs import loading, weights
 from hipgpt_jax.text import prompts as prompt_files
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hipgpt_jax.evaluation import loss, score
-    from hipgpt_jax.generation import comparison, samples
+    from hipgpt_jax.generation import samples
+    from hipgpt_jax.records import comparison
 
 Prompt = prompt_files.Prompt
 
@@ -57,9 +58,10 @@ class Run:
         load_seconds: From the program's start to the loaded weights.
     """
 
-    def __init__(self, found: source.Source, device: devices.Device, origin: provenance.Origin) -> None:
+    def __init__(self, found: loading.Source, device: devices.Device, origin: provenance.Origin) -> None:
         """Loads the weights; JAX has been started on ``device``. ``load_run`` is the way in."""
-        from hipgpt_jax.generation import recorder, sampler
+        from hipgpt_jax.generation import sampler
+        from hipgpt_jax.records import recorder
 
         model = found.checkpoint.model
         self.source = found
@@ -116,7 +118,7 @@ class Run:
         if isinstance(prompts, Iterator):
             return self.records_of(self.jobs(self.source.ask_all(_distinct(prompts), *defaults)))
         several = [_prompt(prompt, number) for number, prompt in enumerate(prompts, 1)]
-        return self.records_of(self.jobs(source.Plan(self.source, several, *defaults)))
+        return self.records_of(self.jobs(planning.Plan(self.source, several, *defaults)))
 
     def stream(
         self,
@@ -145,7 +147,7 @@ class Run:
         if "num_samples" in more:
             raise TypeError("a stream is of one sample: give its index as sample, not num_samples")
         defaults = self._configs(settings, seed=seed, **more)
-        (asked,) = source.Plan(self.source, [_prompt(prompt)], *defaults)
+        (asked,) = planning.Plan(self.source, [_prompt(prompt)], *defaults)
         return Stream(self, _job(asked, sample))
 
     def score(
@@ -236,7 +238,7 @@ class Run:
         )
         return loss.require_finite(found)
 
-    def jobs(self, asked: Iterable[source.Ask]) -> "Iterator[samples.Job]":
+    def jobs(self, asked: Iterable[loading.Ask]) -> "Iterator[samples.Job]":
         """Yields the samples of each prompt, prompt by prompt."""
         for ask in asked:
             for sample in range(ask.generation.num_samples) if ask.samples is None else ask.samples:
@@ -248,7 +250,8 @@ class Run:
         Raises:
             ValueError: This run cannot have made the record.
         """
-        from hipgpt_jax.generation import replay, samples
+        from hipgpt_jax.generation import samples
+        from hipgpt_jax.records import replay
 
         request = replay.request_of(recorded)
         self._engine.check(request)
@@ -259,7 +262,7 @@ class Run:
 
     def compare(self, recorded: record.Record, found: record.Record) -> "comparison.Comparison":
         """Compares a record with the one that ``records_of`` yields for its job."""
-        from hipgpt_jax.generation import comparison
+        from hipgpt_jax.records import comparison
 
         return comparison.Judge(self._engine, self.source.vocabulary).compare(recorded, found)
 
@@ -326,13 +329,13 @@ def load_run(
     if step is not None and not isinstance(step, str):
         step = config.require_int("step", step, 0, "a training step, or best")
     origin = provenance.Origin()
-    found = source.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
+    found = loading.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
     started = devices.start(device, _LOG.info)
     compilation.check_cache(_LOG.warning)
     return Run(found, started, origin)
 
 
-def _job(ask: source.Ask, sample: int) -> "samples.Job":
+def _job(ask: loading.Ask, sample: int) -> "samples.Job":
     from hipgpt_jax.generation import events, samples
 
     request = events.Request(prompt_ids=ask.prompt_ids, sample=sample, generation=ask.generation, sampling=ask.sampling)

@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from hipgpt_jax.runs import provenance, record
+from hipgpt_jax.records import provenance, record
 
 SETTINGS = record.Settings(
     num_tokens=8,

@@ -14,7 +14,7 @@ import pytest
 
 import hipgpt_jax
 from hipgpt_jax import config
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import record
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,8 +15,7 @@ import records
 
 import hipgpt_jax
 from hipgpt_jax import api, config
-from hipgpt_jax.generation import comparison, replay
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import comparison, record, replay
 
 LISTS = ("ids", "tokens", "logprobs", "ranks", "margins", "gaps", "top_logprobs")
 HOT = config.SamplingConfig(temperature=2.0, top_k=0, top_p=1.0, repetition_penalty=1.0)

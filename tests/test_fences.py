@@ -12,8 +12,8 @@ import pytest
 
 import hipgpt_jax
 from hipgpt_jax import compilation, config
-from hipgpt_jax.generation import batch, programs, replay
-from hipgpt_jax.runs import record
+from hipgpt_jax.generation import batch, programs
+from hipgpt_jax.records import record, replay
 
 DATA = Path(__file__).parent / "data"
 RECORDS = list(record.read(DATA / "records.jsonl"))

@@ -21,8 +21,8 @@ import pytest
 import records
 from hypothesis import strategies as st
 
+from hipgpt_jax.records import provenance, record
 from hipgpt_jax.report import page
-from hipgpt_jax.runs import provenance, record
 
 NASTY = [
     "</script><script>alert(1)</script>",

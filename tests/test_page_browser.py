@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import records
 
+from hipgpt_jax.records import record
 from hipgpt_jax.report import page
-from hipgpt_jax.runs import record
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

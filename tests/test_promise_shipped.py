@@ -9,7 +9,7 @@ import pytest
 import hipgpt_jax
 from hipgpt_jax import config
 from hipgpt_jax.generation import carry, lane, waiting
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import record
 
 pytestmark = pytest.mark.gpu
 

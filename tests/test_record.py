@@ -15,8 +15,8 @@ import pytest
 import records
 from hypothesis import strategies as st
 
+from hipgpt_jax.records import provenance, record, writer
 from hipgpt_jax.report import page
-from hipgpt_jax.runs import output, provenance, record
 
 SCHEMA = json.loads(record.SCHEMA_FILE.read_text())
 PARTS = {
@@ -86,7 +86,7 @@ def test_what_is_no_file_of_records_is_named_for_what_it_is(tmp_path: Path, monk
     path.write_text(records.make_record().to_json() + "\n")
     size = path.stat().st_size
     monkeypatch.setattr(record, "MAX_LINE_BYTES", size - 1)
-    for read in (lambda: list(record.read(path)), lambda: output.Output(path)):
+    for read in (lambda: list(record.read(path)), lambda: writer.Output(path)):
         with pytest.raises(ValueError, match=r"a\.jsonl line 1 is longer than 0 MiB"):
             read()
     assert path.stat().st_size == size

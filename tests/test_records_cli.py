@@ -17,7 +17,7 @@ from typing import Any
 import programs
 import pytest
 
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import record
 
 PROMPTS = ["the king", "a queen", "the fool and", "in war", "see what", "the king"]
 

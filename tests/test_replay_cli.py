@@ -10,7 +10,7 @@ from typing import Any
 import programs
 import pytest
 
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import record
 
 Run = Callable[..., programs.Result]
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import facts, rounding, sampling
+from hipgpt_jax.generation import facts, sampling
+from hipgpt_jax.records import rounding
 
 ROWS = 32
 SETTINGS: list[dict[str, Any]] = [

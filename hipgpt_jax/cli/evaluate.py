@@ -16,8 +16,8 @@ from absl import flags
 
 from hipgpt_jax import api, compilation, config, devices, files
 from hipgpt_jax.cli import outputs, program
-from hipgpt_jax.generation import source
-from hipgpt_jax.runs import directory, provenance
+from hipgpt_jax.records import provenance
+from hipgpt_jax.runs import directory, loading
 from hipgpt_jax.text import corpus, dataset, encoding, prompts
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _evaluate() -> None:
     _check_flags()
     output = _check_output()
     decode = config.DecodingConfig(window=_MAX_SEQ_LEN.value, dtype=_DTYPE.value)
-    found = source.open_run(run_name, directory.parse_step(_STEP.value), decode)
+    found = loading.open_run(run_name, directory.parse_step(_STEP.value), decode)
     stride = found.window if _STRIDE.value is None else _STRIDE.value
     if not 1 <= stride <= found.window:
         raise ValueError(f"stride must be at least 1 and at most the window of {found.window} tokens: got {stride}")
@@ -195,7 +195,7 @@ class _Text:
     end_id: int | None
 
 
-def _read_text(found: source.Source) -> _Text:
+def _read_text(found: loading.Source) -> _Text:
     if _DATA_PATH.value is None:
         return _read_own(found)
     text = corpus.Corpus([Path(path) for path in _DATA_PATH.value], _TEXT_FIELD.value)
@@ -211,7 +211,7 @@ def _read_text(found: source.Source) -> _Text:
     return _Text(name=name, ids=ids, end_id=end_id)
 
 
-def _end_id(found: source.Source, text: corpus.Corpus) -> int | None:
+def _end_id(found: loading.Source, text: corpus.Corpus) -> int | None:
     """The token that the run was taught to see after a document; none where it knows none, or there is one document."""
     if text.documents == 1:
         return None
@@ -221,7 +221,7 @@ def _end_id(found: source.Source, text: corpus.Corpus) -> int | None:
     return found.checkpoint.eos_id
 
 
-def _read_own(found: source.Source) -> _Text:
+def _read_own(found: loading.Source) -> _Text:
     where = found.checkpoint.directory
     if not (where / dataset.MANIFEST_NAME).is_file():
         raise FileNotFoundError(

@@ -9,8 +9,8 @@ from absl import flags
 
 from hipgpt_jax import api, compilation, config, devices
 from hipgpt_jax.cli import program, writing
-from hipgpt_jax.generation import source
-from hipgpt_jax.runs import directory, output, provenance
+from hipgpt_jax.records import planning, provenance, writer
+from hipgpt_jax.runs import directory, loading
 
 SUMMARY = """Generate text from a trained run. The text goes to stdout as it is made, the facts to stderr.
 
@@ -137,14 +137,14 @@ def _generate() -> None:
     if _OUTPUT.value in (None, "-"):
         program.require_stdout("the text")
     several = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
-    found = source.open_run(run_name, directory.parse_step(_STEP.value), decode)
+    found = loading.open_run(run_name, directory.parse_step(_STEP.value), decode)
     if _EOS_ID.value is None:
         generation = dataclasses.replace(generation, eos_id=found.checkpoint.eos_id)
     with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value, inputs=[_PROMPTS_FILE.value]) as out:
-        records = out if isinstance(out, output.Output) else None
+        records = out if isinstance(out, writer.Output) else None
         if _SEED.value == -1:
             generation = dataclasses.replace(generation, seed=_draw_seed(records))
-        plan = source.Plan(found, several, sampling, generation, records)
+        plan = planning.Plan(found, several, sampling, generation, records)
         device = devices.start(_DEVICE.value, program.note)
         compilation.use_cache(program.note)
         program.note_emulation(device.platform, decode.dtype)
@@ -161,7 +161,7 @@ def _generate() -> None:
         writing.write(run, plan, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
 
 
-def _draw_seed(records: output.Output | None) -> int:
+def _draw_seed(records: writer.Output | None) -> int:
     """Returns the seed for ``--seed -1``: that of the records in the output, so that a command can be run again."""
     seeds = records.seeds if records else set()
     if not seeds:

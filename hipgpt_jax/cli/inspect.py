@@ -6,8 +6,8 @@ from absl import flags
 
 from hipgpt_jax import files
 from hipgpt_jax.cli import outputs, program
+from hipgpt_jax.records import record
 from hipgpt_jax.report import page
-from hipgpt_jax.runs import record
 
 SUMMARY = """Write a record file as one HTML page: each token coloured by its surprise, its facts where you point.
 

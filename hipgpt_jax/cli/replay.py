@@ -13,12 +13,13 @@ from absl import flags
 
 from hipgpt_jax import api, compilation, config, devices
 from hipgpt_jax.cli import program
-from hipgpt_jax.generation import replay, source
-from hipgpt_jax.runs import provenance, record
+from hipgpt_jax.records import provenance, record, replay
+from hipgpt_jax.runs import loading
 from hipgpt_jax.text import tokenizer
 
 if TYPE_CHECKING:
-    from hipgpt_jax.generation import comparison, samples
+    from hipgpt_jax.generation import samples
+    from hipgpt_jax.records import comparison
 
 SUMMARY = """Regenerate the samples of a record file and compare them token by token: ids, text, log-probabilities,
 ranks, margins, gaps, alternatives. One line per record, and a summary. Exit code 0 when all are identical, 1 when any
@@ -200,7 +201,7 @@ def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[
 def _load(named: record.Run, decoding: config.DecodingConfig, device: devices.Device) -> api.Run:
     """Loads the run that a record names; raises ValueError, with both digests, where its files are others."""
     where = None if _RUN_DIR.value is None else Path(_RUN_DIR.value)
-    found = source.open_run(named.name, named.step, decoding, where)
+    found = loading.open_run(named.name, named.step, decoding, where)
     files = found.checkpoint
     for what, old, new in (
         ("weights", named.weights_sha256, files.weights_sha256),

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from hipgpt_jax import api, compilation
 from hipgpt_jax.cli import program
-from hipgpt_jax.runs import output
+from hipgpt_jax.records import writer
 
 if TYPE_CHECKING:
-    from hipgpt_jax.generation import samples, source
+    from hipgpt_jax.generation import samples
+    from hipgpt_jax.records import planning
+    from hipgpt_jax.runs import loading
 
 _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
@@ -23,7 +25,7 @@ _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 @contextlib.contextmanager
 def open_output(
     name: str | None, *, overwrite: bool, inputs: Iterable[str | None]
-) -> Iterator[output.Output | TextIO | None]:
+) -> Iterator[writer.Output | TextIO | None]:
     """Opens the file that ``--output`` names.
 
     Args:
@@ -40,7 +42,7 @@ def open_output(
     for path in filter(None, inputs):
         if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
             raise ValueError(f"--output {name} is a file that this command reads: use another --output")
-    out = output.Output(Path(name), overwrite=overwrite)
+    out = writer.Output(Path(name), overwrite=overwrite)
     try:
         if out.dropped:
             program.note(f"{name}: dropped a torn last line of {out.dropped} bytes, left by a command that was killed")
@@ -66,8 +68,8 @@ def is_stdout(name: str) -> bool:
 
 def write(
     run: api.Run,
-    plan: "source.Plan",
-    out: output.Output | TextIO | None,
+    plan: "planning.Plan",
+    out: writer.Output | TextIO | None,
     *,
     shows_text: bool,
     stream: bool,
@@ -85,7 +87,7 @@ def write(
     """
     from hipgpt_jax.generation import events
 
-    if isinstance(out, output.Output):
+    if isinstance(out, writer.Output):
         if plan.left < plan.samples:
             program.note(f"{out.path} has {plan.samples - plan.left} of the samples: {plan.left} are left")
         if plan.repeated:
@@ -115,7 +117,7 @@ class _Cut:
         self.count = 0
         self._window = window
 
-    def noted(self, plan: "source.Plan") -> "Iterator[source.Ask]":
+    def noted(self, plan: "planning.Plan") -> "Iterator[loading.Ask]":
         """Yields the prompts of a plan and counts those that are too long."""
         for one in plan:
             if len(one.prompt_ids) > self._window:
@@ -169,7 +171,7 @@ class _Clock:
 def _recorded(
     run: api.Run,
     updates: "Iterable[samples.Update]",
-    out: output.Output | TextIO | None,
+    out: writer.Output | TextIO | None,
     clock: _Clock,
     advance: Callable[[_Clock], None],
 ) -> "Iterator[samples.Update]":
@@ -178,7 +180,7 @@ def _recorded(
         clock.count(update)
         if update.finish_reason is not None and out is not None:
             made = run.recorder.describe(update.sample)
-            if isinstance(out, output.Output):
+            if isinstance(out, writer.Output):
                 out.append(made)
             else:
                 out.flush()

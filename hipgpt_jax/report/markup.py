@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import record
 
 BITS = (1, 2, 4, 6, 8, 12)
 """Where one colour ends and the next begins, in bits of surprise."""

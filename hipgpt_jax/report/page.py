@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hipgpt_jax.records import record
 from hipgpt_jax.report import markup
-from hipgpt_jax.runs import record
 
 _STYLE, _SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 MARKER = b'<meta name="generator" content="hipgpt-inspect">'

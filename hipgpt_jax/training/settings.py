@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from hipgpt_jax import config, files, numerics, training_config
-from hipgpt_jax.runs import directory, provenance
+from hipgpt_jax.records import provenance
+from hipgpt_jax.runs import directory
 from hipgpt_jax.training import checkpoint, optimizer
 
 # Settings of the log and of what is kept of a run, which do not enter its numbers.

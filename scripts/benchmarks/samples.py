@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks import generate, table
 from hipgpt_jax import api, config, devices, files
-from hipgpt_jax.generation import source
+from hipgpt_jax.records import provenance, writer
 from hipgpt_jax.runs import directory as runs
-from hipgpt_jax.runs import output, provenance
+from hipgpt_jax.runs import loading
 from hipgpt_jax.text import prompts, tokenizer
 
 NARROW, WIDE, RECORDED = "width 1", "width 16", "width 16, recorded"
@@ -30,7 +30,7 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     device = devices.start("cpu", lambda line: None)
     narrow, wide = (
         api.Run(
-            source.open_run("run", None, config.DecodingConfig(width=width), directory), device, provenance.Origin()
+            loading.open_run("run", None, config.DecodingConfig(width=width), directory), device, provenance.Origin()
         )
         for width in (1, _WIDTH)
     )
@@ -70,7 +70,7 @@ def _make(run: api.Run, num_tokens: int, path: Path | None) -> table.Request:
 
     def request() -> tuple[float, float]:
         began = time.perf_counter()
-        out = output.Output(path, overwrite=True) if path else None
+        out = writer.Output(path, overwrite=True) if path else None
         for update in run.make(run.jobs(asked), measure=out is not None):
             if out and update.finish_reason:
                 out.append(run.recorder.describe(update.sample))

@@ -16,7 +16,7 @@ from typing import Any
 import fastjsonschema
 
 from hipgpt_jax import files
-from hipgpt_jax.runs import provenance
+from hipgpt_jax.records import provenance
 
 SCHEMA = 1
 CONTRACT = 1

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hipgpt_jax.generation import events, replay, rounding, sampler, samples, sampling
-from hipgpt_jax.runs import record
+from hipgpt_jax.generation import events, sampler, samples, sampling
+from hipgpt_jax.records import record, replay, rounding
 from hipgpt_jax.text import tokenizer
 
 # How far two computations of one logit, or of one log-probability, may be apart. Seen in float32: 2e-5 between batch

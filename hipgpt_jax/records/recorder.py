@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from hipgpt_jax import config, devices, numerics
-from hipgpt_jax.generation import samples, source
-from hipgpt_jax.runs import output, provenance, record
+from hipgpt_jax.generation import samples
+from hipgpt_jax.records import provenance, record, writer
+from hipgpt_jax.runs import loading
 
 
 class Recorder:
     """Makes the records of samples drawn from one run on one device."""
 
     def __init__(
-        self, run: source.Source, device: devices.Device, origin: provenance.Origin, load_seconds: float
+        self, run: loading.Source, device: devices.Device, origin: provenance.Origin, load_seconds: float
     ) -> None:
         """Notes what all records of a program share.
 
@@ -98,10 +99,10 @@ class Recorder:
         }
 
     def shared_basis(self) -> dict[str, Any]:
-        """Returns ``output.shared_basis`` of the records."""
+        """Returns ``writer.shared_basis`` of the records."""
         settings = self._settings(config.GenerationConfig(), config.SamplingConfig())
         parts = {"settings": settings, "run": self._run, "numerics": self._numerics}
-        return output.shared_basis({name: vars(part) for name, part in parts.items()})
+        return writer.shared_basis({name: vars(part) for name, part in parts.items()})
 
     @property
     def _started(self) -> str:

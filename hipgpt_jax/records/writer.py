@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hipgpt_jax import config, files
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import record
 
 # The beginning of every record. A file that begins so may be appended to and replaced; any other belongs to someone.
 _BEGINNING = re.compile(rb'(?:\xef\xbb\xbf)?\{\s*"schema"\s*:\s*\d+\s*,\s*"contract"\s*:')

@@ -15,11 +15,11 @@ import records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipgpt_jax.runs import output, record
+from hipgpt_jax.records import record, writer
 
 
-def fill(path: Path, *made: record.Record, **how: Any) -> output.Output:
-    out = output.Output(path, **how)
+def fill(path: Path, *made: record.Record, **how: Any) -> writer.Output:
+    out = writer.Output(path, **how)
     for one in made:
         out.append(one)
     out.close()
@@ -56,7 +56,7 @@ def test_a_file_that_got_no_record_is_not_left_behind(tmp_path: Path) -> None:
 def test_overwriting_spares_the_old_records_when_the_new_one_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0))
-    out = output.Output(path, overwrite=True)
+    out = writer.Output(path, overwrite=True)
     with pytest.raises(ValueError, match="not JSON compliant"):
         out.append(records.make_record(logprobs=(float("nan"), -1.0)))
     out.close()
@@ -103,21 +103,21 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, me
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        output.Output(path)
+        writer.Output(path)
     assert path.read_text() == content
 
 
 @pytest.mark.parametrize("name", ["none/a.jsonl", "."])
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(OSError, match=r"--output .* cannot be written: (No such file|Is a directory)"):
-        output.Output(tmp_path / name)
+        writer.Output(tmp_path / name)
 
 
 def test_two_may_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    out = output.Output(path)
+    out = writer.Output(path)
     with pytest.raises(ValueError, match="is being written by another process"):
-        output.Output(path)
+        writer.Output(path)
     out.append(records.make_record())
     out.close()
     assert samples_in(path) == [0]
@@ -126,9 +126,9 @@ def test_two_may_not_write_one_file(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record())
-    out = output.Output(path)
+    out = writer.Output(path)
     value = json.loads(records.make_record().to_json())
-    own, shared = output.own_basis(value), output.shared_basis(value)
+    own, shared = writer.own_basis(value), writer.shared_basis(value)
     out.require_same("p1", own)
     out.require_same("another", {**own, "seed": 8})
     out.require_shared(shared)
@@ -145,7 +145,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_every_setting_of_a_record_is_in_one_basis_or_the_other() -> None:
     value = json.loads(records.make_record().to_json())
-    known = {*output.own_basis(value), *output.shared_basis(value)}
+    known = {*writer.own_basis(value), *writer.shared_basis(value)}
     assert known >= set(value["settings"])
     assert known >= set(value["numerics"]) - {"machine", "processor", "instruction_sets", "cores"}
 
@@ -153,17 +153,17 @@ def test_every_setting_of_a_record_is_in_one_basis_or_the_other() -> None:
 def test_a_prompt_whose_records_were_made_by_several_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0), records.make_record(sample=1, seed=8))
-    out = output.Output(path)
+    out = writer.Output(path)
     assert out.seeds == {7, 8}
     with pytest.raises(ValueError, match="other settings: seed 8 in sample 1 of p1, 7 now"):
-        out.require_same("p1", output.own_basis(json.loads(records.make_record().to_json())))
+        out.require_same("p1", writer.own_basis(json.loads(records.make_record().to_json())))
     out.close()
 
 
 @given(st.lists(st.integers(0, 3000), unique=True, max_size=60), st.integers(0, 3200), st.integers(0, 3200))
 @settings(deadline=None, derandomize=True, database=None, max_examples=200)
 def test_samples_are_a_set_whatever_their_order(added: list[int], number: int, first: int) -> None:
-    found = output.Samples()
+    found = writer.Samples()
     assert all(found.add("a", sample, "basis") for sample in added)
     assert not any(found.add("a", sample, "basis") for sample in added)
     assert (len(found), "a" in found, "b" in found) == (len(added), bool(added), False)
@@ -174,7 +174,7 @@ def test_samples_are_a_set_whatever_their_order(added: list[int], number: int, f
 
 def test_finished_samples_take_little_memory() -> None:
     tracemalloc.start()
-    found = output.Samples()
+    found = writer.Samples()
     for sample in range(100_000):
         found.add("in order", sample, "basis")
     for sample in range(99_999, -1, -1):
@@ -190,7 +190,7 @@ def test_overwriting_replaces_files_of_records_alone(tmp_path: Path) -> None:
     for content in ("all of my work\n", '{"prompt":"ROMEO:"}\n', '{"schema":1}', " "):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"--overwrite replaces files of records, and .* does not begin with one"):
-            output.Output(path, overwrite=True)
+            writer.Output(path, overwrite=True)
         assert path.read_text() == content
     path.write_text("")
     fill(path, records.make_record(), overwrite=True)
@@ -202,7 +202,7 @@ def test_a_file_that_may_be_somebody_elses_is_not_cut(tmp_path: Path, content: s
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="line 1 is not a record: use another --output"):
-        output.Output(path)
+        writer.Output(path)
     assert path.read_text() == content
 
 
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     line = len(records.make_record().to_json()) + 1
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    out = output.Output(path)
+    out = writer.Output(path)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5 * line // 2, before[1]))
         out.append(records.make_record(sample=0))
@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_device_is_written_to_as_it_is() -> None:
-    out = output.Output(Path("/dev/full"))
+    out = writer.Output(Path("/dev/full"))
     with pytest.raises(OSError, match="No space left"):
         out.append(records.make_record())
     out.close()
@@ -250,7 +250,7 @@ def test_a_reader_that_goes_away_is_noticed(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     command = [sys.executable, "-c", "import sys; open(sys.argv[1]).read(10)", str(pipe)]
     with subprocess.Popen(command) as reader:
-        out = output.Output(pipe)
+        out = writer.Output(pipe)
         with pytest.raises(BrokenPipeError):
             [out.append(records.make_record()) for _ in range(1000)]
         out.close()

@@ -4,7 +4,7 @@ import dataclasses
 
 from hipgpt_jax import config
 from hipgpt_jax.generation import events
-from hipgpt_jax.runs import record
+from hipgpt_jax.records import record
 
 # An engine allocates a cache row for each of a record's decode width, whatever number of records there is.
 MAX_WIDTH = 4096
