@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 DEVICES = ("auto", "cpu", "rocm", "cuda")
-_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "jax-rocm10-plugin")
+PLUGIN_FAMILIES = ("cuda12", "cuda13", "rocm7", "rocm10")
 
 # Captured command buffers crash some ROCm set-ups, above all in loops; AMD's documents and JAX's own
 # ROCm tests switch them off. Taking memory as it is needed leaves a desktop card usable.
@@ -60,7 +60,8 @@ def _must_be_deterministic(environ: Mapping[str, str]) -> bool:
 
 def plugins() -> list[str]:
     """Returns the installed JAX accelerator plugins, as ``name version``, without importing any."""
-    found = (d for name in _PLUGINS for d in importlib.metadata.distributions(name=name))
+    names = (f"jax-{family}-plugin" for family in PLUGIN_FAMILIES)
+    found = (d for name in names for d in importlib.metadata.distributions(name=name))
     return [f"{d.name} {d.version}" for d in found]
 
 

@@ -1,5 +1,6 @@
 """``hipgpt-doctor`` as a user meets it, with a JAX that works and with those that do not."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import programs
 import pytest
 
 from hipgpt_jax import doctor
-from hipgpt_jax.doctor import machine
 
 
 @pytest.fixture(autouse=True)
@@ -33,22 +33,22 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
     def put(name: str, source: str) -> None:
         (tmp_path / "path" / name).mkdir(parents=True)
         (tmp_path / "path" / name / "__init__.py").write_text(source)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"), prepend=os.pathsep)
 
     return put
 
 
-def test_a_healthy_machine_has_no_trouble(
+def test_a_healthy_machine_has_no_problem(
     call: Callable[..., programs.Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     result = call()
     assert (result.code, result.err) == (0, "")
-    assert re.search(r"\n  ok +run +shakespeare: 1 step, latest 2000, whole, digests checked; in ", result.out)
+    assert re.search(r"\n  ok +run +shakespeare: 1 step, latest 2000, intact, digests checked; in ", result.out)
     assert re.search(r"\n  ok +environment +JAX_PLATFORMS=cpu\n", result.out)
     assert re.search(r"\n  ok +JAX device +0: cpu\n", result.out)
-    assert "TROUBLE" not in result.out
-    assert result.out.splitlines()[-1] == "no trouble found"
+    assert "PROBLEM" not in result.out
+    assert result.out.splitlines()[-1] == "no problems"
 
 
 def test_jax_is_not_imported_in_its_own_process(cache: Path) -> None:
@@ -67,21 +67,21 @@ def test_jax_is_not_imported_in_its_own_process(cache: Path) -> None:
     ("source", "said"),
     [
         ("raise ImportError('no such symbol')", "does not start: ImportError: no such symbol (exit code 1)"),
-        ("import os; os.abort()", "does not start: it said nothing (Aborted)"),
-        ("import sys; print('banner'); sys.exit(3)", "does not start: it said nothing (exit code 3)"),
+        ("import os; os.abort()", "does not start: no output (Aborted)"),
+        ("import sys; print('banner'); sys.exit(3)", "does not start: no output (exit code 3)"),
     ],
 )
-def test_a_jax_that_does_not_start_is_a_trouble_and_no_crash(
+def test_a_jax_that_does_not_start_is_a_problem_and_no_crash(
     call: Callable[..., programs.Result], module: Callable[[str, str], None], source: str, said: str
 ) -> None:
     module("jax", source)
     result = call()
     assert (result.code, result.err) == (1, "")
     lines = result.out.splitlines()
-    (line,) = (i for i, text in enumerate(lines) if "TROUBLE" in text)
-    assert re.fullmatch(rf" +TROUBLE +JAX +{re.escape(said)}", lines[line])
+    (line,) = (i for i, text in enumerate(lines) if "PROBLEM" in text)
+    assert re.fullmatch(rf" +PROBLEM +JAX +{re.escape(said)}", lines[line])
     assert re.fullmatch(r" +-> pip install --force-reinstall 'jax==[\d.]+' 'jaxlib==[\d.]+'", lines[line + 1])
-    assert lines[-1] == "1 trouble"
+    assert lines[-1] == "1 problem"
     assert "shakespeare" in result.out
     assert "Traceback" not in result.out
 
@@ -93,69 +93,69 @@ def test_it_works_in_a_process_of_its_own_beside_a_broken_jax(
     result = programs.spawn("doctor", cwd=tmp_path, cache=cache)
     assert result.code == 1
     assert result.err == ""
-    assert "TROUBLE JAX " in result.out
+    assert "PROBLEM JAX " in result.out
 
 
 def test_a_jax_that_hangs_is_given_up(module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     module("jax", "import time; time.sleep(60)")
-    monkeypatch.setattr(machine, "PROBE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(doctor, "PROBE_TIMEOUT_S", 0.5)
     begin = time.monotonic()
-    (finding,) = machine.probe()
+    (check,) = doctor.check_jax()
     assert time.monotonic() - begin < 15
-    assert finding.text == "does not start: nothing came of it in 0.5 seconds"
-    assert "--device cpu" in (finding.advice or "")
+    assert check.text == "does not start: no output within 0.5 seconds"
+    assert "--device cpu" in (check.advice or "")
 
 
-def test_memory_is_shown_and_a_device_that_does_not_compute_is_a_trouble(module: Callable[[str, str], None]) -> None:
+def test_memory_is_shown_and_a_device_that_does_not_compute_is_a_problem(module: Callable[[str, str], None]) -> None:
     kind = "platform, device_kind, id, memory_stats = 'gpu', 'AMD MI300X', 0, lambda self: {'bytes_limit': 8 * 10**9}"
     module("jax", f"class Device:\n    {kind}\ndef devices(): return [Device()]\n")
-    device, jax = machine.probe()
-    assert device == doctor.Finding("JAX device", "0: gpu (AMD MI300X), 8.0 GB for JAX")
+    device, jax = doctor.check_jax()
+    assert device == doctor.Check("JAX device", "0: gpu (AMD MI300X), 8.0 GB for JAX")
     assert re.match("does not compute: AttributeError: .*'numpy'", jax.text)
     assert jax.advice
 
 
-def test_a_flax_that_does_not_fit_is_a_trouble(module: Callable[[str, str], None]) -> None:
+def test_a_flax_that_does_not_fit_is_a_problem(module: Callable[[str, str], None]) -> None:
     module("flax", "raise AttributeError('jax has no such thing')")
-    finding = machines.about("JAX", machine.probe())
-    assert "Flax does not import with it: AttributeError: jax has no such thing" in finding.text
-    assert re.match(r"pip install --force-reinstall 'flax.*!=0\.12\.9", finding.advice or "")
+    check = machines.about("JAX", doctor.check_jax())
+    assert "starts, but Flax fails to import: AttributeError: jax has no such thing" in check.text
+    assert re.match(r"pip install --force-reinstall 'flax.*!=0\.12\.9", check.advice or "")
 
 
 def test_a_platform_that_jax_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "nosuch")
-    (finding,) = machine.probe()
-    assert "Unable to initialize backend 'nosuch'" in finding.text
-    assert "without JAX_PLATFORMS=nosuch" in (finding.advice or "")
+    (check,) = doctor.check_jax()
+    assert "Unable to initialize backend 'nosuch'" in check.text
+    assert "without JAX_PLATFORMS=nosuch" in (check.advice or "")
 
 
-def test_the_caches_place_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "cache/hipgpt_jax/compiled"
-    assert machine.cache() == doctor.Finding("compile cache", f"{place}: not made yet")
-    place.mkdir(parents=True)
+def test_the_cache_directory_and_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache/hipgpt_jax/compiled"
+    assert doctor.check_cache() == doctor.Check("compile cache", f"{path}: not created yet")
+    path.mkdir(parents=True)
     for name in ("a.xla", "b.program", "of another program"):
-        (place / name).write_bytes(bytes(750_000))
-    assert machine.cache() == doctor.Finding("compile cache", f"{place}: 2 programs, 1.5 MB")
+        (path / name).write_bytes(bytes(750_000))
+    assert doctor.check_cache() == doctor.Check("compile cache", f"{path}: 2 programs, 1.5 MB")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
-    assert machine.cache().text == f"{tmp_path / 'own/hipgpt_jax'}: not made yet"
+    assert doctor.check_cache().text == f"{tmp_path / 'own/hipgpt_jax'}: not created yet"
     assert not (tmp_path / "own").exists()
 
 
 @pytest.mark.parametrize("name", ["cache", "cache/hipgpt_jax", "cache/hipgpt_jax/compiled"])
-def test_a_cache_that_another_user_can_write_is_a_trouble(name: str, tmp_path: Path) -> None:
+def test_a_cache_that_another_user_can_write_is_a_problem(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name).chmod(0o777)
-    finding = machine.cache()
-    assert finding.text.startswith(f"other users can write {tmp_path / name}, ")
-    assert f"chmod go-w {tmp_path / name}" in finding.text
-    assert finding.advice
+    check = doctor.check_cache()
+    assert check.text.startswith(f"other users can write {tmp_path / name}, ")
+    assert f"chmod go-w {tmp_path / name}" in check.text
+    assert check.advice
 
 
-def test_a_cache_that_cannot_be_made_is_a_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_made_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch(mode=0o755)
     for own in (tmp_path / "file", tmp_path / "file/below", "gs://bucket/cache"):
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(own))
-        assert "export JAX_COMPILATION_CACHE_DIR=" in (machine.cache().advice or "")
+        assert "export JAX_COMPILATION_CACHE_DIR=" in (doctor.check_cache().advice or "")
 
 
 @pytest.mark.parametrize(

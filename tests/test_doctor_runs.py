@@ -11,7 +11,6 @@ import programs
 import pytest
 
 from hipgpt_jax import compilation, disk_cache, doctor
-from hipgpt_jax.doctor import deep, runs
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset
 
@@ -46,9 +45,9 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_a_whole_run_is_one_line(tiny: Path) -> None:
-    (finding,) = runs.examine("tiny")
-    assert finding == doctor.Finding("run", "tiny: 2 steps, latest 40, whole, digests checked; in checkpoints/tiny")
-    assert [finding.topic for finding in runs.examine()] == ["checkpoints", "run", "run"]
+    (check,) = doctor.check_runs("tiny")
+    assert check == doctor.Check("run", "tiny: 2 steps, latest 40, intact, digests checked; in checkpoints/tiny")
+    assert [check.topic for check in doctor.check_runs()] == ["checkpoints", "run", "run"]
 
 
 def test_a_damaged_latest_step_is_named_with_the_step_to_take(tiny: Path, call: Callable[..., programs.Result]) -> None:
@@ -56,30 +55,30 @@ def test_a_damaged_latest_step_is_named_with_the_step_to_take(tiny: Path, call: 
     result = call("--run-name", "tiny")
     assert result.code == 1
     assert re.search(
-        r"TROUBLE run +tiny: step 40, the latest, is damaged: .*tiny_step40\.bin is not the file", result.out
+        r"PROBLEM run +tiny: step 40, the latest, is damaged: .*tiny_step40\.bin is not the file", result.out
     )
-    assert re.search(r"\n +-> Restore the file; until then, take --step 20\n\n1 trouble\n$", result.out)
+    assert re.search(r"\n +-> Restore the file; until then, use --step 20\n\n1 problem\n$", result.out)
     cut(tiny / "tiny_step20.bin")
-    latest, older = runs.examine("tiny")
-    assert latest.advice == "Restore the file, or train the run anew: hipgpt-train --run-name tiny --reset ..."
+    latest, older = doctor.check_runs("tiny")
+    assert latest.advice == "Restore the file, or train again: hipgpt-train --run-name tiny --reset ..."
     assert "tiny: step 20 is damaged" in older.text
 
 
 def test_a_damaged_older_step_can_be_given_up_as_advised(tiny: Path) -> None:
     cut(tiny / "tiny_step20.bin")
-    (finding,) = runs.examine("tiny")
-    words = (finding.advice or "").partition("rm ")[2].split()
+    (check,) = doctor.check_runs("tiny")
+    words = (check.advice or "").partition("rm ")[2].split()
     assert words == ["checkpoints/tiny/tiny_step20_config.json", "checkpoints/tiny/tiny_step20.bin"]
     for word in words:
         Path(word).unlink()
-    assert [finding.advice for finding in runs.examine("tiny")] == [None]
+    assert [check.advice for check in doctor.check_runs("tiny")] == [None]
 
 
-def test_a_config_that_cannot_be_read_is_one_trouble(tiny: Path) -> None:
+def test_a_config_that_cannot_be_read_is_one_problem(tiny: Path) -> None:
     cut(tiny / "tiny_step40_config.json")
-    (finding,) = runs.examine("tiny")
-    assert "latest_config.json is not JSON" in finding.text
-    assert finding.advice == "Restore the file; until then, take --step 20"
+    (check,) = doctor.check_runs("tiny")
+    assert "latest_config.json is not JSON" in check.text
+    assert check.advice == "Restore the file; until then, use --step 20"
 
 
 def test_noverify_sees_only_what_is_missing(
@@ -93,36 +92,36 @@ def test_noverify_sees_only_what_is_missing(
     (tiny / "tiny_step40.bin").unlink()
     result = call("--run-name=tiny", "--noverify")
     assert result.code == 1
-    assert re.search(r"TROUBLE .*step 40, .* damaged: .*tiny_step40\.bin is missing", result.out)
+    assert re.search(r"PROBLEM .*step 40, .* damaged: .*tiny_step40\.bin is missing", result.out)
 
 
 @pytest.mark.parametrize("name", ["latest_config.json", "latest_checkpoint.bin"])
-def test_a_dangling_link_is_mended_by_the_command_advised(tiny: Path, name: str) -> None:
+def test_a_dangling_link_is_repaired_by_the_command_advised(tiny: Path, name: str) -> None:
     (tiny / name).unlink()
     (tiny / name).symlink_to("tiny_step60.bin")
-    (finding,) = runs.examine("tiny")
-    assert f"{name} points to tiny_step60.bin, which is not there" in finding.text
-    subprocess.run(["/bin/sh", "-c", f"PATH=/bin:/usr/bin; {finding.advice}"], check=True)
-    assert [finding.advice for finding in runs.examine("tiny")] == [None]
+    (check,) = doctor.check_runs("tiny")
+    assert f"{name} points to tiny_step60.bin, which does not exist" in check.text
+    subprocess.run(["/bin/sh", "-c", f"PATH=/bin:/usr/bin; {check.advice}"], check=True)
+    assert [check.advice for check in doctor.check_runs("tiny")] == [None]
 
 
-def test_runs_without_a_checkpoint_are_told_and_no_trouble(tiny: Path) -> None:
+def test_runs_without_a_checkpoint_are_listed_and_no_problem(tiny: Path) -> None:
     for path in (*tiny.glob("*.bin"), *tiny.glob("*_config.json")):
         path.unlink()
     (tiny.parent / "empty").mkdir()
     (tiny.parent / "notes.txt").touch()
-    empty, shakespeare, begun = list(runs.examine())[1:]
+    empty, shakespeare, begun = list(doctor.check_runs())[1:]
     assert "empty: a directory without a checkpoint" in empty.text
     assert shakespeare.text.startswith("shakespeare: ")
-    assert begun.text == "tiny: begun, no whole checkpoint yet; --resume goes on with it"
-    assert machines.troubles((empty, shakespeare, begun)) == []
+    assert begun.text == "tiny: started, no complete checkpoint yet; --resume continues it"
+    assert machines.problems((empty, shakespeare, begun)) == []
 
 
 def test_the_packages_own_run_is_restored_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(directory.SHIPPED, tmp_path / "shipped")
     monkeypatch.setattr(directory, "SHIPPED", tmp_path / "shipped")
     cut(tmp_path / "shipped/shakespeare/shakespeare_step2000.bin")
-    assert "git checkout" in (machines.troubles(runs.examine())[0].advice or "")
+    assert "git checkout" in (machines.problems(doctor.check_runs())[0].advice or "")
 
 
 def test_deep_reads_the_cache_and_the_training_files(
@@ -133,29 +132,29 @@ def test_deep_reads_the_cache_and_the_training_files(
     names = [f"jit_steps{compilation.EXECUTABLE}", f"steps{compilation.PROGRAM}"]
     for name in names:
         cache.put(name, bytes(100))
-    compiled, tokens, trained_states = deep.examine()
+    compiled, tokens, trained_states = doctor.check_files()
     assert trained_states.text == "tiny: states of step 20, 40, digests checked"
-    assert compiled == doctor.Finding("compile cache", "2 programs, all as their digests say")
-    assert re.fullmatch(r"tiny: 0\.\d MB, as the digest in data\.json says", tokens.text)
+    assert compiled == doctor.Check("compile cache", "2 programs, digests checked")
+    assert re.fullmatch(r"tiny: 0\.\d MB, digest checked", tokens.text)
     assert tokens.advice is None
-    assert [finding.topic for finding in deep.examine("shakespeare")] == ["compile cache"]
+    assert [check.topic for check in doctor.check_files("shakespeare")] == ["compile cache"]
     for name in names:
         flip(cache.directory / name, 8 * 90)
     flip(tiny / "tokens.bin", 8 * 90)
-    (tokens,) = (finding for finding in deep.examine("tiny") if finding.topic == "tokens.bin")
+    (tokens,) = (check for check in doctor.check_files("tiny") if check.topic == "tokens.bin")
     assert re.search(r"tokens\.bin was changed: its sha256 is \w{12}\.\.\., not", tokens.text)
     cut(tiny / "tokens.bin")
     result = call("--deep", "--run-name", "tiny")
     assert (result.code, result.err) == (1, "")
-    advice = re.findall(r"TROUBLE (?:compile cache|tokens\.bin) .*\n +-> (.*)", result.out)
+    advice = re.findall(r"PROBLEM (?:compile cache|tokens\.bin) .*\n +-> (.*)", result.out)
     assert advice == [f"rm {cache.directory / name}" for name in names] + [
-        "Restore the file, or prepare the text anew: hipgpt-train --run-name tiny --reset ..."
+        "Restore the file, or prepare the text again: hipgpt-train --run-name tiny --reset ..."
     ]
     assert sorted(path.name for path in cache.directory.iterdir()) == names, "nothing is removed"
 
 
 def test_the_files_names_are_those_of_the_data() -> None:
-    assert (deep.TOKENS_NAME, deep.MANIFEST_NAME) == (dataset.TOKENS_NAME, dataset.MANIFEST_NAME)
+    assert (doctor.TOKENS_NAME, doctor.MANIFEST_NAME) == (dataset.TOKENS_NAME, dataset.MANIFEST_NAME)
 
 
 def test_names_cannot_forge_a_line_or_move_the_cursor(
@@ -174,18 +173,18 @@ def test_names_cannot_forge_a_line_or_move_the_cursor(
 def test_deep_names_a_damaged_training_state_and_what_resume_does(tiny: Path) -> None:
     path = tiny / "train_state/40/default/_METADATA"
     cut(path)
-    *_, damaged, whole = deep.examine("tiny")
+    *_, damaged, whole = doctor.check_files("tiny")
     assert (
         damaged.text == f"tiny: the state of step 40 is damaged: checkpoints/tiny/{path.relative_to(tiny)} was changed"
     )
-    assert damaged.advice == "Restore it from a copy, or leave it: --resume goes on from step 20"
+    assert damaged.advice == "Restore it from a copy, or continue with --resume from step 20"
     assert whole.text == "tiny: state of step 20, digests checked"
     cut(tiny / "train_state/20/default/_METADATA")
-    found = [finding for finding in deep.examine("tiny") if finding.topic == "train_state"]
-    assert [finding.advice for finding in found] == [
-        "Restore it from a copy, or train the run anew: hipgpt-train --run-name tiny --reset ..."
+    found = [check for check in doctor.check_files("tiny") if check.topic == "train_state"]
+    assert [check.advice for check in found] == [
+        "Restore it from a copy, or train again: hipgpt-train --run-name tiny --reset ..."
     ] * 2
     for step in (20, 40):
         (tiny / f"train_state/{step}/sha256.json").unlink()
-    found = [finding for finding in deep.examine("tiny") if finding.topic == "train_state"]
-    assert ["has no digests and cannot be checked" in finding.text for finding in found] == [True, True]
+    found = [check for check in doctor.check_files("tiny") if check.topic == "train_state"]
+    assert ["has no digests and cannot be checked" in check.text for check in found] == [True, True]

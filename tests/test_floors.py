@@ -26,8 +26,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "training": (4, set()),
     "interop": (3, set()),
     "report": (4, set()),
-    "hipgpt_jax, from Python": (4, {"api", "__init__"}),
-    "doctor": (4, set()),
+    "hipgpt_jax, from Python": (4, {"api", "doctor", "__init__"}),
     "cli": (5, set()),
 }
 

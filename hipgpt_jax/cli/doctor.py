@@ -1,4 +1,4 @@
-"""``hipgpt-doctor``: checks that this machine can train and generate and that the files of its runs are intact."""
+"""``hipgpt-doctor``: checks that this machine can train and generate, and that the files of its runs are intact."""
 
 import itertools
 import sys
@@ -8,26 +8,22 @@ from absl import flags
 
 from hipgpt_jax import doctor, version
 from hipgpt_jax.cli import program
-from hipgpt_jax.doctor import machine, packages, runs
 
-SUMMARY = """Check packages, devices, the cache of compiled programs and runs, and say what to do about each trouble.
+SUMMARY = """Check packages, devices, the compile cache and runs, and print how to solve each problem.
 
-JAX runs in a process of its own, so this works where JAX does not. The exit code is 1 if there is a trouble.
+JAX runs in a separate process, so this also works where JAX is broken. The exit code is 1 if there is a problem.
 
   hipgpt-doctor
   hipgpt-doctor --deep
   hipgpt-doctor --run-name my_run --noverify"""
 
 FLAGS = flags.FlagValues()
-_RUN_NAME = flags.DEFINE_string("run-name", None, "The one run to look at; every run if absent.", flag_values=FLAGS)
+_RUN_NAME = flags.DEFINE_string("run-name", None, "The only run to check; every run if absent.", flag_values=FLAGS)
 _VERIFY = flags.DEFINE_boolean(
-    "verify", True, "Compare the weights of every step with their digests, which reads them whole.", flag_values=FLAGS
+    "verify", True, "Compare the weights of every step with their SHA-256 digests.", flag_values=FLAGS
 )
 _DEEP = flags.DEFINE_boolean(
-    "deep",
-    False,
-    "Compare the cache of compiled programs, training data and training states with their digests too.",
-    flag_values=FLAGS,
+    "deep", False, "Also compare the compile cache, training data and training states with theirs.", flag_values=FLAGS
 )
 
 
@@ -39,34 +35,32 @@ def main() -> None:
 def _doctor() -> None:
     if _DEEP.value and not _VERIFY.value:
         raise ValueError("--deep compares all digests and --noverify none: give one of them")
-    about_runs = runs.examine(_RUN_NAME.value, verify=_VERIFY.value)
-    first = next(about_runs)  # a name that is no run's is refused before anything is printed
+    runs = doctor.check_runs(_RUN_NAME.value, verify=_VERIFY.value)
+    first = next(runs)  # an unknown run is an error before anything is printed
     print(f"hipgpt-jax {version.__version__}")
-    troubles = (
-        _report("packages", packages.examine())
-        + _report("machine", itertools.chain(machine.examine(), [machine.cache()]))
-        + _report("runs", itertools.chain([first], about_runs))
+    problems = (
+        _report("packages", doctor.check_packages())
+        + _report("machine", itertools.chain(doctor.check_machine(), [doctor.check_cache()]))
+        + _report("runs", itertools.chain([first], runs))
     )
     if _DEEP.value:
-        from hipgpt_jax.doctor import deep
-
-        troubles += _report("files", deep.examine(_RUN_NAME.value))
-    print(f"\n{troubles or 'no'} trouble{'s' * (troubles > 1)}" + ("" if troubles else " found"), flush=True)
-    if troubles:
+        problems += _report("files", doctor.check_files(_RUN_NAME.value))
+    print("\n1 problem" if problems == 1 else f"\n{problems or 'no'} problems", flush=True)
+    if problems:
         sys.exit(1)
 
 
-def _report(title: str, findings: Iterable[doctor.Finding]) -> int:
-    """Prints findings one by one and returns the number of troubles."""
+def _report(title: str, checks: Iterable[doctor.Check]) -> int:
+    """Prints checks as they are made and returns the number of problems."""
     print(f"\n{title}")
-    troubles = 0
-    for finding in findings:
-        text = program.printable(" ".join(finding.text.split()))
-        print(f"  {'TROUBLE' if finding.advice else 'ok':8}{finding.topic:18}{text}", flush=True)
-        if finding.advice:
-            print(f"{'':28}-> {program.printable(finding.advice)}", flush=True)
-            troubles += 1
-    return troubles
+    problems = 0
+    for check in checks:
+        text = program.printable(" ".join(check.text.split()))
+        print(f"  {'PROBLEM' if check.advice else 'ok':8}{check.topic:18}{text}", flush=True)
+        if check.advice:
+            print(f"{'':28}-> {program.printable(check.advice)}", flush=True)
+            problems += 1
+    return problems
 
 
 if __name__ == "__main__":
