@@ -62,19 +62,19 @@ def choose(
     repetition_penalty: float,
 ) -> int:
     """Chooses the next token from its logits ``[V]`` in float32."""
-    temperature, top_p, penalty = map(np.float32, (temperature, top_p, repetition_penalty))
+    T, p, r = np.float32(temperature), np.float32(top_p), np.float32(repetition_penalty)
     logits, V = logits.copy(), len(logits)
     for token in set(seen):
-        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        logits[token] = logits[token] / r if logits[token] > 0 else logits[token] * r
     order = sorted(range(V), key=lambda token: (-logits[token], token))
-    if temperature < _SMALLEST_TEMPERATURE:
+    if T < _SMALLEST_TEMPERATURE:
         return order[0]
     ordered = logits[order]
-    weights = np.exp((ordered - ordered[0]) / temperature)
+    weights = np.exp((ordered - ordered[0]) / T)
     sums = np.cumsum(weights, dtype=np.float32)
     kept = V if top_k == 0 else min(top_k, V)
-    if top_p < 1:
-        kept = 1 + int(np.argmax(sums >= top_p * sums[kept - 1]))
+    if p < 1:
+        kept = 1 + int(np.argmax(sums >= p * sums[kept - 1]))
     return order[int(np.argmax(sums > u * sums[kept - 1]))]
 
 
