@@ -1,9 +1,12 @@
 """Strict settings, before JAX starts: silent promotions are errors, and eight devices stand by."""
 
+import fcntl
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import compiled
 import jax
 import programs
 import pytest
@@ -11,24 +14,48 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
+compiled.use()
+
+
+@pytest.fixture(autouse=True)
+def _kept_executables() -> Iterator[None]:
+    yield
+    compiled.restore()
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache directory that the programs of one test process share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A working directory in which ``hipgpt-train`` has made the run ``tiny``, at steps 20 and 40."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a copy of the committed run ``tiny``, of step 600 and without training files."""
     directory = tmp_path_factory.mktemp("work")
+    shutil.copytree(Path(__file__).parent / "data" / "tiny", directory / "checkpoints" / "tiny", symlinks=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A working directory in which ``hipgpt-train`` has made the run ``tiny``, at steps 20 and 40.
+
+    The run is made once for all test processes; each of them has a copy of its own.
+    """
+    directory = tmp_path_factory.mktemp("work") / "trained"
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        shared = shared.parent
+    with (shared / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "trained").exists():
+            _train(shared / "training")
+            (shared / "training").rename(shared / "trained")
+    return Path(shutil.copytree(shared / "trained", directory, symlinks=True))
+
+
+def _train(directory: Path) -> None:
+    directory.mkdir()
     (directory / "text.txt").write_text(programs.TEXT)
     flags = "--data-path text.txt --run-name tiny --vocab-size 300 --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2"
-    done = programs.spawn("train", *flags.split(), "--warmup-steps", "5", cwd=directory, cache=cache)
+    done = programs.spawn("train", *flags.split(), "--warmup-steps", "5", cwd=directory)
     assert done.code == 0, done.err
     (directory / "log.txt").write_text(done.out)
-    return directory
 
 
 @pytest.fixture

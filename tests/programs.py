@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compiled
 import pytest
 
 from hipgpt_jax.cli import doctor, evaluate, generate, inspect, plot, replay, train
 
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 MAINS: dict[str, Callable[[], None]] = {
     "doctor": doctor.main,
     "evaluate": evaluate.main,
@@ -43,21 +45,29 @@ def command(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"hipgpt_jax.cli.{name}", *arguments]
 
 
-def environment(cache: Path, platforms: str = "cpu") -> dict[str, str]:
-    """Returns this process's environment with an XDG cache directory of its own; JAX chooses among no platforms."""
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": platforms}
+def environment(cache: Path | None = None, platforms: str = "cpu") -> dict[str, str]:
+    """Returns the environment of a program.
+
+    Args:
+        cache: The user's cache directory; without one, compiled programs are kept between test runs.
+        platforms: The platforms among which JAX chooses; all for an empty string.
+    """
+    own = {CACHE: str(compiled.DIRECTORY)} if cache is None else {"XDG_CACHE_HOME": str(cache)}
+    return {**os.environ, "JAX_PLATFORMS": platforms, **own}
 
 
-def spawn(name: str, *arguments: str, cwd: Path, cache: Path, platforms: str = "cpu") -> Result:
-    """Runs a program in a process of its own."""
+def spawn(name: str, *arguments: str, cwd: Path, cache: Path | None = None, platforms: str = "cpu") -> Result:
+    """Runs a program in a process of its own, with ``environment(cache, platforms)``."""
     env = environment(cache, platforms)
     done = subprocess.run(command(name, *arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
 def call(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Result:
-    """Runs a program in this process."""
+    """Runs a program in this process; what it compiles is kept between test runs."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    if name not in ("doctor", "inspect", "plot"):
+        monkeypatch.setenv(CACHE, str(compiled.DIRECTORY))
     code = 0
     try:
         MAINS[name]()

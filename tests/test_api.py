@@ -41,7 +41,7 @@ def test_importing_the_package_imports_no_jax() -> None:
         getattr(hipgpt_jax, "lode_" + "run")
 
 
-def test_records_are_those_of_the_command_line(run: hipgpt_jax.Run, trained: Path, cache: Path) -> None:
+def test_records_are_those_of_the_command_line(run: hipgpt_jax.Run, trained: Path) -> None:
     flags = [
         "--num_samples",
         "2",
@@ -58,7 +58,7 @@ def test_records_are_those_of_the_command_line(run: hipgpt_jax.Run, trained: Pat
         "--output",
         "-",
     ]
-    done = programs.spawn("generate", "--run-name", "tiny", "--prompt", "the king", *flags, cwd=trained, cache=cache)
+    done = programs.spawn("generate", "--run-name", "tiny", "--prompt", "the king", *flags, cwd=trained)
     settings = hipgpt_jax.SamplingConfig(temperature=0.8, top_k=9)
     made = run.generate("the king", settings, seed=5, num_samples=2, num_tokens=40, top_logprobs=3)
     told = [record.parse(line.encode(), "it") for line in done.out.splitlines()]

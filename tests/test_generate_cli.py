@@ -159,8 +159,8 @@ def test_a_prompt_longer_than_the_window_is_cut_and_said_so(run) -> None:
     assert re.search(r"the prompt has \d+ tokens: the first \d+ are beyond the window and not read", result.err)
 
 
-def test_an_absent_device_says_what_there_is_and_what_to_do(trained: Path, cache: Path) -> None:
-    result = programs.spawn("generate", *HI, "--device", "rocm", cwd=trained, cache=cache)
+def test_an_absent_device_says_what_there_is_and_what_to_do(trained: Path) -> None:
+    result = programs.spawn("generate", *HI, "--device", "rocm", cwd=trained)
     assert result.code == 1
     assert result.out == ""
     assert re.search(
@@ -205,14 +205,14 @@ def test_damaged_files_are_named(run, trained: Path, damage: str) -> None:
     assert "Traceback" not in result.err
 
 
-def test_text_comes_token_by_token(trained: Path, cache: Path) -> None:
+def test_text_comes_token_by_token(trained: Path) -> None:
     arguments = (*HI, "--num_tokens", "400")
-    programs.spawn("generate", *arguments, cwd=trained, cache=cache)
+    programs.spawn("generate", *arguments, cwd=trained)
     pieces, times = [], []
     with subprocess.Popen(
         programs.command("generate", *arguments),
         cwd=trained,
-        env=programs.environment(cache),
+        env=programs.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     ) as process:
@@ -224,10 +224,10 @@ def test_text_comes_token_by_token(trained: Path, cache: Path) -> None:
     assert times[-1] - times[0] > 10 * max(after - before for before, after in itertools.pairwise(times[50:]))
 
 
-def test_a_closed_pipe_ends_quietly(trained: Path, cache: Path) -> None:
+def test_a_closed_pipe_ends_quietly(trained: Path) -> None:
     line = " ".join(["exec", *programs.command("generate"), *HI[:2], "--prompt king --num_tokens 3000 | head -c 1"])
     done = subprocess.run(
-        ["bash", "-c", line], cwd=trained, env=programs.environment(cache), capture_output=True, text=True, timeout=120
+        ["bash", "-c", line], cwd=trained, env=programs.environment(), capture_output=True, text=True, timeout=120
     )
     assert len(done.stdout) == 1
     assert "Traceback" not in done.stderr
@@ -235,11 +235,11 @@ def test_a_closed_pipe_ends_quietly(trained: Path, cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("ctrl_c_heeded")
-def test_ctrl_c_ends_quietly(trained: Path, cache: Path) -> None:
+def test_ctrl_c_ends_quietly(trained: Path) -> None:
     with subprocess.Popen(
         programs.command("generate", *HI, "--num_tokens", "1000000"),
         cwd=trained,
-        env=programs.environment(cache),
+        env=programs.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -274,7 +274,7 @@ def test_a_second_start_compiles_nothing_and_says_so(trained: Path, tmp_path: Pa
     assert programs.spawn("generate", *HI, cwd=trained, cache=tmp_path).out == first.out
 
 
-def test_only_what_generation_needs_is_imported(trained: Path, cache: Path) -> None:
+def test_only_what_generation_needs_is_imported(trained: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
@@ -285,7 +285,7 @@ def test_only_what_generation_needs_is_imported(trained: Path, cache: Path) -> N
         done = subprocess.run(
             [sys.executable, "-c", code, "generate", *arguments],
             cwd=trained,
-            env=programs.environment(cache),
+            env=programs.environment(),
             capture_output=True,
             text=True,
         )

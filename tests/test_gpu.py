@@ -27,7 +27,7 @@ def gpu() -> devices.Device:
     return devices.Device(first.platform, first.device_kind)
 
 
-def generate(*flags: str, cwd: Path, cache: Path) -> list[dict[str, Any]]:
+def generate(*flags: str, cwd: Path, cache: Path | None = None) -> list[dict[str, Any]]:
     """Makes five samples of each prompt, where JAX would, and returns the records in ``made.jsonl``."""
     (cwd / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     asked = ["--prompts_file", "prompts.txt", "--num_samples", "5", "--num_tokens", "150", "--output", "made.jsonl"]
@@ -37,12 +37,10 @@ def generate(*flags: str, cwd: Path, cache: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("width", ["1", "16"])
-def test_records_of_the_cpu_are_replayed_but_for_rounding(
-    gpu: devices.Device, width: str, tmp_path: Path, cache: Path
-) -> None:
+def test_records_of_the_cpu_are_replayed_but_for_rounding(gpu: devices.Device, width: str, tmp_path: Path) -> None:
     """Wherever a token differs, the margins on record say that rounding suffices to change it."""
-    generate("--device", "cpu", "--batch_size", width, cwd=tmp_path, cache=cache)
-    done = programs.spawn("replay", "made.jsonl", cwd=tmp_path, cache=cache, platforms="")
+    generate("--device", "cpu", "--batch_size", width, cwd=tmp_path)
+    done = programs.spawn("replay", "made.jsonl", cwd=tmp_path, platforms="")
     assert f"platform: cpu in the record, {gpu.platform} now" in done.out, done.err
     *_, summary = done.out.splitlines()
     told = re.fullmatch(
@@ -81,7 +79,6 @@ def test_training_learns_what_it_learns_on_the_cpu(
     flags: str,
     trained: Path,
     tmp_path: Path,
-    cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The run ``tiny`` once more: after 20 steps it is where the CPU was, within what half precision costs.
@@ -93,7 +90,7 @@ def test_training_learns_what_it_learns_on_the_cpu(
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", dtype)
     asked = "--run-name tiny --vocab-size 300 --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2 --warmup-steps 5"
     text = ["--data-path", str(trained / "text.txt"), "--dtype", dtype]
-    done = programs.spawn("train", *text, *asked.split(), cwd=tmp_path, cache=cache, platforms="")
+    done = programs.spawn("train", *text, *asked.split(), cwd=tmp_path, platforms="")
     assert done.code == 0, done.err
     on_cpu, on_gpu = (first_loss(directory / "checkpoints" / "tiny") for directory in (trained, tmp_path))
     assert on_gpu == pytest.approx(on_cpu, rel=0.02)

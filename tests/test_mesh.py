@@ -181,7 +181,7 @@ def test_without_a_mesh_as_many_devices_as_divide_the_batch_share_it() -> None:
         assert mesh.parse(None, batch_size=batch, available=available)["data"] == used
 
 
-def processes(work: Path, cache: Path, *each: tuple[str, ...]) -> list[tuple[int, str, str]]:
+def processes(work: Path, *each: tuple[str, ...]) -> list[tuple[int, str, str]]:
     """Runs ``hipgpt-train`` in as many processes at once, joined over loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -199,7 +199,7 @@ def processes(work: Path, cache: Path, *each: tuple[str, ...]) -> list[tuple[int
                 str(number),
             ),
             cwd=work,
-            env={**programs.environment(cache), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            env={**programs.environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -223,12 +223,12 @@ def losses_of(work: Path, name: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_open_each_others_checkpoints(tmp_path: Path, cache: Path) -> None:
+def test_two_processes_train_as_one_and_open_each_others_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(programs.TEXT)
-    one = programs.spawn("train", *TINY, "--run-name", "one", cwd=tmp_path, cache=cache)
+    one = programs.spawn("train", *TINY, "--run-name", "one", cwd=tmp_path)
     assert one.code == 0, one.err
     for name, shape in (("two", "data=4"), ("parts", "data=2,fsdp=2")):
-        ended = processes(tmp_path, cache, *[(*TINY, "--run-name", name, "--mesh", shape)] * 2)
+        ended = processes(tmp_path, *[(*TINY, "--run-name", name, "--mesh", shape)] * 2)
         assert [code for code, _, _ in ended] == [0, 0], ended
         found = states.verify_states(tmp_path / "checkpoints" / name)
         assert [(state.step, state.fault) for state in found] == [(10, None), (20, None)]
@@ -240,18 +240,18 @@ def test_two_processes_train_as_one_and_open_each_others_checkpoints(tmp_path: P
         assert losses_of(tmp_path, name).keys() == expected.keys()
         np.testing.assert_allclose([*losses_of(tmp_path, name).values()], [*expected.values()], atol=1e-5)
     more = ("--resume", "--extend", "--steps", "24")
-    alone = programs.spawn("train", *TINY, "--run-name", "parts", *more, cwd=tmp_path, cache=cache)
+    alone = programs.spawn("train", *TINY, "--run-name", "parts", *more, cwd=tmp_path)
     assert alone.code == 0, alone.err
-    ended = processes(tmp_path, cache, *[(*TINY, "--run-name", "one", *more)] * 2)
+    ended = processes(tmp_path, *[(*TINY, "--run-name", "one", *more)] * 2)
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert max(losses_of(tmp_path, "one")) == max(losses_of(tmp_path, "parts")) == 24
 
 
 @pytest.mark.slow
-def test_processes_that_disagree_are_told_what_about(tmp_path: Path, cache: Path) -> None:
+def test_processes_that_disagree_are_told_what_about(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(programs.TEXT)
     flags = (*TINY, "--run-name", "two")
-    ended = processes(tmp_path, cache, flags, (*flags, "--lr", "0.5"))
+    ended = processes(tmp_path, flags, (*flags, "--lr", "0.5"))
     assert all(code == 1 for code, _, _ in ended)
     assert all("processes 0 and 1 were given different flags: lr 0.001 and 0.5" in err for _, _, err in ended)
     assert not (tmp_path / "checkpoints").exists()

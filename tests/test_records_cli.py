@@ -207,7 +207,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments: tuple[str, ...
     assert {path: path.is_dir() or path.read_bytes() for path in Path.cwd().iterdir()} == before
 
 
-def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(trained: Path, cache: Path) -> None:
+def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(trained: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
@@ -217,19 +217,19 @@ def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(trained
         done = subprocess.run(
             [sys.executable, "-c", code, "generate", "--run-name", "tiny", *arguments],
             cwd=trained,
-            env=programs.environment(cache),
+            env=programs.environment(),
             capture_output=True,
             text=True,
         )
         assert done.stderr.splitlines()[-1] == "False"
 
 
-def spawn_many(trained: Path, cache: Path, out: Path, samples: int, *more: str) -> "subprocess.Popen[str]":
+def spawn_many(trained: Path, out: Path, samples: int, *more: str) -> "subprocess.Popen[str]":
     flags = ("--run-name", "tiny", "--prompt", "the king", "--num_tokens", "6", "--num_samples", str(samples))
     return subprocess.Popen(
         programs.command("generate", *flags, "--batch_size", "4", "--output", str(out), *more),
         cwd=trained,
-        env=programs.environment(cache),
+        env=programs.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -237,13 +237,13 @@ def spawn_many(trained: Path, cache: Path, out: Path, samples: int, *more: str) 
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, cache: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    with spawn_many(trained, cache, whole, 300) as process:
+    with spawn_many(trained, whole, 300) as process:
         process.communicate(timeout=120)
     sizes = [0]
     for turn in range(4):
-        with spawn_many(trained, cache, killed, 300) as process:
+        with spawn_many(trained, killed, 300) as process:
             until = time.monotonic() + 60
             while process.poll() is None and (not killed.exists() or killed.stat().st_size <= sizes[-1]):
                 assert time.monotonic() < until
@@ -254,13 +254,13 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, cache: Path
         assert len(lines_of(killed)) >= len(sizes) - 1
     with killed.open("ab") as file:  # and cut in the middle of a line
         file.truncate(sizes[-1] - 40)
-    with spawn_many(trained, cache, killed, 300) as process:
+    with spawn_many(trained, killed, 300) as process:
         _, err = process.communicate(timeout=120)
     assert "dropped a torn last line" in err
     assert lines_of(killed) == lines_of(whole)
 
 
-def peak_of(trained: Path, cache: Path, *arguments: str) -> float:
+def peak_of(trained: Path, *arguments: str) -> float:
     """The peak memory of ``hipgpt-generate`` in MiB, told by its own process."""
     code = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -270,7 +270,7 @@ def peak_of(trained: Path, cache: Path, *arguments: str) -> float:
     done = subprocess.run(
         [sys.executable, "-c", code, "generate", "--run-name", "tiny", "--prompt", "the king", *arguments],
         cwd=trained,
-        env=programs.environment(cache),
+        env=programs.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -280,29 +280,29 @@ def peak_of(trained: Path, cache: Path, *arguments: str) -> float:
 
 
 @pytest.mark.slow
-def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(trained: Path, cache: Path, tmp_path: Path) -> None:
+def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(trained: Path, tmp_path: Path) -> None:
     """What grows is the set of finished samples, some hundred bytes each."""
     peaks = []
     for samples in (1000, 10_000):
         out = tmp_path / f"{samples}.jsonl"
         flags = ("--num_tokens", "2", "--batch_size", "250", "--num_samples", str(samples), "--output", str(out))
-        peaks.append(peak_of(trained, cache, *flags))
+        peaks.append(peak_of(trained, *flags))
         assert out.read_bytes().count(b"\n") == samples
     assert peaks[1] < peaks[0] + 40, f"peaks of {peaks} MiB"
 
 
 @pytest.mark.slow
-def test_twenty_thousand_tokens_take_no_more_memory_than_one_thousand(trained: Path, cache: Path) -> None:
-    peaks = [peak_of(trained, cache, "--window_stride", "8", "--num_tokens", tokens) for tokens in ("1000", "20000")]
+def test_twenty_thousand_tokens_take_no_more_memory_than_one_thousand(trained: Path) -> None:
+    peaks = [peak_of(trained, "--window_stride", "8", "--num_tokens", tokens) for tokens in ("1000", "20000")]
     assert peaks[1] < peaks[0] + 40, f"peaks of {peaks} MiB"
 
 
-def test_stdout_of_records_may_be_closed(trained: Path, cache: Path) -> None:
+def test_stdout_of_records_may_be_closed(trained: Path) -> None:
     line = " ".join([*programs.command("generate"), "--run-name tiny --prompt king --num_samples 500 --output -"])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line} | head -n 1"],
         cwd=trained,
-        env=programs.environment(cache),
+        env=programs.environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -313,7 +313,7 @@ def test_stdout_of_records_may_be_closed(trained: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bar_shows_how_far_it_is(trained: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_bar_shows_how_far_it_is(trained: Path, tmp_path: Path) -> None:
     """On a terminal of its own, which the text does not go to."""
     import pty
 
@@ -331,7 +331,7 @@ def test_a_bar_shows_how_far_it_is(trained: Path, cache: Path, tmp_path: Path) -
             str(tmp_path / "a.jsonl"),
         ),
         cwd=trained,
-        env={**programs.environment(cache), "TERM": "xterm", "COLUMNS": "100"},
+        env={**programs.environment(), "TERM": "xterm", "COLUMNS": "100"},
         stdout=subprocess.DEVNULL,
         stderr=theirs,
     )

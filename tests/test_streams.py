@@ -22,12 +22,12 @@ PLAIN = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.fixture
-def shell(tmp_path: Path, cache: Path) -> Shell:
+def shell(tmp_path: Path) -> Shell:
     """Runs a program through a shell, with redirections and variables, in an empty directory."""
 
     def run(name: str, *words: str, redirect: str = "", **variables: str) -> programs.Result:
         line = subprocess.list2cmdline(["exec", *programs.command(name)])
-        env = {**programs.environment(cache), **variables}
+        env = {**programs.environment(), **variables}
         done = subprocess.run(
             ["bash", "-c", f'{line} "$@" {redirect}', "bash", *words],
             cwd=tmp_path,

@@ -220,7 +220,7 @@ def test_documents_end_with_a_token_that_ends_generation(
 
 
 @pytest.mark.slow
-def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path, cache: Path) -> None:
+def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path) -> None:
     """By SIGTERM at no checkpoint's step; resumed, it has the bits of the uninterrupted run."""
     flags = (
         *TINY,
@@ -238,7 +238,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path, cache: Path) -> N
     with subprocess.Popen(
         programs.command("train", *flags, "--run-name", "part"),
         cwd=work,
-        env=programs.environment(cache),
+        env=programs.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -251,9 +251,9 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path, cache: Path) -> N
     found = re.search(r"stopped and saved at step (\d+); to go on: hipgpt-train (.*) --resume", err)
     assert found is not None
     assert 0 < int(found[1]) < 1000
-    resumed = programs.spawn("train", *found[2].split(), "--resume", cwd=work, cache=cache)
+    resumed = programs.spawn("train", *found[2].split(), "--resume", cwd=work)
     assert resumed.code == 0, resumed.err
-    whole = programs.spawn("train", *flags, "--run-name", "whole", cwd=work, cache=cache)
+    whole = programs.spawn("train", *flags, "--run-name", "whole", cwd=work)
     assert whole.code == 0, whole.err
     weights = [(work / "checkpoints" / name / f"{name}_step3000.bin").read_bytes() for name in ("part", "whole")]
     assert weights[0] == weights[1]
@@ -397,14 +397,14 @@ def test_an_existing_run_is_neither_overwritten_nor_given_other_data(run, work: 
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_a_run_that_opens(work: Path, cache: Path) -> None:
+def test_a_kill_at_any_moment_leaves_a_run_that_opens(work: Path) -> None:
     flags = (*TINY, "--run-name", "killed", "--steps", "4000", "--ckpt-every", "3", "--log-every", "1000")
     opened = 0
     for attempt in range(4):
         resume = ("--resume",) if attempt else ()
         command = programs.command("train", *flags, *resume)
         with subprocess.Popen(
-            command, cwd=work, env=programs.environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command, cwd=work, env=programs.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as process:
             deadline = time.monotonic() + 120
             latest = work / "checkpoints/killed/latest_config.json"
@@ -413,9 +413,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_opens(work: Path, cache: Path) -
                 time.sleep(0.005)
             time.sleep(0.037 * (attempt + 1))
             process.send_signal(signal.SIGKILL)
-        done = programs.spawn(
-            "generate", "--run-name", "killed", "--prompt", "the", "--num_tokens", "2", cwd=work, cache=cache
-        )
+        done = programs.spawn("generate", "--run-name", "killed", "--prompt", "the", "--num_tokens", "2", cwd=work)
         assert done.code == 0, done.err
         opened += 1
     assert opened == 4
@@ -461,7 +459,7 @@ def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_says_what_is_unkno
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_run_at_its_last_checkpoint(run, work: Path, cache: Path) -> None:
+def test_a_full_disk_leaves_the_run_at_its_last_checkpoint(run, work: Path) -> None:
     """No file may grow beyond 8 KiB, so the weights of 20 KiB find no room, and the process goes on to say so."""
     assert run(*TINY, "--run-name", "a", "--steps", "2").code == 0
     before = {path.name: path.read_bytes() for path in (work / "checkpoints/a").glob("a_step*")}
@@ -470,7 +468,7 @@ def test_a_full_disk_leaves_the_run_at_its_last_checkpoint(run, work: Path, cach
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *longer],
         cwd=work,
-        env={**programs.environment(cache), "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        env=programs.environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,0 +1,55 @@
+"""XLA's executables, kept between test runs and shared by all test processes: most of a cold run is spent compiling."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import jax
+from jax._src import compilation_cache
+
+from hipgpt_jax import disk_cache, numerics
+
+_SUFFIX = ".xla"
+_MAX_BYTES = 2 * 10**9
+
+
+# An executable may not run on a processor with other instructions. The directory is the user's, so clones share it.
+_KIND = repr((jax.__version__, numerics.processor(), numerics.instruction_sets()))
+_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+DIRECTORY = _HOME / "hipgpt_jax" / "tests" / hashlib.sha256(_KIND.encode()).hexdigest()[:16]
+_EXECUTABLES = DIRECTORY / "executables"
+
+
+class _Executables:
+    """Executables under JAX's keys, with the methods of its ``CacheInterface``; written whole, unlike by JAX itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache = disk_cache.DiskCache(disk_cache.safe_directory(path), (_SUFFIX,), _MAX_BYTES, print)
+
+    def get(self, key: str) -> bytes | None:
+        return self._cache.get(key[-100:] + _SUFFIX)
+
+    def put(self, key: str, value: bytes) -> None:
+        self._cache.put(key[-100:] + _SUFFIX, value)
+
+
+def use() -> None:
+    """Makes JAX keep every executable of this process."""
+    kept, opened = _Executables(_EXECUTABLES), compilation_cache.get_file_cache
+    compilation_cache.get_file_cache = lambda path: (kept, path) if path == str(_EXECUTABLES) else opened(path)
+    restore()
+
+
+def restore() -> None:
+    """Makes JAX use this cache again after a test, or a program run in this process, has chosen another."""
+    settings = {
+        "jax_compilation_cache_dir": str(_EXECUTABLES),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_persistent_cache_enable_xla_caches": "none",
+    }
+    if any(jax.config.values[name] != value for name, value in settings.items()):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
