@@ -51,14 +51,14 @@ def test_a_healthy_machine_has_no_problem(
     assert result.out.splitlines()[-1] == "no problems"
 
 
-def test_jax_is_not_imported_in_its_own_process(cache: Path) -> None:
+def test_jax_is_not_imported_in_its_own_process() -> None:
     code = (
         "import sys, runpy; sys.argv = ['doctor']\n"
         "try: runpy.run_module('hipgpt_jax.cli.doctor', run_name='__main__')\n"
         "finally: print(sorted({'jax', 'flax', 'numpy', 'tokenizers'} & sys.modules.keys()), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=programs.environment(cache), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=programs.environment(), capture_output=True, text=True, timeout=120
     )
     assert done.stderr == "[]\n"
 
@@ -87,10 +87,10 @@ def test_a_jax_that_does_not_start_is_a_problem_and_no_crash(
 
 
 def test_it_works_in_a_process_of_its_own_beside_a_broken_jax(
-    module: Callable[[str, str], None], tmp_path: Path, cache: Path
+    module: Callable[[str, str], None], tmp_path: Path
 ) -> None:
     module("jax", "raise ImportError('no such symbol')")
-    result = programs.spawn("doctor", cwd=tmp_path, cache=cache)
+    result = programs.spawn("doctor", cwd=tmp_path)
     assert result.code == 1
     assert result.err == ""
     assert "PROBLEM JAX " in result.out
@@ -176,10 +176,10 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert re.fullmatch(f"doctor: error: .*{message}.*\n", result.err)
 
 
-def test_a_closed_pipe_ends_quietly(tmp_path: Path, cache: Path) -> None:
+def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     line = " ".join(["PATH=/bin:/usr/bin; exec", *programs.command("doctor"), "| head -c 1"])
     done = subprocess.run(
-        ["/bin/bash", "-c", line], env=programs.environment(cache), capture_output=True, text=True, timeout=120
+        ["/bin/bash", "-c", line], env=programs.environment(), capture_output=True, text=True, timeout=120
     )
     assert len(done.stdout) == 1
     assert done.stderr == ""
