@@ -52,14 +52,14 @@ def test_a_run_is_the_same_behind_a_link_and_under_a_new_name(run: Path) -> None
     (run.parent / "alias").symlink_to("mine")
     with lock.Lock(run) as held:
         refused(run.parent / "alias")
-        held.require_same()
+        held.check_directory()
         renamed = run.rename(run.parent / "renamed")
         assert "is being trained by another process" in refused(renamed)
         with pytest.raises(OSError, match="mine was moved, renamed or deleted while the run was trained"):
-            held.require_same()
+            held.check_directory()
         run.mkdir()
         with pytest.raises(OSError, match="was moved, renamed or deleted"):
-            held.require_same()
+            held.check_directory()
     with lock.Lock(renamed):
         pass
 
@@ -68,12 +68,12 @@ def test_a_run_that_is_not_there_yet_is_locked_and_leaves_nothing(tmp_path: Path
     path = tmp_path / "checkpoints" / "new"
     with lock.Lock(path) as held:
         refused(path)
-        held.require_same()
+        held.check_directory()
     assert os.listdir(tmp_path) == []
     with lock.Lock(path) as held:
         (path.parent / ".new.new").mkdir()
         (path.parent / ".new.new").rename(path)
-        held.hold(path)
+        held.lock_directory(path)
         path.rename(path.parent / "other")
         refused(path.parent / "other")
     assert os.listdir(path.parent) == ["other"]

@@ -45,8 +45,8 @@ def test_the_names_of_the_data_are_those_that_it_is_written_under() -> None:
 
 
 def test_a_run_writes_nothing_foreign(root: Path, trained: Path) -> None:
-    assert reset.foreign(root / "mine") is None
-    assert reset.foreign(trained / "checkpoints/tiny") is None
+    assert reset.find_foreign(root / "mine") is None
+    assert reset.find_foreign(trained / "checkpoints/tiny") is None
 
 
 def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(made: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_file_that_no_run_writes_is_found_and_never_deleted(root: Path, name: 
     path = root / "mine" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("years of work")
-    found = reset.foreign(root / "mine")
+    found = reset.find_foreign(root / "mine")
     assert found is not None
     assert found in (path, path.parent)
     problem = reset.remove(root / "mine")
@@ -158,8 +158,8 @@ def test_what_a_new_run_is_made_from_must_lie_elsewhere(root: Path, place: str) 
     (root / "alias").symlink_to("mine")
     (root / "link").symlink_to("mine/tokenizer.json")
     with pytest.raises(ValueError, match="lies in the directory of the run, which a new run replaces"):
-        reset.require_outside(root / "mine", [root.parent / "text.txt", root / place])
-    reset.require_outside(root / "mine", [root.parent / "text.txt", root / "mine2/tokens.bin"])
+        reset.check_outside(root / "mine", [root.parent / "text.txt", root / place])
+    reset.check_outside(root / "mine", [root.parent / "text.txt", root / "mine2/tokens.bin"])
 
 
 def test_temporary_files_of_killed_writers_go_and_no_others(root: Path) -> None:
@@ -193,4 +193,4 @@ def test_what_has_the_name_of_a_runs_file_and_is_none_is_named(root: Path, name:
         path.unlink(missing_ok=True)
         path.mkdir()
     with pytest.raises(OSError, match=rf"{name} is not a .*, which a run needs there"):
-        reset.require_writable(root / "mine")
+        reset.check_writable(root / "mine")

@@ -98,7 +98,7 @@ def _run(
         weights_dtype=train_flags.WEIGHTS_DTYPE.value,
         attention=device.attention(train.dtype, model.head_dim, trains=True),
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
-        require_same_directory=start.held.require_same if start else lambda: None,
+        require_same_directory=start.held.check_directory if start else lambda: None,
     )
     log = train_report.Log()
     with train_report.stopping() as stops, train_report.reporting(job, log, stops, resume_at) as report:

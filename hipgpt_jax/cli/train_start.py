@@ -49,7 +49,7 @@ def open_run() -> Iterator["Start"]:
     with _lock() as (run_directory, held):
         if line := reset.recover(run_directory):
             train_report.note(line)
-            held.hold(run_directory)
+            held.lock_directory(run_directory)
         start = Start(run_directory, held)
         try:
             yield start
@@ -122,7 +122,7 @@ class Start:
                 reset.remove(fresh)
             raise
         reset.replace(self.directory)
-        self.held.hold(self.directory)
+        self.held.lock_directory(self.directory)
 
     def begin(self, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
         """Writes the settings of a new run, or compares those of a resumed one with its own."""
@@ -159,7 +159,7 @@ class Start:
                 dataset.require_same(here, **_sources())
             raise ValueError(f"run {here.name!r} exists already: --resume continues it, --reset replaces it")
         if here.is_dir():
-            if other := reset.foreign(here):
+            if other := reset.find_foreign(here):
                 raise ValueError(
                     f"{here} exists and is no run, or not only that: it holds {other.relative_to(here)}. Give another "
                     f"--run-name, or move that elsewhere"
@@ -168,16 +168,16 @@ class Start:
                 raise ValueError(f"{here} exists and is no run: give another --run-name")
             if os.path.ismount(os.path.realpath(here)):
                 raise ValueError(f"{here} is a mount point, which cannot be replaced: mount the directory above it")
-            reset.require_writable(here)
+            reset.check_writable(here)
         if os.path.lexists(old := directory.beside(here, "old")):
             raise ValueError(f"{old} is in the way, where --reset keeps a run until the new one is saved: move it away")
-        reset.require_outside(here, _files())
+        reset.check_outside(here, _files())
 
     def _check_resumed(self) -> None:
         here = self.directory
         if not (directory.is_begun(here) or (here / directory.SETTINGS_NAME).is_file()):
             raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
-        reset.require_writable(here)
+        reset.check_writable(here)
         if (here / dataset.MANIFEST_NAME).is_file():
             missing = [path for path in train_flags.DATA_PATH.value if not Path(path).exists()]
             if missing:
