@@ -488,9 +488,7 @@ def _check_states(run: str, path: Path) -> Iterator[Check]:
     intact = [state.step for state in found if state.fault is None]
     alternative = f"continue with --resume from step {intact[-1]}" if intact else f"train again: {_train_command(run)}"
     for state in found:
-        if state.is_unchecked and not intact:
-            yield Check(name, f"{run}: the state of step {state.step} has no digests and cannot be checked")
-        elif state.fault:
+        if state.fault:
             text = f"{run}: the state of step {state.step} is damaged: {state.fault}"
             yield Check(name, text, f"Restore it from a copy, or {alternative}")
     if intact:

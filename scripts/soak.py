@@ -46,7 +46,7 @@ def _training(kills: int, draw: random.Random) -> bool:
         _kill_both(kill, draw.uniform(1, 14))
         if (directory.CHECKPOINTS / "killed" / directory.LATEST_CONFIG).exists():
             directory.read_checkpoint("killed").verify()
-            states.choose(directory.CHECKPOINTS / "killed")
+            states.find_intact(directory.CHECKPOINTS / "killed")
             opened += 1
     subprocess.run(_command("killed", begun=_is_begun()), check=True, stdout=subprocess.DEVNULL)
     same = _result("killed") == _result("whole")

@@ -155,5 +155,5 @@ def make_state(run: Path, at: int, *, sealed: bool = True) -> Path:
         (state / name).parent.mkdir(parents=True, exist_ok=True)
         (state / name).write_bytes(rng.bytes(size))
     if sealed:
-        states.seal(state)
+        states.write_digests(state)
     return state

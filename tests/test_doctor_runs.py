@@ -187,4 +187,4 @@ def test_deep_names_a_damaged_training_state_and_what_resume_does(tiny: Path) ->
     for step in (20, 40):
         (tiny / f"train_state/{step}/sha256.json").unlink()
     found = [check for check in doctor.check_files("tiny") if check.topic == "train_state"]
-    assert ["has no digests and cannot be checked" in check.text for check in found] == [True, True]
+    assert ["is damaged: no sha256.json: its save was cut short" in check.text for check in found] == [True, True]

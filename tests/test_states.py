@@ -31,15 +31,15 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_whole_states_are_found_and_the_newest_is_chosen(run: Path) -> None:
-    assert states.verify_states(run) == [states.State(step=4, fault=None), states.State(step=6, fault=None)]
-    assert states.choose(run) == (6, [])
-    assert states.choose(run.parent) == (None, [])
+    assert states.verify_states(run) == [(4, None), (6, None)]
+    assert states.find_intact(run) == (6, [])
+    assert states.find_intact(run.parent) == (None, [])
 
 
 def test_any_flipped_bit_of_a_real_state_is_noticed(trained: Path, tmp_path: Path) -> None:
     """In the files that Orbax wrote, and in the digests themselves."""
     run = Path(shutil.copytree(trained / "checkpoints/tiny", tmp_path / "tiny", symlinks=True))
-    assert states.choose(run) == (40, [])
+    assert states.find_intact(run) == (40, [])
     draw = random.Random(26)
     paths = files_of(states.path_of(run, 40))
     assert len(paths) > 10
@@ -50,7 +50,7 @@ def test_any_flipped_bit_of_a_real_state_is_noticed(trained: Path, tmp_path: Pat
         assert states.verify(run, 40).fault is not None, (path, bit)
         flip(path, bit)
     flip(paths[-1], 0)
-    at, (note,) = states.choose(run)
+    at, (note,) = states.find_intact(run)
     assert at == 20
     assert note.startswith("the training state of step 40 is damaged (")
     assert note.endswith("): resuming from the state of step 20")
@@ -69,7 +69,7 @@ def test_a_file_of_another_kind_or_size_is_noticed(run: Path, name: str, damage:
         path.mkdir()
     elif damage != "missing":
         path.write_bytes({"empty": b"", "cut": data[:-9], "grown": data + b"\0"}[damage])
-    at, (note,) = states.choose(run)
+    at, (note,) = states.find_intact(run)
     assert at == 4
     assert str(path) in note or "no sha256.json" in note
 
@@ -95,17 +95,16 @@ def test_no_intact_state_is_one_line_with_every_fault(run: Path) -> None:
     flip(states.path_of(run, 6) / "default/d/5c1e", 77)
     (states.path_of(run, 4) / "default/d/5c1e").unlink()
     with pytest.raises(ValueError, match=r"run 'run' cannot be resumed: .*step 6 .*5c1e was changed.*step 4 .*missing"):
-        states.choose(run)
+        states.find_intact(run)
 
 
-def test_a_state_without_digests_serves_only_where_no_other_has_any(run: Path) -> None:
-    """An older version wrote none; of a newer one it is a save that was cut short."""
+def test_a_state_without_digests_was_not_saved_completely(run: Path) -> None:
     fakes.make_state(run, 8, sealed=False)
-    at, (note,) = states.choose(run)
+    at, (note,) = states.find_intact(run)
     assert (at, "step 8 is damaged (no sha256.json: its save was cut short)" in note) == (6, True)
-    for step in (4, 6):
-        (states.path_of(run, step) / "sha256.json").unlink()
-    assert states.choose(run) == (8, ["the training state of step 8 has no digests, so it is not checked"])
+    (states.path_of(run, 4) / "sha256.json").unlink()
+    (states.path_of(run, 6) / "sha256.json").unlink()
+    assert states.find_intact(run) == (None, [])
 
 
 def test_damaged_states_are_set_aside_until_the_next_is_saved(run: Path) -> None:

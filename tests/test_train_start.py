@@ -206,4 +206,4 @@ def test_a_hangup_and_a_closed_pipe_save_the_run(
     latest = json.loads((work / "checkpoints/long/latest_config.json").read_text())["checkpoint"]["step"]
     assert found.startswith(f"stopped and saved at step {latest};")
     assert 4 <= latest < 10
-    assert states.choose(work / "checkpoints/long") == (latest, [])
+    assert states.find_intact(work / "checkpoints/long") == (latest, [])

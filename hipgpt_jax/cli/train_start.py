@@ -185,7 +185,7 @@ class Start:
             else:
                 dataset.require_same(here, **_sources())
         _check_prompt(here)
-        self.resume_at, lines = states.choose(here)
+        self.resume_at, lines = states.find_intact(here)
         if self.resume_at is None:
             self._check_unsaved()
             lines = ["no training state was saved yet: beginning at the first step"]
@@ -200,9 +200,9 @@ class Start:
         if os.path.lexists(here / directory.LATEST_CONFIG):
             steps = directory.steps(here)
             raise ValueError(
-                f"run {here.name!r} has weights{f' of step {steps[-1]}' if steps else ''} but no training state in "
-                f"{here / directory.TRAIN_STATE_NAME}: it cannot be resumed. Restore that from a copy, or start again "
-                f"with --reset"
+                f"run {here.name!r} has weights{f' of step {steps[-1]}' if steps else ''} but no training state with "
+                f"digests in {here / directory.TRAIN_STATE_NAME}: it cannot be resumed. Restore that from a copy, or "
+                f"start again with --reset"
             )
 
 

@@ -175,7 +175,7 @@ class StateStore:
     def restore(self, at: int, like: step.TrainState, layout: mesh.Layout) -> step.TrainState:
         """Returns the state of a step, with the shapes and types of ``like`` and the sharding of ``layout``.
 
-        The devices that it was saved from do not matter. Compare it with its digests first, see ``states.choose``.
+        The devices that it was saved from do not matter. Compare it with its digests first, see ``states.find_intact``.
 
         Raises:
             ValueError: Orbax cannot read it.
@@ -215,5 +215,5 @@ class StateStore:
         """Waits for Orbax, on a thread of its own: reading 1.5 GB for the digests takes about a second."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:  # by then the files of the other processes are on disk too
-            states.seal(states.path_of(self._run, at))
+            states.write_digests(states.path_of(self._run, at))
             states.remove_damaged(self._run)

@@ -96,7 +96,7 @@ def train(job: Job, report: Report, *, resume_at: int | None = None) -> End:
     Args:
         job: What is trained.
         report: Told of every step.
-        resume_at: Step of the training state to resume from, one that ``states.choose`` returned; None begins at
+        resume_at: Step of the training state to resume from, one that ``states.find_intact`` returned; None begins at
             the first step.
 
     Raises:
