@@ -139,7 +139,7 @@ def test_overwrite_replaces_only_what_evaluate_wrote(run: Run) -> None:
             assert Path(target).read_bytes() == ours
     result = run("--prompts_file", "hard.txt", "--overwrite", "--output", "link")
     assert "--output link is an input of this command" in result.err
-    assert "--overwrite is for the file of --output" in run("--prompt", "a queen", "--overwrite").err
+    assert "--overwrite needs --output FILE" in run("--prompt", "a queen", "--overwrite").err
 
 
 def test_lines_go_to_pipes_and_to_stdout_by_any_name(run: Run) -> None:
@@ -177,7 +177,7 @@ def test_a_text_is_the_same_in_any_form(run: Run) -> None:
     assert both.out == again.out
     assert "2 files: " in both.out
     assert "900 bytes" in both.out
-    assert "the run knows no end token: 2 documents are scored as one text" in both.err
+    assert "the run has no end token: 2 documents are scored as one text" in both.err
     assert figures(both.out)["nats per byte"] == pytest.approx(figures(plain)["nats per byte"], rel=0.02)
 
 
@@ -219,20 +219,20 @@ def test_texts_are_scored_token_by_token(run: Run) -> None:
     [
         (("--data-path", "none.txt"), "data file not found: none.txt"),
         (("--data-path", "none.txt", "--split", "validation"), "data file not found: none.txt"),
-        (("--data-path", "one.txt"), "one.txt is too short: 1 tokens to score, and it needs 2"),
-        (("--split", "train"), "split must be one of validation, all: got 'train'"),
-        (("--stride", "0"), "stride must be at least 1 and at most the window of 32 tokens: got 0"),
-        (("--stride", "33"), "stride must be at least 1 .*: got 33"),
+        (("--data-path", "one.txt"), "one.txt is too short: 1 tokens, and a score needs at least 2"),
+        (("--split", "train"), "--split must be one of validation, all: got 'train'"),
+        (("--stride", "0"), "--stride must be at least 1 and at most the window of 32 tokens: got 0"),
+        (("--stride", "33"), "--stride must be at least 1 .*: got 33"),
         (("--stride", "17", "--max_seq_len", "16"), "at most the window of 16 tokens: got 17"),
         (("--step", "7"), "no step 7. Steps: 20, 40"),
-        (("--prompt", "a", "--data-path", "text.txt"), "--data-path does not go with --prompt"),
+        (("--prompt", "a", "--data-path", "text.txt"), "--data-path excludes --prompt"),
         (("--prompt", "a", "--prompts_file", "text.txt"), "are both given"),
-        (("--output", "-"), "--output is for --prompt and --prompts_file"),
+        (("--output", "-"), "--output needs --prompt or --prompts_file"),
         (("--prompt", "a"), r"text 1 \('a'\): a text to score needs at least 2 tokens"),
         (("--prompt", "the king", "--output", "none/o.jsonl"), "none/o.jsonl cannot be written: there is no directory"),
         (
             ("--run-name", "shakespeare"),
-            "run 'shakespeare' does not carry the text it was trained on: give --data-path",
+            "run 'shakespeare' does not include its training text: give --data-path",
         ),
     ],
 )

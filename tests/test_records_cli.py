@@ -193,8 +193,8 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
         (("--prompt", "a", "--output", "p.txt"), "p.txt line 1 is not JSON"),
         (("--prompt", "a", "--stop", ""), "stop must be a text of at least one character"),
         (("--prompt", "a", "--top_logprobs", "21", "--output", "-"), "top_logprobs must be at most 20: got 21"),
-        (("--prompt", "a", "--top_logprobs", "2"), "--top_logprobs is for the record: give --output too"),
-        (("--prompt", "a", "--overwrite"), "--overwrite is for the record file: give --output too"),
+        (("--prompt", "a", "--top_logprobs", "2"), "--top_logprobs needs --output"),
+        (("--prompt", "a", "--overwrite"), "--overwrite needs --output FILE"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments: tuple[str, ...], message: str) -> None:

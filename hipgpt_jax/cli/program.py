@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from absl import flags
+import absl.flags
 
 from hipgpt_jax import cli, devices, version
-from hipgpt_jax.cli import arguments, streams
+from hipgpt_jax.cli import arguments, flags, streams
 from hipgpt_jax.text import prompts
 
 # Importing and tracing make many objects and no garbage, and Python looks for it in all of them: of the 1.55 s that
@@ -25,7 +25,7 @@ _MAX_STDIN = 2**26
 
 # A user's mistake, or a fault of the machine. Everything else is a bug of ours, and shows its traceback. Warnings are
 # exceptions under `python -W error`.
-_REPORTED = (flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError, Warning)
+_REPORTED = (absl.flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError, Warning)
 
 # Programs print through these names alone.
 note = streams.note
@@ -38,7 +38,7 @@ outlive_stdout = streams.outlive_stdout
 def run(
     name: str,
     summary: str,
-    values: flags.FlagValues,
+    values: absl.flags.FlagValues,
     main: Callable[[], None],
     *,
     operand: str | None = None,
@@ -65,7 +65,10 @@ def run(
     def work() -> None:
         asked = parse(values, sys.argv[1:], operand)
         if asked is None:
-            main()
+            try:
+                main()
+            except ValueError as error:
+                raise ValueError(flags.translate(str(error), values)) from error
         else:
             print(version.__version__ if asked == "version" else help_text(name, summary, values, operand))
 
@@ -112,12 +115,12 @@ def _show_warning(name: str, message: Warning | str, *place: Any) -> None:
     streams.report(name, "warning", message)
 
 
-def parse(values: flags.FlagValues, words: Sequence[str], operand: str | None = None) -> str | None:
+def parse(values: absl.flags.FlagValues, words: Sequence[str], operand: str | None = None) -> str | None:
     """Sets ``values`` from a command line; see ``arguments.parse``."""
     return arguments.parse(values, words, operand)
 
 
-def help_text(name: str, summary: str, values: flags.FlagValues, operand: str | None = None) -> str:
+def help_text(name: str, summary: str, values: absl.flags.FlagValues, operand: str | None = None) -> str:
     """Returns what ``--help`` prints: the summary and every flag with its default."""
     several = " ..." if operand is not None and arguments.takes_several(values, operand) else ""
     place = "" if operand is None else f" [{operand.upper()}{several}]"
@@ -143,7 +146,7 @@ def note_emulation(platform: str, dtype: str) -> None:
         note("a CPU emulates bfloat16: float32 is faster")
 
 
-def required(holder: flags.FlagHolder[_T | None]) -> _T:
+def required(holder: absl.flags.FlagHolder[_T | None]) -> _T:
     """Returns the value of a flag that has no default; raises ValueError where it was not given."""
     if holder.value is None:
         raise ValueError(f"--{holder.name} is required; --help tells of every flag")

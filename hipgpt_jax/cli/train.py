@@ -1,4 +1,4 @@
-"""``hipgpt-train``: a run from a text."""
+"""``hipgpt-train``: trains a model on a text."""
 
 import contextlib
 import dataclasses
@@ -18,8 +18,8 @@ from hipgpt_jax.text import dataset, manifest
 if TYPE_CHECKING:
     from hipgpt_jax.training import mesh
 
-SUMMARY = """Train a GPT-2-style model on a text, into checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C,
-SIGTERM or SIGHUP finishes the step, saves, and says how to resume. Examples:
+SUMMARY = """Train a GPT-2-style model on a text and save it in checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C,
+SIGTERM or SIGHUP finishes the step, saves, and prints the command that resumes. Examples:
 
   hipgpt-train --data-path data/data.txt --run-name my_run
   hipgpt-train --flagfile=configs/shakespeare.flags"""
@@ -27,31 +27,34 @@ SIGTERM or SIGHUP finishes the step, saves, and says how to resume. Examples:
 
 def main() -> None:
     """Runs ``hipgpt-train``."""
-    for name in ("absl", "asyncio"):  # where Orbax logs a traceback of what it also raises
+    for name in ("absl", "asyncio"):  # Orbax logs a traceback there of what it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = functools.partial(_tell_unraisable, sys.unraisablehook)
+    sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
     program.run("train", SUMMARY, train_flags.FLAGS, _train)
 
 
-def _tell_unraisable(tell: Callable[..., Any], unraisable: "sys.UnraisableHookArgs") -> None:
-    """Passes on all but what TensorStore's threads report after a failed write, which is told itself."""
+def _show_unraisable(show: Callable[..., Any], unraisable: "sys.UnraisableHookArgs") -> None:
+    """Drops what TensorStore's threads report after a failed write, which Orbax raises too."""
     if "Event loop is closed" not in str(unraisable.exc_value):
-        tell(unraisable)
+        show(unraisable)
 
 
 def _train() -> None:
     train = train_flags.train_config()
-    train_flags.model_config(train_flags.VOCAB_SIZE.value)
+    model = train_flags.model_config()
     train_start.check_flags(train)
     _note_warmup(train)
-    many = _join()
+    is_distributed = _join()
     program.outlive_stdout(matters=False)  # metrics.jsonl has all that is printed
     with contextlib.ExitStack() as stack:
-        start = None if many else stack.enter_context(train_start.open_run())
+        start = None if is_distributed else stack.enter_context(train_start.open_run())
         device = _start_device()
         compilation.use_cache(program.note)
-        if many:
-            processes.require_agreement(_words())
+        if is_distributed:
+            own = {"process_id", "flagfile"}
+            processes.require_agreement(
+                {name: str(train_flags.FLAGS[name].value) for name in train_flags.FLAGS if name not in own}
+            )
 
         import jax
 
@@ -60,8 +63,8 @@ def _train() -> None:
         rows = train.batch_size // train.grad_accum
         sizes = mesh.parse(train_flags.MESH.value, batch_size=rows, available=jax.device_count())
         layout = mesh.Layout.over(sizes)
-        layout.of(step.shape_of(train_flags.model_config(train_flags.VOCAB_SIZE.value)))  # before anything is written
-        if many and jax.process_index() == 0:
+        layout.of(step.shape_of(model))  # raises for a mesh that does not fit, before anything is written
+        if is_distributed and jax.process_index() == 0:
             start = stack.enter_context(train_start.open_run())
         _run(train, start, device, layout)
 
@@ -69,15 +72,16 @@ def _train() -> None:
 def _run(
     train: training_config.TrainConfig, start: train_start.Start | None, device: devices.Device, layout: "mesh.Layout"
 ) -> None:
-    """Trains; ``start`` is None in all processes but the first."""
+    """Trains; ``start`` is None in all processes except the first."""
     import jax
 
     from hipgpt_jax.training import flops, loop, step
 
     if start:
         start.prepare()
-    found = processes.of_first(json.dumps([start.directory.name, start.resume_at] if start else None))
-    run, resume_at = json.loads(found)
+    run, resume_at = json.loads(
+        processes.of_first(json.dumps([start.directory.name, start.resume_at] if start else None))
+    )
     run_directory = directory.CHECKPOINTS / run
     data = dataset.Dataset(run_directory)
     model = train_flags.model_config(data.manifest.vocab_size)
@@ -87,7 +91,7 @@ def _run(
         start.begin(model, train)
         sizes = layout.mesh.shape
         used = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
-        _tell_of_run(run, f"{device}, {used} of {jax.device_count()}", data.manifest, flops.describe(size, cost))
+        _note_run(run, f"{device}, {used} of {jax.device_count()}", data.manifest, flops.describe(size, cost))
     processes.wait_for_all("settings")
     job = loop.Job(
         directory=run_directory,
@@ -117,41 +121,41 @@ def _note_warmup(train: training_config.TrainConfig) -> None:
     if train.warmup_steps >= train.steps > 1:
         last = train.learning_rate * train.steps / train.warmup_steps
         program.note(
-            f"--warmup-steps {train.warmup_steps} is no less than --steps {train.steps}: the learning rate rises to "
+            f"--warmup-steps {train.warmup_steps} is not below --steps {train.steps}: the learning rate rises to "
             f"{last:.3g} at the last step and never decays"
         )
 
 
-def _tell_of_run(run: str, where: str, data: manifest.Manifest, size: str) -> None:
-    if data.vocab_size < train_flags.VOCAB_SIZE.value and train_flags.TOKENIZER_PATH.value is None:
-        program.note(f"the text gave {data.vocab_size} ids, fewer than --vocab-size")
+def _note_run(run: str, where: str, data: manifest.Manifest, size: str) -> None:
+    if data.vocab_size < train_flags.model_config().vocab_size and train_flags.TOKENIZER_PATH.value is None:
+        program.note(f"the text yields a vocabulary of {data.vocab_size}, smaller than --vocab-size")
     tokens = f"{data.train_tokens} training and {data.validation_tokens} validation tokens"
     program.note(f"run {run} on {where}: {tokens}; {size}")
 
 
 def _start_device() -> devices.Device:
-    """Starts JAX, with what makes steps on a CPU faster, and tells of it."""
+    """Starts JAX, with the settings that make steps on a CPU faster."""
     on_main_thread = devices.step_on_main_thread()
     device = devices.start(train_flags.DEVICE.value, program.note, exact=False)
-    program.note_emulation(device.platform, train_flags.DTYPE.value)
+    program.note_emulation(device.platform, train_flags.FLAGS.dtype)
     if device.platform == "cpu":
         if on_main_thread:
-            program.note("set jax_cpu_enable_async_dispatch=False: the main thread takes the steps")
+            program.note("set jax_cpu_enable_async_dispatch=False: steps run on the main thread")
         program.keep_freed_memory()
     return device
 
 
 def _utilisation(cost: float, device: devices.Device, number: int, dtype: str, rate: float) -> float | None:
-    """Model FLOPs utilisation at ``rate`` tokens a second; None where the device's peak is not known."""
+    """Model FLOPs utilisation at ``rate`` tokens/s; None if the peak of the device is unknown."""
     from hipgpt_jax.training import flops
 
-    # JAX multiplies float32 in TF32 on NVIDIA's GPUs unless it is told otherwise.
+    # JAX multiplies float32 in TF32 on NVIDIA GPUs by default.
     precision = "tensorfloat32" if dtype == "float32" and device.is_nvidia else dtype
     return flops.mfu(cost, rate, device.kind, number, precision)
 
 
 def _join() -> bool:
-    """Joins the other processes where the flags ask for it."""
+    """Joins the other processes of a distributed job; returns whether there is one."""
     given = (train_flags.COORDINATOR.value, train_flags.NUM_PROCESSES.value, train_flags.PROCESS_ID.value)
     if any(value is not None for value in given) and None in given:
         raise ValueError("--coordinator, --num_processes and --process_id go together: give all three")
@@ -160,12 +164,6 @@ def _join() -> bool:
     program.keep_stdout_for_text()
     processes.join(*given, device=train_flags.DEVICE.value, tell=program.note)
     return True
-
-
-def _words() -> dict[str, str]:
-    """What all processes must have been given alike."""
-    own = {"process_id", "flagfile"}
-    return {name: str(train_flags.FLAGS[name].value) for name in train_flags.FLAGS if name not in own}
 
 
 if __name__ == "__main__":

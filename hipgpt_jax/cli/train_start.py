@@ -114,7 +114,7 @@ class Start:
         try:
             with train_report.preparing() as progress:
                 data = dataset.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
-            data.check_length(train_flags.SEQ.value)
+            data.check_length(train_flags.FLAGS.seq)
             _check_prompt(fresh)
         except BaseException as error:
             is_full = isinstance(error, OSError) and error.errno in _FULL
@@ -207,7 +207,7 @@ class Start:
 
 
 def _check_prompt(where: Path) -> None:
-    if train_flags.SAMPLE_EVERY.value and (where / dataset.TOKENIZER_NAME).is_file():
+    if train_flags.FLAGS["sample-every"].value and (where / dataset.TOKENIZER_NAME).is_file():
         vocabulary = tokenizer.Tokenizer.load(where / dataset.TOKENIZER_NAME)
         if not vocabulary.encode(train_flags.SAMPLE_PROMPT.value):
             raise ValueError(
@@ -220,7 +220,7 @@ def _sources() -> dict[str, Any]:
     given = train_flags.TOKENIZER_PATH.value
     return {
         "sources": [Path(path) for path in train_flags.DATA_PATH.value],
-        "vocab_size": train_flags.VOCAB_SIZE.value,
+        "vocab_size": train_flags.FLAGS["vocab-size"].value,
         "text_field": train_flags.TEXT_FIELD.value,
         "tokenizer_path": None if given is None else Path(given),
     }

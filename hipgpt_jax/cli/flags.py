@@ -1,0 +1,161 @@
+"""Flags that several programs share, and configs built from flags.
+
+``_FIELDS`` is the only place that relates the fields of configs to flags: it defines the flags, builds the configs from
+their values, and translates the names in error messages.
+"""
+
+import dataclasses
+import re
+from typing import Any, TypeVar
+
+import absl.flags
+
+from hipgpt_jax import config, devices, training_config
+from hipgpt_jax.text import corpus
+
+_DTYPES = " or ".join(config.DTYPES)
+
+# Per config class and field: the flag and its help.
+_FIELDS: dict[type, dict[str, tuple[str, str]]] = {
+    config.DecodingConfig: {
+        "window": ("max_seq_len", "Context window in tokens; the run's own if absent."),
+        "window_stride": (
+            "window_stride",
+            "Tokens dropped at a time once the window is full; 1 is exact, N recomputes the window every N tokens.",
+        ),
+        "overflow": ("overflow", "What to do when the window is full: roll, stop the sample, or error."),
+        "width": ("batch_size", "Samples decoded side by side; part of the numerics."),
+        "dtype": ("dtype", f"Compute dtype, {_DTYPES}; part of the numerics."),
+    },
+    config.SamplingConfig: {
+        "temperature": ("temp", "Temperature; 0 takes the most likely token."),
+        "top_k": ("top_k", "Keep the k most likely tokens; 0 keeps all."),
+        "top_p": ("top_p", "Keep the smallest set of tokens whose probability reaches p; 1 keeps all."),
+        "repetition_penalty": ("rep-penalty", "Penalty for tokens already in the text, once per token; 1 is none."),
+    },
+    config.GenerationConfig: {
+        "num_tokens": ("num_tokens", "Tokens to generate after the prompt."),
+        "num_samples": ("num_samples", "Samples to generate per prompt."),
+        "seed": ("seed", "Random seed; -1 draws one and prints it."),
+        "eos_id": (
+            "eos_id",
+            "Token that ends the text and is not printed; -1 for none. If absent, the run's end token where it was "
+            "trained on several documents, else none.",
+        ),
+        "stop": ("stop", "String that ends a sample and is cut off; may be repeated."),
+        "top_logprobs": (
+            "top_logprobs",
+            f"Most likely alternatives to record per token, at most {config.MAX_ALTERNATIVES}.",
+        ),
+    },
+    config.ModelConfig: {
+        "max_seq_len": ("seq", "Context length: tokens per training sequence."),
+        "vocab_size": ("vocab-size", "Vocabulary size of the tokenizer, at least 256; 256 is plain bytes."),
+        "embed_dim": ("dim", "Width of the model."),
+        "num_heads": ("heads", "Attention heads; must divide the width."),
+        "ff_hidden_dim": ("ff", "Width of the feed-forward layers."),
+        "num_layers": ("layers", "Transformer blocks."),
+    },
+    training_config.TrainConfig: {
+        "batch_size": ("batch", "Sequences per step."),
+        "steps": ("steps", "Total optimizer steps; the learning rate schedule ends there."),
+        "learning_rate": ("lr", "Peak learning rate."),
+        "warmup_steps": ("warmup-steps", "Steps of linear warm-up to the peak."),
+        "min_lr": ("min-lr", "Learning rate at the last step; a tenth of --lr if absent."),
+        "beta2": ("beta2", "AdamW's decay rate of the second moment."),
+        "weight_decay": ("weight-decay", "AdamW's weight decay, of matrices only."),
+        "clip": ("clip", "Maximum global norm of the gradient."),
+        "dropout": ("dropout", "Dropout rate."),
+        "dtype": ("dtype", f"Compute dtype, {_DTYPES}."),
+        "grad_accum": ("grad-accum", "Micro-batches per step, to save memory."),
+        "remat": ("remat", "Recompute activations in the backward pass, to save memory."),
+        "seed": ("seed", "Seed of the weights, the data order and dropout."),
+        "log_every": ("log-every", "Steps between log lines."),
+        "eval_every": ("eval-every", "Steps between evaluations; 0: at each checkpoint."),
+        "eval_batches": ("eval-batches", "Batches per evaluation; 0: the whole validation split."),
+        "sample_every": ("sample-every", "Steps between text samples; 0: none."),
+        "ckpt_every": ("ckpt-every", "Steps between checkpoints; 0: only the last."),
+        "keep_last": ("keep-last", "Number of newest checkpoints to keep, in addition to the best one."),
+    },
+}
+
+# Per flag that belongs to no config: its default and its help.
+_SHARED: dict[str, tuple[str | None, str]] = {
+    "run-name": (None, "Run to load: a directory in checkpoints/, or a run of the package."),
+    "step": (
+        None,
+        "Checkpoint step to load, or best for the one with the lowest validation loss; the latest if absent.",
+    ),
+    "device": ("auto", f"One of {', '.join(devices.DEVICES)}."),
+    "text-field": (corpus.DEFAULT_TEXT_FIELD, "Field of a .jsonl line that holds the text."),
+    "records": (None, "The record file; the flag's name may be omitted."),
+}
+
+_DEFINE: dict[Any, Any] = {
+    bool: absl.flags.DEFINE_boolean,
+    int: absl.flags.DEFINE_integer,
+    int | None: absl.flags.DEFINE_integer,
+    float: absl.flags.DEFINE_float,
+    float | None: absl.flags.DEFINE_float,
+    str: absl.flags.DEFINE_string,
+    tuple[str, ...]: absl.flags.DEFINE_multi_string,
+}
+
+# A name in an error message is translated, but not in explanations in parentheses or in quoted values.
+_NAME = re.compile(r"\([^)]*\)|'[^']*'|(?P<name>\b[a-z_0-9]+\b)")
+
+_Config = TypeVar("_Config")
+
+
+def define_config(values: absl.flags.FlagValues, config_class: type, **defaults: Any) -> None:
+    """Defines the flag of each field of a config.
+
+    Args:
+        values: The program's flags.
+        config_class: The config, one of ``_FIELDS``.
+        defaults: Defaults that differ from the config's.
+    """
+    for field in dataclasses.fields(config_class):
+        define_field(values, config_class, field.name, **defaults)
+
+
+def define_field(values: absl.flags.FlagValues, config_class: type, name: str, **defaults: Any) -> None:
+    """Defines the flag of one field of a config; see ``define_config``."""
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    flag, text = _FIELDS[config_class][name]
+    default = defaults.get(name, field.default)
+    default = list(default) if isinstance(default, tuple) else default
+    _DEFINE[field.type](flag, default, text, flag_values=values)
+
+
+def build(config_class: type[_Config], values: absl.flags.FlagValues, **given: Any) -> _Config:
+    """Returns a config with the values of its flags.
+
+    Args:
+        config_class: The config, one of ``_FIELDS``.
+        values: The program's flags; a field without a flag there gets its default.
+        given: Values that replace those of flags, by field.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+    fields = {field: values[flag].value for field, (flag, _) in _FIELDS[config_class].items() if flag in values}
+    return config_class(**fields | given)
+
+
+def translate(message: str, values: absl.flags.FlagValues) -> str:
+    """Returns an error message about fields of a config with the names of their flags.
+
+    Only a message that begins with a field's name is about fields: ``temperature must be at least 0: got -1.0`` becomes
+    ``--temp must be at least 0: got -1.0``.
+    """
+    names = {field: flag for fields in _FIELDS.values() for field, (flag, _) in fields.items() if flag in values}
+    if message.partition(" ")[0] not in names:
+        return message
+    return _NAME.sub(lambda match: f"--{names[match['name']]}" if match["name"] in names else match[0], message)
+
+
+def define_shared(values: absl.flags.FlagValues, name: str) -> absl.flags.FlagHolder[Any]:
+    """Defines a string flag that several programs have, one of ``_SHARED``."""
+    default, text = _SHARED[name]
+    return absl.flags.DEFINE_string(name, default, text, flag_values=values)
