@@ -115,10 +115,10 @@ def test_of_twenty_alternatives_the_best_five_are_on_the_page() -> None:
 
 
 def test_sums_are_those_of_the_tokens() -> None:
-    """Three bits a token: a perplexity of 8."""
+    """Three bits per token: a perplexity of 8."""
     text = page.render([records.with_tokens(*"abcd")], "t")
     for name, value in (
-        ("bits a token", "3.00"),
+        ("bits per token", "3.00"),
         ("perplexity", "8.00"),
         ("log-probability", "−8.32"),
         ("tokens", "4"),
