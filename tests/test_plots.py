@@ -127,7 +127,7 @@ def test_a_panel_a_metric_with_training_and_validation(run: curves.Run) -> None:
     assert drawn(panels["learning_rate"]) == [([10, 20, 30], [1e-3, 2e-3, 1e-3])]
     assert drawn(panels["tokens_per_second"]) == [([10, 20, 30], [900, 950, 100])]
     assert [labels(panel) for panel in figure.axes] == [["1.600"], ["24.5"], ["15.0"], [], []]
-    assert [panel.get_title("left") for panel in figure.axes][:2] == ["Loss, nats a byte", "Perplexity of a token"]
+    assert [panel.get_title("left") for panel in figure.axes][:2] == ["Loss, nats per byte", "Perplexity per token"]
     assert legend(figure) == ["training", "validation"]
     assert figure.get_suptitle() == "My $1$ run"
     assert not any(text.get_parse_math() for text in figure.findobj(mpl_text.Text))  # dollars are no formula
@@ -135,7 +135,7 @@ def test_a_panel_a_metric_with_training_and_validation(run: curves.Run) -> None:
 
 def test_the_loss_is_in_the_unit_asked_for(run: curves.Run) -> None:
     (panel,) = plots.draw([run], metrics=["loss"], unit="token").axes
-    assert panel.get_title("left") == "Loss, nats a token"
+    assert panel.get_title("left") == "Loss, nats per token"
     assert drawn(panel) == [([10, 20, 30], [4, 3, 2]), ([20], [3.2])]
     assert labels(panel) == ["3.200"]
 

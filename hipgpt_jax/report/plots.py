@@ -1,6 +1,7 @@
-"""Figures of training: one panel a metric, the runs laid over one another."""
+"""Figures of training metrics: one panel per metric, with the curves of all runs."""
 
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +11,16 @@ import matplotlib
 from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 from matplotlib import lines as mpl_lines
-from matplotlib import patheffects, ticker
+from matplotlib import ticker
 
 from hipgpt_jax import files
 from hipgpt_jax.report import curves
 
 SUFFIXES = (".png", ".svg")
 MARKER = b"hipgpt-plot"
-"""Identifies a figure of this package: in its metadata, near its beginning."""
+"""Identifies a figure of this package, in the metadata at its beginning."""
 
-# Paul Tol's "bright" scheme, told apart with every kind of colour vision; a seventh run begins it anew, dashed.
+# Paul Tol's "bright" scheme, safe for all kinds of colour vision; the seventh run starts again with dashed lines.
 # References: Tol, Colour Schemes, SRON technical note 09-002, 2021.
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee")
 _DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)))
@@ -47,14 +48,14 @@ _STYLE: dict[Any, Any] = {
     "xtick.major.size": 3.0,
     "ytick.major.size": 0.0,
     "legend.frameon": False,
-    "text.parse_math": False,  # a dollar sign in a run's name is one
-    "svg.hashsalt": "hipgpt_jax",  # ids in the file are the same each time
+    "text.parse_math": False,  # a run's name may contain dollar signs
+    "svg.hashsalt": "hipgpt_jax",  # deterministic ids
 }
 _TITLES = {
-    "perplexity": "Perplexity of a token",
+    "perplexity": "Perplexity per token",
     "accuracy": "Accuracy, % of tokens",
     "learning_rate": "Learning rate",
-    "tokens_per_second": "Tokens a second",
+    "tokens_per_second": "Tokens/s",
 }
 _FORMATS = {"loss": "{:.3f}", "perplexity": "{:.3g}", "accuracy": "{:.1f}"}
 
@@ -62,17 +63,17 @@ _FORMATS = {"loss": "{:.3f}", "perplexity": "{:.3g}", "accuracy": "{:.1f}"}
 def draw(
     runs: Sequence[curves.Run], *, metrics: Sequence[str], unit: str, smooth: int = 1, title: str = ""
 ) -> mpl_figure.Figure:
-    """Draws runs into one figure.
+    """Draws the metrics of runs.
 
-    Training is a thin line, validation a stronger one with a point an evaluation and its last value beside it.
+    Training is a thin line. Validation is a thick line with a point per evaluation and its last value as a label.
 
     Args:
-        runs: At least one; each takes a colour.
-        metrics: The panels, of ``curves.METRICS``. The first of an odd number is twice as wide.
-        unit: Of the loss, ``byte`` or ``token``.
-        smooth: Log lines in the running median of a training curve, whose raw values stand faint behind
-            it; 1 draws the raw values alone. The learning rate has no noise and stays as it is.
-        title: Above the figure; none if empty.
+        runs: At least one; each has a colour.
+        metrics: The panels, from ``curves.METRICS``. The first of an odd number is twice as wide.
+        unit: Unit of the loss, ``byte`` or ``token``.
+        smooth: Window of the running median of the training curves, in log lines; the raw values stay as a faint line.
+            1 draws only the raw values. The learning rate is never smoothed.
+        title: Title of the figure; none if empty.
     """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -84,16 +85,16 @@ def draw(
         _add_legend(figure, runs, any(run.validation(metric, unit).steps for run in runs for metric in metrics))
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold")
-        figure.draw_without_rendering()  # the labels need to know where the points came to lie
+        figure.draw_without_rendering()  # the labels need the final positions of the axes
         for metric, panel in panels.items():
-            _label_ends(panel, metric, runs, unit)
+            _label_last_values(panel, metric, runs, unit)
     return figure
 
 
 def save(figure: mpl_figure.Figure, path: Path) -> None:
-    """Writes a figure in one atomic replacement: PNG at 150 dpi, or SVG without a date if the name ends in ``.svg``.
+    """Writes a figure atomically: as SVG without a date if the name ends in ``.svg``, else as PNG at 150 dpi.
 
-    If ``path`` is a link, its target is replaced. Pipes and devices are written to.
+    The target of a link is replaced, not the link. Pipes and devices are written to.
     """
     kind = "svg" if path.suffix.lower() == ".svg" else "png"
     metadata = {"Creator": MARKER.decode(), "Date": None} if kind == "svg" else {"Software": MARKER.decode()}
@@ -103,7 +104,7 @@ def save(figure: mpl_figure.Figure, path: Path) -> None:
             figure.savefig(target, format=kind, dpi=150, metadata=metadata)
 
     if files.is_stream(path):
-        content = io.BytesIO()  # Pillow seeks
+        content = io.BytesIO()  # a pipe cannot seek, as Pillow does
         write(content)
         with files.writing_stream(path) as file:
             file.write(content.getvalue())
@@ -113,17 +114,16 @@ def save(figure: mpl_figure.Figure, path: Path) -> None:
 
 
 def median(values: Sequence[float], width: int) -> list[float]:
-    """Returns the running median over ``width`` values, one more where that is even, so that it lies in their middle.
+    """Returns the running median over a centred window of ``width`` values, one more if ``width`` is even.
 
-    Near the start it takes as many values before as after, so that a steep start is not cut; near the end
-    it goes on with those there are.
+    Near the start the window shrinks on both sides, so that a steep start is kept; near the end it is cut off.
     """
     reaches = (min(width // 2, i) for i in range(len(values)))
     return [statistics.median(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 
 
 def _grid(figure: mpl_figure.Figure, count: int) -> list[mpl_axes.Axes]:
-    """Two panels a row; an odd one out comes first and takes a row of its own."""
+    """Returns the axes, two per row; the first of an odd number fills a row."""
     rows = (count + 1) // 2
     figure.set_size_inches((7.0, 3.4) if count == 1 else (8.0, 0.6 + 2.35 * rows))
     grid = figure.add_gridspec(rows, 2)
@@ -143,7 +143,7 @@ def _draw_panel(panel: mpl_axes.Axes, metric: str, runs: Sequence[curves.Run], u
         width = 1.1 if validation.steps else 1.4
         _stroke(panel, training, color=colour, linewidth=width, alpha=alpha, linestyle=dash)
         _stroke(panel, validation, color=colour, linewidth=1.8, marker="o", markersize=3.5, linestyle=dash)
-    panel.set_title(f"Loss, nats a {unit}" if metric == "loss" else _TITLES[metric])
+    panel.set_title(f"Loss, nats per {unit}" if metric == "loss" else _TITLES[metric])
     _dress_axes(panel, metric, last_step=max(curve.steps[-1] for run in runs for curve in run.curves.values()))
 
 
@@ -156,7 +156,7 @@ def _dress_axes(panel: mpl_axes.Axes, metric: str, last_step: int) -> None:
     subplot = panel.get_subplotspec()
     assert subplot is not None, "_grid makes every panel"
     wide = len(subplot.colspan) > 1
-    panel.set_xlim(0, max(1, last_step) * (1.08 if wide else 1.17))  # room for the label of the last value
+    panel.set_xlim(0, max(1, last_step) * (1.08 if wide else 1.17))  # room for the labels
     panel.xaxis.set_major_locator(ticker.MaxNLocator(8 if wide else 5, steps=[1, 2, 5, 10], integer=True))
     panel.xaxis.set_major_formatter("{x:,.0f}")
     if subplot.is_last_row():
@@ -180,19 +180,19 @@ def _dress_axes(panel: mpl_axes.Axes, metric: str, last_step: int) -> None:
 
 
 def _scaled(metric: str, curve: curves.Curve) -> curves.Curve:
-    """The values as they are drawn; a perplexity near the largest float, of a run that diverged, leaves no margin."""
+    """Returns the values to draw. A diverged run's perplexity may be near the largest float: axis limits overflow."""
     if metric == "accuracy":
         return curve._replace(values=tuple(100 * value for value in curve.values))
     return curve._replace(values=tuple(min(value, 1e100) for value in curve.values))
 
 
 def _look(number: int) -> tuple[str, Any]:
-    """Colour and dashes of a run."""
+    """Returns the colour and the dashes of a run."""
     return _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
 
 
 def _add_legend(figure: mpl_figure.Figure, runs: Sequence[curves.Run], validated: bool) -> None:
-    """Colours are runs, where there are several; strokes are the two splits, where both are there."""
+    """Adds the colours of the runs, if there are several, and the strokes of the two splits, if there are both."""
     entries: dict[str, mpl_lines.Line2D] = {}
     plain = _look(0)[0] if len(runs) == 1 else _GREY
     if len(runs) > 1:
@@ -206,33 +206,23 @@ def _add_legend(figure: mpl_figure.Figure, runs: Sequence[curves.Run], validated
         figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=4, handlelength=2.2)
 
 
-def _label_ends(panel: mpl_axes.Axes, metric: str, runs: Sequence[curves.Run], unit: str) -> None:
-    """Writes the last validation values beside their points, moved apart where they would overlap.
-
-    A run that ended before another has its label above the point, off the other's curve.
-    """
-    ends = []
-    for number, run in enumerate(runs):
-        if (curve := _scaled(metric, run.validation(metric, unit))).steps:
-            end = (curve.steps[-1], curve.values[-1])
-            left, height = panel.transData.transform(end) * 72 / panel.figure.dpi
-            ends.append((height, left, end, _look(number)[0]))
-    last = max((end[0] for _, _, end, _ in ends), default=0)
-    placed: list[tuple[float, float]] = []
-    for height, left, end, colour in sorted(ends):
-        early = end[0] < last
-        beside = [place for other, place in placed if abs(other - left) < 4 * _LABEL_POINTS]
-        place = max([height + _LABEL_POINTS * early, *(below + 1.1 * _LABEL_POINTS for below in beside)])
-        placed.append((left, place))
+def _label_last_values(panel: mpl_axes.Axes, metric: str, runs: Sequence[curves.Run], unit: str) -> None:
+    """Writes the last validation value of each run at the right edge, moved up where labels would overlap."""
+    found = (_scaled(metric, run.validation(metric, unit)) for run in runs)
+    ends = sorted((curve.values[-1], number) for number, curve in enumerate(found) if curve.steps)
+    label_height = -math.inf
+    for value, number in ends:
+        height = panel.transData.transform((0, value))[1] * 72 / panel.figure.dpi
+        label_height = max(height, label_height + 1.1 * _LABEL_POINTS)
         panel.annotate(
-            _FORMATS[metric].format(end[1]),
-            end,
-            xytext=(0 if early else 6, place - height),
+            _FORMATS[metric].format(value),
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, label_height - height),
             textcoords="offset points",
-            ha="center" if early else "left",
+            ha="right",
             va="center",
-            color=colour,
+            color=_look(number)[0],
             fontsize=_LABEL_POINTS,
             fontweight="bold",
-            path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
         ).set_in_layout(False)
