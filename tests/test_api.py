@@ -1,6 +1,5 @@
 """Runs from Python: what the command line does, token for token."""
 
-import doctest
 import json
 import subprocess
 import sys
@@ -15,8 +14,6 @@ import pytest
 import hipgpt_jax
 from hipgpt_jax import config
 from hipgpt_jax.records import record
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -247,10 +244,3 @@ def test_prompts_of_an_iterator_are_taken_as_they_are_needed(run: hipgpt_jax.Run
 def test_a_device_that_is_not_the_one_jax_started_on_is_told() -> None:
     with pytest.raises(ValueError, match=r"--device cuda|JAX has started on cpu"):
         hipgpt_jax.load_run("shakespeare", device="cuda")
-
-
-def test_the_readme_is_true() -> None:
-    """The Python that it shows gives what it shows, tokens and all."""
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
-    assert result.attempted > 3
-    assert result.failed == 0

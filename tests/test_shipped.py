@@ -11,9 +11,6 @@ from hipgpt_jax.runs import directory
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.flags"))
 
-# Seen with JAX 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12) on CPU: the sample in the README begins so.
-SAMPLE = "To be, or not to be:\nAnd I will have a body.\n\nDUKE VINCENTIO:\nI'll hear you.\n\nISABELLA:\nO,"
-
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -32,17 +29,6 @@ def test_the_shipped_run_is_whole_small_and_good(elsewhere: Path) -> None:
     last = [line for line in lines if "validation_nats_per_byte" in line][-1]
     assert last["step"] == checkpoint.step
     assert last["validation_nats_per_byte"] <= 1.50
-
-
-def test_the_readmes_sample_is_what_its_command_prints(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--prompt", "To be, or not to be:", "--run-name", "shakespeare", "--num_tokens", "150", "--echo")
-    result = programs.call("generate", *arguments, monkeypatch=monkeypatch, capsys=capsys)
-    assert result.code == 0
-    assert result.out.startswith(SAMPLE)
-    assert result.out.rstrip("\n") + "\n```" in (Path(__file__).parents[1] / "README.md").read_text()
-    assert "of the package" in result.err
 
 
 def test_a_run_of_the_same_name_comes_first_even_before_its_first_checkpoint(
