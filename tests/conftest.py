@@ -25,9 +25,10 @@ def _kept_executables() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a copy of the committed run ``tiny``, of step 600 and without training files."""
+    """A working directory with the run ``tiny``: the committed step 600, and a step 20 of smaller weights."""
     directory = tmp_path_factory.mktemp("work")
-    shutil.copytree(Path(__file__).parent / "data" / "tiny", directory / "checkpoints" / "tiny", symlinks=True)
+    for step, scale in ((20, 0.5), (600, 1.0)):
+        programs.copy_tiny(directory / "checkpoints" / "tiny", step=step, scale=scale)
     return directory
 
 

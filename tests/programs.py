@@ -1,7 +1,9 @@
 """Runs the package's programs as a user does: in processes of their own, or quickly in this one."""
 
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,9 +11,12 @@ from pathlib import Path
 
 import compiled
 import pytest
+import safetensors.numpy
 
+from hipgpt_jax import files
 from hipgpt_jax.cli import doctor, evaluate, generate, inspect, plot, replay, train
 
+TINY = Path(__file__).parent / "data" / "tiny"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MAINS: dict[str, Callable[[], None]] = {
     "doctor": doctor.main,
@@ -75,3 +80,25 @@ def call(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: py
         code = int(ended.code or 0)
     captured = capsys.readouterr()
     return Result(code, captured.out, captured.err)
+
+
+def copy_tiny(directory: Path, name: str = "tiny", step: int = 600, scale: float = 1.0) -> None:
+    """Copies the committed run ``tiny`` to a run directory, or adds a step to one.
+
+    Args:
+        directory: The run's directory, which may exist; the new step becomes its latest.
+        name: The run's name.
+        step: The number of the step.
+        scale: A factor of all weights.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(TINY / "tokenizer.json", directory)
+    weights = directory / f"{name}_step{step}.bin"
+    tensors = safetensors.numpy.load_file(TINY / "tiny_step600.bin")
+    safetensors.numpy.save_file({path: scale * value for path, value in tensors.items()}, weights)
+    config = json.loads((TINY / "tiny_step600_config.json").read_text())
+    config["checkpoint"] |= {"latest": weights.name, "step": step, "sha256": files.sha256(weights)}
+    path = directory / f"{name}_step{step}_config.json"
+    path.write_text(json.dumps(config))
+    (directory / "latest_config.json").unlink(missing_ok=True)
+    (directory / "latest_config.json").symlink_to(path.name)

@@ -1,15 +1,14 @@
 """``hipgpt-generate`` as a user meets it."""
 
-import itertools
-import os
+import io
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import programs
 import pytest
@@ -21,10 +20,9 @@ HI = ("--run-name", "tiny", "--prompt", "the king")
 
 
 @pytest.fixture
-def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs ``hipgpt-generate`` in this process, in the trained run's working directory."""
-    monkeypatch.chdir(trained)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
+def run(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs ``hipgpt-generate`` in this process, in the working directory of the committed run."""
+    monkeypatch.chdir(tiny)
     return lambda *arguments: programs.call("generate", *arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
@@ -34,38 +32,22 @@ def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         (("--run-name", "tiny"), "--prompt is required"),
         (("--prompt", "hi"), "--run-name is required"),
         (("--prompt", "hi", "--run-name", "nosuch"), "run 'nosuch' not found .*Runs: .*tiny"),
-        ((*HI, "--step", "7"), "no step 7. Steps: 20, 40"),
+        ((*HI, "--step", "7"), "no step 7. Steps: 20, 600"),
         (("--prompt", "hi", "--run-name", "../tiny"), "must be a plain name"),
-        (("--prompt", "hi", "--run-name", "a/b"), "must be a plain name"),
-        (("--prompt", "hi", "--run-name", ""), "must be a plain name"),
         (("--prompt", "", "--run-name", "tiny"), "at least one token"),
         ((*HI, "--frobnicate", "3"), "Unknown command line flag 'frobnicate'"),
         ((*HI, "--num_token", "3"), "Did you mean: num_tokens"),
         ((*HI, "more"), "unexpected argument 'more'"),
         ((*HI, "--temp", "-1"), "temp must be at least 0 .*got -1"),
-        ((*HI, "--temp", "nan"), "temp must be a finite number .*got nan"),
-        ((*HI, "--temp", "inf"), "temp must be a finite number .*got inf"),
         ((*HI, "--temp", "hot"), "--temp must be a number: got 'hot'"),
-        ((*HI, "--top_k", "-1"), "top_k must be an integer of at least 0 .*got -1"),
         ((*HI, "--top_k", "1.9"), "--top_k must be an integer: got '1.9'"),
-        ((*HI, "--top_p", "0"), "top_p must be above 0 and at most 1 .*got 0"),
-        ((*HI, "--top_p", "1.5"), "top_p must be above 0 and at most 1 .*got 1.5"),
-        ((*HI, "--top_p", "nan"), "top_p must be above 0 and at most 1 .*got nan"),
         ((*HI, "--rep-penalty", "0"), "rep_penalty must be above 0, from .*got 0"),
-        ((*HI, "--rep-penalty", "inf"), "rep_penalty must be a finite number .*got inf"),
-        ((*HI, "--num_tokens", "-5"), "num_tokens must be an integer of at least 0 .*got -5"),
-        ((*HI, "--num_samples", "0"), "num_samples must be an integer of at least 1 .*got 0"),
         ((*HI, "--batch_size", "0"), "batch_size must be an integer of at least 1 .*got 0"),
         ((*HI, "--max_seq_len", "0"), "max_seq_len must be an integer of at least 1 .*got 0"),
         ((*HI, "--max_seq_len", "33"), "at most the run's own 32 .*got 33"),
-        ((*HI, "--window_stride", "33"), "window_stride must be at most the window of 32 tokens: got 33"),
         ((*HI, "--overflow", "wrap"), "overflow must be one of roll, stop, error: got 'wrap'"),
-        ((*HI, "--dtype", "int8"), "dtype must be one of float32, bfloat16: got 'int8'"),
         ((*HI, "--overflow", "error"), "need a window of .*it holds 32"),
         ((*HI, "--eos_id", "300"), "eos_id must be -1 or below the vocabulary's size 300: got 300"),
-        ((*HI, "--eos_id", "-2"), "eos_id must be an integer of at least -1"),
-        ((*HI, "--seed", "-2"), "seed must be an integer of at least 0"),
-        ((*HI, "--seed", "4294967296"), "seed must be at most 4294967295"),
         ((*HI, "--device", "tpu"), "device must be one of auto, cpu, rocm, cuda: got 'tpu'"),
         (("--prompt", "hi", "--run-name"), "Missing value for flag --run-name"),
         ((*HI, "--flagfile=nosuch.flags"), "nosuch.flags"),
@@ -87,7 +69,7 @@ def test_spellings_of_a_flag_and_their_order_are_one(run) -> None:
 
 
 def test_defaults_are_the_documented_ones(run) -> None:
-    written_out = ("--step", "40", "--num_tokens", "50", "--max_seq_len", "32", "--eos_id", "-1", "--top_k", "5")
+    written_out = ("--step", "600", "--num_tokens", "50", "--max_seq_len", "32", "--eos_id", "-1", "--top_k", "5")
     more = ("--temp", "1.0", "--top_p", "0.9", "--rep-penalty", "1.1", "--seed", "0")
     assert run(*HI).out == run(*HI, *written_out, *more).out
 
@@ -112,8 +94,8 @@ def test_an_echoed_prompt_is_read_by_the_rule_for_text(run) -> None:
     assert run(*HI[:2], "--prompt", "a\udcff", "--echo", "--num_tokens", "0").out == "a\ufffd\n"
 
 
-def test_flagfile_holds_flags(run, trained: Path) -> None:
-    (trained / "some.flags").write_text("# a comment\n--run-name=tiny\n--num_tokens=5\n--nostream\n")
+def test_flagfile_holds_flags(run, tiny: Path) -> None:
+    (tiny / "some.flags").write_text("# a comment\n--run-name=tiny\n--num_tokens=5\n--nostream\n")
     assert (
         run("--flagfile=some.flags", "--prompt", "the").out == run(*HI[:2], "--prompt", "the", "--num_tokens", "5").out
     )
@@ -135,8 +117,8 @@ def test_width_orders_samples_and_the_first_is_the_same_alone(run) -> None:
     assert run(*HI, "--batch_size", "4", "--num_samples", "5").out.startswith(alone)
 
 
-def test_eos_ends_the_text_and_is_not_printed(run, trained: Path) -> None:
-    vocabulary = tokenizer.Tokenizer.load(trained / "checkpoints/tiny/tokenizer.json")
+def test_eos_ends_the_text_and_is_not_printed(run, tiny: Path) -> None:
+    vocabulary = tokenizer.Tokenizer.load(tiny / "checkpoints/tiny/tokenizer.json")
     text = run(*HI, "--num_tokens", "12").out.removesuffix("\n")
     eos_id = vocabulary.encode(text)[5]
     cut = run(*HI, "--num_tokens", "12", "--eos_id", str(eos_id)).out.removesuffix("\n")
@@ -159,8 +141,8 @@ def test_a_prompt_longer_than_the_window_is_cut_and_said_so(run) -> None:
     assert re.search(r"the prompt has \d+ tokens: the first \d+ are beyond the window and not read", result.err)
 
 
-def test_an_absent_device_says_what_there_is_and_what_to_do(trained: Path) -> None:
-    result = programs.spawn("generate", *HI, "--device", "rocm", cwd=trained)
+def test_an_absent_device_says_what_there_is_and_what_to_do(tiny: Path) -> None:
+    result = programs.spawn("generate", *HI, "--device", "rocm", cwd=tiny)
     assert result.code == 1
     assert result.out == ""
     assert re.search(
@@ -170,11 +152,11 @@ def test_an_absent_device_says_what_there_is_and_what_to_do(trained: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "swapped", "tokenizer", "vocabulary", "config", "key"])
-def test_damaged_files_are_named(run, trained: Path, damage: str) -> None:
-    directory = trained / "checkpoints" / f"bad_{damage}"
+def test_damaged_files_are_named(run, tiny: Path, damage: str) -> None:
+    directory = tiny / "checkpoints" / f"bad_{damage}"
     shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(trained / "checkpoints/tiny", directory, symlinks=True)
-    weights, config = directory / "tiny_step40.bin", directory / "tiny_step40_config.json"
+    shutil.copytree(tiny / "checkpoints/tiny", directory, symlinks=True)
+    weights, config = directory / "tiny_step600.bin", directory / "tiny_step600_config.json"
     named = weights
     match damage:
         case "cut":
@@ -205,29 +187,30 @@ def test_damaged_files_are_named(run, trained: Path, damage: str) -> None:
     assert "Traceback" not in result.err
 
 
-def test_text_comes_token_by_token(trained: Path) -> None:
-    arguments = (*HI, "--num_tokens", "400")
-    programs.spawn("generate", *arguments, cwd=trained)
-    pieces, times = [], []
-    with subprocess.Popen(
-        programs.command("generate", *arguments),
-        cwd=trained,
-        env=programs.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        assert process.stdout is not None
-        while piece := os.read(process.stdout.fileno(), 65536):
-            pieces.append(piece)
-            times.append(time.monotonic())
-    assert len(pieces) > 50
-    assert times[-1] - times[0] > 10 * max(after - before for before, after in itertools.pairwise(times[50:]))
+def test_text_comes_token_by_token(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5,000 tokens each is written by itself, until the reader is gone."""
+    pieces: list[bytes] = []
+
+    class Pipe(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            pieces.append(bytes(data))
+            if len(pieces) == 50:
+                raise BrokenPipeError
+            return len(data)
+
+    text = run(*HI, "--num_tokens", "50").out
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Pipe()), "utf-8"))
+    assert run(*HI, "--num_tokens", "5000").code == 128 + signal.SIGPIPE
+    assert b"".join(pieces[:40]).decode() in text
 
 
-def test_a_closed_pipe_ends_quietly(trained: Path) -> None:
+def test_a_closed_pipe_ends_quietly(tiny: Path) -> None:
     line = " ".join(["exec", *programs.command("generate"), *HI[:2], "--prompt king --num_tokens 3000 | head -c 1"])
     done = subprocess.run(
-        ["bash", "-c", line], cwd=trained, env=programs.environment(), capture_output=True, text=True, timeout=120
+        ["bash", "-c", line], cwd=tiny, env=programs.environment(), capture_output=True, text=True, timeout=120
     )
     assert len(done.stdout) == 1
     assert "Traceback" not in done.stderr
@@ -235,10 +218,10 @@ def test_a_closed_pipe_ends_quietly(trained: Path) -> None:
 
 
 @pytest.mark.usefixtures("ctrl_c_heeded")
-def test_ctrl_c_ends_quietly(trained: Path) -> None:
+def test_ctrl_c_ends_quietly(tiny: Path) -> None:
     with subprocess.Popen(
         programs.command("generate", *HI, "--num_tokens", "1000000"),
-        cwd=trained,
+        cwd=tiny,
         env=programs.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -253,15 +236,13 @@ def test_ctrl_c_ends_quietly(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_start_compiles_nothing_and_says_so(trained: Path, tmp_path: Path) -> None:
-    first = programs.spawn("generate", *HI, cwd=trained, cache=tmp_path)
+def test_a_second_start_compiles_nothing_and_says_so(tiny: Path, tmp_path: Path) -> None:
+    first = programs.spawn("generate", *HI, cwd=tiny, cache=tmp_path)
     directory = tmp_path / "hipgpt_jax" / "compiled"
     assert directory.stat().st_mode & 0o777 == 0o700
     compiled = {path.name for path in directory.iterdir() if not path.name.endswith("-atime")}
     assert compiled
-    second = programs.spawn(
-        "generate", *HI, "--seed", "3", "--temp", "0.5", "--top_k", "9", cwd=trained, cache=tmp_path
-    )
+    second = programs.spawn("generate", *HI, "--seed", "3", "--temp", "0.5", "--top_k", "9", cwd=tiny, cache=tmp_path)
     again = {path.name for path in directory.iterdir() if not path.name.endswith("-atime")}
     assert again == compiled
     assert (first.code, second.code) == (0, 0)
@@ -271,10 +252,10 @@ def test_a_second_start_compiles_nothing_and_says_so(trained: Path, tmp_path: Pa
     assert made == read
     assert how == "compiled"
     assert again_how == "from the cache"
-    assert programs.spawn("generate", *HI, cwd=trained, cache=tmp_path).out == first.out
+    assert programs.spawn("generate", *HI, cwd=tiny, cache=tmp_path).out == first.out
 
 
-def test_only_what_generation_needs_is_imported(trained: Path) -> None:
+def test_only_what_generation_needs_is_imported(tiny: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
@@ -284,7 +265,7 @@ def test_only_what_generation_needs_is_imported(trained: Path) -> None:
     for arguments, loaded in ((HI, "['jax']"), (("--help",), "[]"), (bad_value, "[]"), (no_run, "[]")):
         done = subprocess.run(
             [sys.executable, "-c", code, "generate", *arguments],
-            cwd=trained,
+            cwd=tiny,
             env=programs.environment(),
             capture_output=True,
             text=True,
@@ -330,27 +311,12 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("line", DOCUMENTED)
-def test_documented_commands(run, trained: Path, line: str) -> None:
+def test_documented_commands(run, tiny: Path, line: str) -> None:
     words = shlex.split(line)[1:]
-    _make_run(trained, words[words.index("--run-name") + 1])
+    name = words[words.index("--run-name") + 1]
+    programs.copy_tiny(tiny / "checkpoints" / name, name, step=1500)
     result = run(*words)
     assert result.code == 0, result.err
     wanted = words[words.index("--num_tokens") + 1] if "--num_tokens" in words else "50"
     assert f"{wanted} tokens" in result.err
     assert result.out.strip()
-
-
-def _make_run(directory: Path, name: str) -> None:
-    """Makes a run of this name, once: that of the ``trained`` directory under another name, its last step 1500."""
-    target = directory / "checkpoints" / name
-    if target.exists():
-        return
-    target.mkdir()
-    for path in (directory / "checkpoints/tiny").iterdir():
-        if path.is_file() and not path.is_symlink():
-            renamed = path.name.replace("tiny_step40", f"{name}_step1500").replace("tiny_", f"{name}_")
-            shutil.copy(path, target / renamed)
-    config = target / f"{name}_step1500_config.json"
-    text = config.read_text().replace("tiny_step40", f"{name}_step1500").replace('"step": 40', '"step": 1500')
-    config.write_text(text)
-    (target / "latest_config.json").symlink_to(config.name)

@@ -24,12 +24,11 @@ PROMPTS = ["the king", "a queen", "the fool and", "in war", "see what", "the kin
 
 @pytest.fixture
 def run(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., programs.Result]:
-    """Runs ``hipgpt-generate`` of the trained run in this process, in a directory of its own."""
-    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    """Runs ``hipgpt-generate`` of the run ``tiny`` in this process, in a directory of its own."""
+    (tmp_path / "checkpoints").symlink_to(tiny / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
     flags = ("--run-name", "tiny", "--num_tokens", "12")
     return lambda *arguments: programs.call("generate", *flags, *arguments, monkeypatch=monkeypatch, capsys=capsys)
 
@@ -207,7 +206,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments: tuple[str, ...
     assert {path: path.is_dir() or path.read_bytes() for path in Path.cwd().iterdir()} == before
 
 
-def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(trained: Path) -> None:
+def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(tiny: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
@@ -216,7 +215,7 @@ def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(trained
     for arguments in (("--output", "/none/o.jsonl", "--prompt", "a"), ("--prompts_file", "none.txt")):
         done = subprocess.run(
             [sys.executable, "-c", code, "generate", "--run-name", "tiny", *arguments],
-            cwd=trained,
+            cwd=tiny,
             env=programs.environment(),
             capture_output=True,
             text=True,
@@ -224,11 +223,11 @@ def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(trained
         assert done.stderr.splitlines()[-1] == "False"
 
 
-def spawn_many(trained: Path, out: Path, samples: int, *more: str) -> "subprocess.Popen[str]":
+def spawn_many(tiny: Path, out: Path, samples: int, *more: str) -> "subprocess.Popen[str]":
     flags = ("--run-name", "tiny", "--prompt", "the king", "--num_tokens", "6", "--num_samples", str(samples))
     return subprocess.Popen(
         programs.command("generate", *flags, "--batch_size", "4", "--output", str(out), *more),
-        cwd=trained,
+        cwd=tiny,
         env=programs.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -237,13 +236,13 @@ def spawn_many(trained: Path, out: Path, samples: int, *more: str) -> "subproces
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    with spawn_many(trained, whole, 300) as process:
+    with spawn_many(tiny, whole, 300) as process:
         process.communicate(timeout=120)
     sizes = [0]
     for turn in range(4):
-        with spawn_many(trained, killed, 300) as process:
+        with spawn_many(tiny, killed, 300) as process:
             until = time.monotonic() + 60
             while process.poll() is None and (not killed.exists() or killed.stat().st_size <= sizes[-1]):
                 assert time.monotonic() < until
@@ -254,13 +253,13 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(trained: Path, tmp_path: P
         assert len(lines_of(killed)) >= len(sizes) - 1
     with killed.open("ab") as file:  # and cut in the middle of a line
         file.truncate(sizes[-1] - 40)
-    with spawn_many(trained, killed, 300) as process:
+    with spawn_many(tiny, killed, 300) as process:
         _, err = process.communicate(timeout=120)
     assert "dropped a torn last line" in err
     assert lines_of(killed) == lines_of(whole)
 
 
-def peak_of(trained: Path, *arguments: str) -> float:
+def peak_of(tiny: Path, *arguments: str) -> float:
     """The peak memory of ``hipgpt-generate`` in MiB, told by its own process."""
     code = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -269,7 +268,7 @@ def peak_of(trained: Path, *arguments: str) -> float:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "generate", "--run-name", "tiny", "--prompt", "the king", *arguments],
-        cwd=trained,
+        cwd=tiny,
         env=programs.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -280,28 +279,28 @@ def peak_of(trained: Path, *arguments: str) -> float:
 
 
 @pytest.mark.slow
-def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(trained: Path, tmp_path: Path) -> None:
+def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(tiny: Path, tmp_path: Path) -> None:
     """What grows is the set of finished samples, some hundred bytes each."""
     peaks = []
     for samples in (1000, 10_000):
         out = tmp_path / f"{samples}.jsonl"
         flags = ("--num_tokens", "2", "--batch_size", "250", "--num_samples", str(samples), "--output", str(out))
-        peaks.append(peak_of(trained, *flags))
+        peaks.append(peak_of(tiny, *flags))
         assert out.read_bytes().count(b"\n") == samples
     assert peaks[1] < peaks[0] + 40, f"peaks of {peaks} MiB"
 
 
 @pytest.mark.slow
-def test_twenty_thousand_tokens_take_no_more_memory_than_one_thousand(trained: Path) -> None:
-    peaks = [peak_of(trained, "--window_stride", "8", "--num_tokens", tokens) for tokens in ("1000", "20000")]
+def test_twenty_thousand_tokens_take_no_more_memory_than_one_thousand(tiny: Path) -> None:
+    peaks = [peak_of(tiny, "--window_stride", "8", "--num_tokens", tokens) for tokens in ("1000", "20000")]
     assert peaks[1] < peaks[0] + 40, f"peaks of {peaks} MiB"
 
 
-def test_stdout_of_records_may_be_closed(trained: Path) -> None:
+def test_stdout_of_records_may_be_closed(tiny: Path) -> None:
     line = " ".join([*programs.command("generate"), "--run-name tiny --prompt king --num_samples 500 --output -"])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line} | head -n 1"],
-        cwd=trained,
+        cwd=tiny,
         env=programs.environment(),
         capture_output=True,
         text=True,
@@ -313,7 +312,7 @@ def test_stdout_of_records_may_be_closed(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bar_shows_how_far_it_is(trained: Path, tmp_path: Path) -> None:
+def test_a_bar_shows_how_far_it_is(tiny: Path, tmp_path: Path) -> None:
     """On a terminal of its own, which the text does not go to."""
     import pty
 
@@ -330,7 +329,7 @@ def test_a_bar_shows_how_far_it_is(trained: Path, tmp_path: Path) -> None:
             "--output",
             str(tmp_path / "a.jsonl"),
         ),
-        cwd=trained,
+        cwd=tiny,
         env={**programs.environment(), "TERM": "xterm", "COLUMNS": "100"},
         stdout=subprocess.DEVNULL,
         stderr=theirs,

@@ -19,25 +19,24 @@ FLAGS = "--run-name tiny --prompts_file p.jsonl --num_samples 2 --batch_size 2 -
 PROMPTS = [
     {"id": "first", "prompt": "the king"},
     {"id": "second", "prompt": "a queen would say", "temp": 0.0},
-    {"id": "third", "prompt": "in war", "top_k": 0, "top_p": 1.0, "stop": ["lord"], "num_tokens": 100},
+    {"id": "third", "prompt": "in war", "top_k": 0, "top_p": 1.0, "stop": ["50."], "num_tokens": 100},
 ]
 
 
 @pytest.fixture
 def call(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., programs.Result]:
-    """Runs a program in this process, in a directory with a copy of the trained run."""
-    shutil.copytree(trained / "checkpoints/tiny", tmp_path / "checkpoints/tiny", symlinks=True)
+    """Runs a program in this process, in a directory with a copy of the run ``tiny``."""
+    shutil.copytree(tiny / "checkpoints/tiny", tmp_path / "checkpoints/tiny", symlinks=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
     return lambda *arguments: programs.call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture
-def made(call: Run, trained: Path) -> list[dict[str, Any]]:
+def made(call: Run, tiny: Path) -> list[dict[str, Any]]:
     """Records in ``a.jsonl``: three prompts, two samples each, at a width of two, far beyond the window."""
-    kept = trained / "replayed.jsonl"
+    kept = tiny / "replayed.jsonl"
     write("p.jsonl", PROMPTS)
     if kept.exists():
         shutil.copy(kept, "a.jsonl")
@@ -57,7 +56,7 @@ def test_what_was_made_is_made_again(call: Run, made: list[dict[str, Any]]) -> N
     assert result.code == 0
     lines = result.out.splitlines()
     names = [f"identical  {one['id']} sample {one['sample']}: {len(one['ids'])} tokens" for one in made]
-    unexercised = "not exercised: seed, top_k, top_p (2 records)"
+    unexercised = "not exercised: seed, top_k, top_p (2 records), stop (1 record)"
     assert lines == [*names, unexercised, "6 of 6 identical, log-probabilities equal to the bit"]
     chosen = call("replay", "--ids", "third,first", "--records", "a.jsonl", "--device", "cpu")
     assert (chosen.code, chosen.out.splitlines()) == (0, [*names[:2], *names[4:], lines[-1].replace("6", "4")])
@@ -116,31 +115,34 @@ def test_an_end_that_differs_is_shown(call: Run, made: list[dict[str, Any]]) -> 
     assert "token 7 is the end (length) in the record" in result.out
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prompt": "x"}, "prompt"),
-        ({"text": "x", "stop": "x"}, "text and stop"),
-        ({"tokens": "!"}, "tokens"),
-        ({"prompt_dropped": 7}, "prompt_dropped"),
-        ({"error": "it failed"}, "error"),
-        ({"ranks": 900}, "ranks (at token 39: 900 in the record, {ranks} now)"),
-        (
-            {"margins": 0.123, "logprobs": -50.5},
-            "logprobs (at token 39: -50.5 in the record, {logprobs:.9g} now) and margins (at token 39: 0.123 in the "
-            "record, {margins:.9g} now)",
-        ),
-    ],
-)
-def test_a_field_that_was_changed_is_not_identical(
-    call: Run, made: list[dict[str, Any]], fields: dict[str, Any], message: str
-) -> None:
-    last = {name: value[-1] for name, value in made[0].items() if name in ("ranks", "margins", "logprobs")}
-    lists = {name: [*made[0][name][:-1], new] for name, new in fields.items() if isinstance(made[0][name], list)}
-    result = call("replay", write("b.jsonl", [made[0] | fields | lists]))
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "x"}, "prompt"),
+    ({"text": "x", "stop": "x"}, "text and stop"),
+    ({"tokens": "!"}, "tokens"),
+    ({"prompt_dropped": 7}, "prompt_dropped"),
+    ({"error": "it failed"}, "error"),
+    ({"ranks": 900}, "ranks (at token 39: 900 in the record, {ranks} now)"),
+    (
+        {"margins": 0.123, "logprobs": -50.5},
+        "logprobs (at token 39: -50.5 in the record, {logprobs:.9g} now) and margins (at token 39: 0.123 in the "
+        "record, {margins:.9g} now)",
+    ),
+]
+
+
+def test_a_field_that_was_changed_is_not_identical(call: Run, made: list[dict[str, Any]]) -> None:
+    one = made[0]
+    changed = [
+        one | {name: [*one[name][:-1], new] if isinstance(one[name], list) else new for name, new in fields.items()}
+        for fields, _ in CHANGES
+    ]
+    result = call("replay", write("b.jsonl", changed))
     assert result.code == 1
-    expected = f"its ids are the same, but not its {message.format(**last)}: was it changed?"
-    assert result.out.splitlines()[0] == f"differs    first sample 0: {expected}"
+    last = {name: one[name][-1] for name in ("ranks", "margins", "logprobs")}
+    for (_, message), line in zip(CHANGES, result.out.splitlines(), strict=False):
+        expected = f"its ids are the same, but not its {message.format(**last)}: was it changed?"
+        assert line == f"differs    first sample 0: {expected}"
+    assert result.out.splitlines()[-1].startswith("0 of 7 identical, 7 differ")
 
 
 def test_one_bad_line_spoils_only_itself(call: Run, made: list[dict[str, Any]]) -> None:
@@ -201,8 +203,8 @@ def test_no_text_of_a_record_reaches_the_terminal_as_it_is(call: Run, made: list
 def test_an_error_is_identical_when_it_comes_again(call: Run, made: list[dict[str, Any]]) -> None:
     from hipgpt_jax import files
 
-    (config,) = Path("checkpoints/tiny").glob("*_step40_config.json")
-    (weights,) = Path("checkpoints/tiny").glob("*_step40.bin")
+    (config,) = Path("checkpoints/tiny").glob("*_step600_config.json")
+    (weights,) = Path("checkpoints/tiny").glob("*_step600.bin")
     data = bytearray(weights.read_bytes())
     data[-4:] = b"\xff\xff\xff\x7f"  # NaN
     weights.write_bytes(data)
@@ -255,35 +257,39 @@ def test_a_run_that_is_gone_or_damaged_is_told_and_one_elsewhere_is_found(
     assert result.out.count("not tried") == 6
     assert "run 'tiny' not found" in result.out
     assert call("replay", "a.jsonl", "--run-dir", "backup/moved").code == 0
-    weights = Path("backup/moved/tiny_step40.bin")
+    weights = Path("backup/moved/tiny_step600.bin")
     weights.write_bytes(weights.read_bytes()[:-1])
     result = call("replay", "a.jsonl", "--run-dir", "backup/moved")
     assert result.code == 2
-    assert "tiny_step40.bin is not the file that the config" in result.out
+    assert "tiny_step600.bin is not the file that the config" in result.out
     assert "6 could not be tried" in result.out.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prompt_ids": []}, "the prompt is empty"),
-        ({"prompt_ids": [300]}, "the prompt's ids must be"),
-        ({"settings": {"repetition_penalty": 1e9}}, "rep_penalty must be"),
-        ({"settings": {"window": 33}}, "max_seq_len must be at most the run's own 32"),
-        ({"settings": {"eos_id": 300}}, "eos_id must be -1 or below"),
-        ({"run": {"name": "../x"}}, "must be a plain name"),
-        ({"ids": [99999, *[1] * 39]}, "it has ids beyond the vocabulary's size 300"),
-        ({"run": {"step": 9}}, "run 'tiny' has no step 9. Steps: 20, 40"),
-    ],
-)
-def test_a_record_that_cannot_be_served_is_told(
-    call: Run, made: list[dict[str, Any]], change: dict[str, Any], message: str
-) -> None:
-    one = {**made[0], **{k: {**made[0][k], **v} if isinstance(v, dict) else v for k, v in change.items()}}
-    result = call("replay", write("b.jsonl", [one, made[1]]))
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt_ids": []}, "the prompt is empty"),
+    ({"prompt_ids": [300]}, "the prompt's ids must be"),
+    ({"settings": {"repetition_penalty": 1e9}}, "rep_penalty must be"),
+    ({"settings": {"window": 33}}, "max_seq_len must be at most the run's own 32"),
+    ({"settings": {"eos_id": 300}}, "eos_id must be -1 or below"),
+    ({"run": {"name": "../x"}}, "must be a plain name"),
+    ({"ids": [99999, *[1] * 39]}, "it has ids beyond the vocabulary's size 300"),
+    ({"run": {"step": 9}}, "run 'tiny' has no step 9. Steps: 20, 600"),
+]
+
+
+def test_a_record_that_cannot_be_served_is_told(call: Run, made: list[dict[str, Any]]) -> None:
+    one = made[0]
+    changed = [
+        one | {name: one[name] | new if isinstance(new, dict) else new for name, new in change.items()}
+        for change, _ in REFUSED
+    ]
+    result = call("replay", write("b.jsonl", [*changed, made[1]]))
     assert result.code == 2
-    assert re.search(f"not tried  first sample 0: .*{message}", result.out)
-    assert "identical  first sample 1" in result.out
+    *lines, served, summary = result.out.splitlines()
+    for (_, message), line in zip(REFUSED, lines, strict=True):
+        assert re.search(f"not tried  first sample 0: .*{message}", line)
+    assert served.startswith("identical  first sample 1")
+    assert "8 could not be tried" in summary
 
 
 @pytest.mark.parametrize(
