@@ -101,8 +101,8 @@ _DEFINE: dict[Any, Any] = {
     tuple[str, ...]: absl.flags.DEFINE_multi_string,
 }
 
-# A name in an error message is translated, but not in explanations in parentheses or in quoted values.
-_NAME = re.compile(r"\([^)]*\)|'[^']*'|(?P<name>\b[a-z_0-9]+\b)")
+# A name in an error message is translated, but not in explanations in parentheses, in quoted values or in choices.
+_NAME = re.compile(r"\([^)]*\)|'[^']*'|one of [^:]*|(?P<name>\b[a-z_0-9]+\b)")
 
 _Config = TypeVar("_Config")
 
