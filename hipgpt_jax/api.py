@@ -15,7 +15,7 @@ from hipgpt_jax.text import prompts as prompt_files
 if TYPE_CHECKING:
     import numpy as np
 
-    from hipgpt_jax.evaluation import loss, score
+    from hipgpt_jax.evaluation import score
     from hipgpt_jax.generation import samples
     from hipgpt_jax.records import comparison
 
@@ -213,8 +213,8 @@ class Run:
             text = self.source.vocabulary.encode(text)
         return score.check_ids(text, self.source.vocabulary.vocab_size)
 
-    def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "loss.Score":
-        """Scores every token of a long text but the first, each once; ``loss.Windows`` has the context rule.
+    def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "score.Score":
+        """Scores every token of a long text but the first, each once; ``score.Windows`` defines the context of each.
 
         Args:
             ids: Token ids of the text, at least two.
@@ -224,19 +224,19 @@ class Run:
         Raises:
             FloatingPointError: The loss is infinite or not a number.
         """
-        from hipgpt_jax.evaluation import loss
+        from hipgpt_jax.evaluation import score
 
         length = self.source.window
-        found = loss.score(
+        found = score.evaluate(
             self._engine.module,
             self._engine.params,
             ids,
             text_bytes=text_bytes,
-            batch_size=loss.rows_of(length),
+            batch_size=score.rows_of(length),
             length=length,
             stride=stride,
         )
-        return loss.require_finite(found)
+        return score.check_finite(found)
 
     def jobs(self, asked: Iterable[loading.Ask]) -> "Iterator[samples.Job]":
         """Yields the samples of each prompt, prompt by prompt."""

@@ -50,7 +50,7 @@ def test_a_token_costs_what_the_matrix_products_of_a_step_do() -> None:
     made, params = transformer.Transformer(SMALL), shapes(SMALL)
 
     def mean_loss(params: Any, tokens_BT: jax.Array) -> jax.Array:
-        return loss.sum_tokens(made.bind({"params": params})(tokens_BT, dropout=0.0), tokens_BT).nll
+        return jnp.sum(loss.score_tokens(made.bind({"params": params})(tokens_BT, dropout=0.0), tokens_BT).nll_BT)
 
     tokens_BT = jnp.zeros((3, SMALL.max_seq_len), jnp.int32)
     counted = products(jax.make_jaxpr(jax.value_and_grad(mean_loss))(params, tokens_BT).jaxpr)

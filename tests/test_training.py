@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from hipgpt_jax import config, numerics, training_config
-from hipgpt_jax.evaluation import loss
+from hipgpt_jax.evaluation import loss, score
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
 from hipgpt_jax.training import mesh, metrics, optimizer, settings, step
@@ -107,7 +107,7 @@ def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Trans
 def test_score_counts_every_token_but_the_first_once(model: transformer.Transformer) -> None:
     params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 31).astype(np.uint16)
-    scored = loss.score(model, params, ids, text_bytes=60, batch_size=3, length=8)
+    scored = score.evaluate(model, params, ids, text_bytes=60, batch_size=3, length=8)
     nll, correct = 0.0, 0
     for at in range(1, 31):
         context = ids[(at - 1) // 8 * 8 : at].astype(np.int32)
@@ -125,7 +125,7 @@ def test_score_counts_every_token_but_the_first_once(model: transformer.Transfor
 
 @pytest.mark.parametrize("value", [709.0, 709.7, 710.0, 483_334.0])
 def test_a_perplexity_is_that_of_the_loss_or_infinite(value: float) -> None:
-    scored = loss.Score(loss=value, nats_per_byte=value, accuracy=0.0, tokens=1)
+    scored = score.Score(loss=value, nats_per_byte=value, accuracy=0.0, tokens=1)
     line = {"step": 1, **metrics.describe_score(scored)}
     assert scored.perplexity == (np.exp(value) if value < 709.78 else np.inf)
     assert line.get("validation_perplexity", np.inf) == scored.perplexity
@@ -136,14 +136,16 @@ def test_a_perplexity_is_that_of_the_loss_or_infinite(value: float) -> None:
 
 def test_a_target_that_shares_the_largest_logit_is_right() -> None:
     logits_BTV = jnp.asarray([[[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [4.0, 3.0, 0.0]]])
-    assert int(loss.sum_tokens(logits_BTV, jnp.asarray([[1, 2, 1]])).correct) == 2
+    scores = loss.score_tokens(logits_BTV, jnp.asarray([[1, 2, 1]]))
+    assert scores.is_top_BT.tolist() == [[True, True, False]]
+    assert scores.rank_BT.tolist() == [[1, 2, 2]]
 
 
 @pytest.mark.slow
 def test_score_of_some_batches_is_a_part_of_the_whole(model: transformer.Transformer) -> None:
     params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 200).astype(np.uint16)
-    some = loss.score(model, params, ids, text_bytes=199, batch_size=2, length=8, max_batches=3)
+    some = score.evaluate(model, params, ids, text_bytes=199, batch_size=2, length=8, max_batches=3)
     assert some.tokens == 3 * 2 * 8
 
 

@@ -21,7 +21,7 @@ from hipgpt_jax.runs import directory, loading
 from hipgpt_jax.text import corpus, dataset, encoding, prompts
 
 if TYPE_CHECKING:
-    from hipgpt_jax.evaluation import loss, score
+    from hipgpt_jax.evaluation import score
 
 SUMMARY = """Evaluate a run on a text: loss, perplexity, bits per byte and accuracy over all tokens. The text is the
 run's validation split, a given text, or prompts, which can be scored token by token. Examples:
@@ -245,7 +245,7 @@ def _line(run: api.Run, text: prompts.Prompt, scored: "score.TextScore", stride:
     }
 
 
-def _figures(found: "loss.Score") -> dict[str, float]:
+def _figures(found: "score.Score") -> dict[str, float]:
     return {
         "loss": found.loss,
         "perplexity": found.perplexity,
@@ -255,7 +255,7 @@ def _figures(found: "loss.Score") -> dict[str, float]:
     }
 
 
-def _print(found: "loss.Score") -> None:
+def _print(found: "score.Score") -> None:
     units = {"loss": "nats per token", "accuracy": "of the tokens were the most likely"}
     for name, value in _figures(found).items():
         number = f"{value:9.4f}" if value < 1e6 else f"{value:9.4g}"

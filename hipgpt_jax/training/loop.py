@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hipgpt_jax import config, numerics, training_config
-from hipgpt_jax.evaluation import loss
+from hipgpt_jax.evaluation import score
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset
@@ -236,7 +236,7 @@ class _Trainer:
                 raise _StopError
 
         try:
-            scored = loss.score(
+            scored = score.evaluate(
                 self._model,
                 state.params,
                 job.data.validation,
@@ -244,7 +244,7 @@ class _Trainer:
                 batch_size=job.train.batch_size,
                 length=job.model.max_seq_len,
                 max_batches=job.train.eval_batches,
-                place=job.layout.rows,
+                put=job.layout.rows,
                 before_batch=heed,
             )
         except _StopError:

@@ -9,7 +9,7 @@ from typing import Any
 import fastjsonschema
 
 from hipgpt_jax import files
-from hipgpt_jax.evaluation import loss
+from hipgpt_jax.evaluation import score
 from hipgpt_jax.training import step
 
 _VALIDATION = "validation_loss"
@@ -91,13 +91,13 @@ def describe_step(measured: step.Metrics) -> dict[str, float]:
     value = float(measured.loss)
     return {
         "loss": value,
-        **_finite("perplexity", loss.perplexity(value)),
+        **_finite("perplexity", score.perplexity(value)),
         "accuracy": float(measured.accuracy),
         "gradient_norm": min(float(measured.gradient_norm), sys.float_info.max),  # JSON has no infinity
     }
 
 
-def describe_score(scored: loss.Score) -> dict[str, float]:
+def describe_score(scored: score.Score) -> dict[str, float]:
     """Returns the numbers of a line for an evaluation on the validation split."""
     return {
         "validation_loss": scored.loss,

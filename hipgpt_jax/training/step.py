@@ -100,8 +100,9 @@ def make(
     def part_sums(params: Any, tokens: jax.Array, part_key: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
         bound = model.bind({"params": params}, rngs={"dropout": part_key})
-        sums = loss.sum_tokens(bound(inputs_BT, dropout=train.dropout), targets_BT)
-        return sums.nll / train.grad_accum / targets_BT.size, sums.correct / train.grad_accum / targets_BT.size
+        scores = loss.score_tokens(bound(inputs_BT, dropout=train.dropout), targets_BT)
+        nll, correct = jnp.sum(scores.nll_BT), jnp.sum(scores.is_top_BT)
+        return nll / train.grad_accum / targets_BT.size, correct / train.grad_accum / targets_BT.size
 
     gradients_of = jax.value_and_grad(part_sums, has_aux=True)
 
