@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Runs the tests that the promise rests on with the newest JAX, on each newer Python that is installed: on PATH, or
-# with pyenv. Makes .venv-3.12 and .venv-3.13 where they are missing or stale. Arguments go to pytest.
+# Runs the tests with the newest JAX on each newer Python that is installed, on PATH or with pyenv: the quick tests on
+# the first that is found, those of pinned tokens on the others. Makes .venv-3.13 and .venv-3.12 where they are missing
+# or stale. Arguments go to pytest.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-tests=(tests/test_{promise,sampling,facts,shipped,api,exported,batch}.py)
+tests=()
 tried=()
-for version in 3.12 3.13; do
+for version in 3.13 3.12; do
   for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/"python$version"; do
     "$candidate" -c "$ENVIRONMENT_PROBE" >/dev/null 2>&1 || continue
     PYTHON=$candidate environment ".venv-$version" dev
     echo "== Python $version with $(".venv-$version/bin/python" -m pip freeze | grep -E '^(jax|flax)==' | paste -sd' ')"
-    ".venv-$version/bin/python" -m pytest -q -n 2 "${tests[@]}" "$@"
+    ".venv-$version/bin/python" -m pytest -q -n 2 --dist worksteal -m "not slow and not peers" \
+      ${tests[@]+"${tests[@]}"} "$@"
+    tests=(tests/test_promise.py tests/test_promise_shipped.py tests/test_shipped.py)
     tried+=("$version")
     break
   done
