@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the quick tests that do not need torch; makes .venv when it is missing or stale. Arguments go to
-# pytest: -m slow runs those that take longer.
+# Runs the quick tests that do not need torch; makes .venv when it is missing or stale. Arguments go to pytest: -m slow
+# runs those that take longer. --hypothesis-profile=thorough tries four times as many examples.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 environment .venv dev
-exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not peers" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not peers" "$@"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import compiled
+import hypothesis
 import jax
 import programs
 import pytest
@@ -15,6 +16,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
 compiled.use()
+
+_EXAMPLES = {"deadline": None, "derandomize": True, "database": None}
+hypothesis.settings.register_profile("quick", max_examples=100, **_EXAMPLES)
+hypothesis.settings.register_profile("thorough", max_examples=400, **_EXAMPLES)
+hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def random_params(model: config.ModelConfig, seed: int = 4, stddev: float = 0.5)
             node = node.setdefault(name, {})
         node[path[-1]] = 1 + value / 2 if path[-1] == "scale" else value
     return params
+
+
+def examples(number: int) -> hypothesis.settings:
+    """Returns the settings of a test of ``number`` examples, four times as many with --hypothesis-profile=thorough."""
+    return hypothesis.settings(max_examples=number * hypothesis.settings().max_examples // 100)
 
 
 @functools.cache

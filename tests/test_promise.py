@@ -29,7 +29,7 @@ SHAPES: list[Any] = [
     pytest.param(3, 4, "bfloat16", marks=pytest.mark.slow),
 ]
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-SETTINGS = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+SETTINGS = fakes.examples(25)
 
 
 def sampler_of(width: int, stride: int, dtype: str = "float32") -> sampler.Sampler:
