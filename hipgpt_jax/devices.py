@@ -1,4 +1,4 @@
-"""The platform that JAX computes on, chosen before it starts, and how a CPU keeps memory."""
+"""Choice of the platform before JAX starts, and memory settings of CPUs."""
 
 import ctypes
 import importlib.metadata
@@ -11,37 +11,41 @@ from typing import NamedTuple
 DEVICES = ("auto", "cpu", "rocm", "cuda")
 PLUGIN_FAMILIES = ("cuda12", "cuda13", "rocm7", "rocm10")
 
-# Captured command buffers crash some ROCm set-ups, above all in loops; AMD's documents and JAX's own
-# ROCm tests switch them off. Taking memory as it is needed leaves a desktop card usable.
+# Command buffers crash some ROCm installations, above all in loops; AMD's documentation and JAX's own ROCm tests switch
+# them off. Without preallocation a desktop card stays usable.
 _ROCM_XLA_FLAG = "--xla_gpu_enable_command_buffer="
 _ROCM_PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
-# XLA times several kernels of a product and takes the fastest, so another start may take another one and round
-# otherwise; and some of them add up in any order. This flag switches both off.
-_EXACT_XLA_FLAG = "--xla_gpu_deterministic_ops=true"
-_EXACT_XLA_FLAGS = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops", "xla_gpu_autotune_level")
-# Kernels of Triton's are of whatever size comes first then: a step of 64 rows of GPT-2 on an H200 takes 3.5 ms with
-# them, 2.8 with those of the vendor's library, which knows what suits a product.
+# By default XLA measures several kernels for each matrix product and takes the fastest, so that another process may
+# take another kernel and round differently; and some kernels add in varying order. This flag switches both off.
+_DETERMINISTIC_XLA_FLAG = "--xla_gpu_deterministic_ops=true"
+_DETERMINISTIC_XLA_FLAGS = (
+    "xla_gpu_deterministic_ops",
+    "xla_gpu_exclude_nondeterministic_ops",
+    "xla_gpu_autotune_level",
+)
+# Without measurements Triton takes an arbitrary tile size: a decode step of GPT-2 with 64 slots on an H200 takes 3.5 ms
+# with Triton's kernels and 2.8 ms with those of cuBLAS.
 _LIBRARY_XLA_FLAG = "--xla_gpu_enable_triton_gemm=false"
 
 _ASYNC_DISPATCH = "jax_cpu_enable_async_dispatch"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 
-def gpu_defaults(environ: Mapping[str, str], *, rocm: bool, exact: bool) -> dict[str, str]:
-    """Returns the settings that a GPU needs and the environment does not already decide.
+def gpu_defaults(environ: Mapping[str, str], *, rocm: bool, deterministic: bool) -> dict[str, str]:
+    """Returns the environment variables that a GPU needs, except those that the user has set.
 
     Args:
         environ: The environment.
-        rocm: Whether it is one of AMD's.
-        exact: Whether another start must give the same bits.
+        rocm: Whether it is an AMD GPU.
+        deterministic: Whether all processes must compute the same bits.
     """
     chosen = {}
     flags = own = environ.get("XLA_FLAGS", "")
     if rocm and "xla_gpu_enable_command_buffer" not in own:
         flags = f"{flags} {_ROCM_XLA_FLAG}"
-    if exact and not any(name in own for name in _EXACT_XLA_FLAGS):
-        flags = f"{flags} {_EXACT_XLA_FLAG}"
+    if deterministic and not any(name in own for name in _DETERMINISTIC_XLA_FLAGS):
+        flags = f"{flags} {_DETERMINISTIC_XLA_FLAG}"
         if "xla_gpu_enable_triton_gemm" not in own:
             flags = f"{flags} {_LIBRARY_XLA_FLAG}"
     if flags != own:
@@ -51,11 +55,11 @@ def gpu_defaults(environ: Mapping[str, str], *, rocm: bool, exact: bool) -> dict
     return chosen
 
 
-def _must_be_deterministic(environ: Mapping[str, str]) -> bool:
-    """Returns whether XLA is told to add up in one order: by the last setting of either flag."""
-    parted = (flag.partition("=") for flag in environ.get("XLA_FLAGS", "").split())
-    flags = {name: value for name, _, value in parted}
-    return any(flags.get(f"--{name}", "false").lower() in ("", "true", "1") for name in _EXACT_XLA_FLAGS[:2])
+def _is_deterministic(environ: Mapping[str, str]) -> bool:
+    """Returns whether ``XLA_FLAGS`` require deterministic operations; the last value of a flag counts."""
+    parts = (flag.partition("=") for flag in environ.get("XLA_FLAGS", "").split())
+    flags = {name: value for name, _, value in parts}
+    return any(flags.get(f"--{name}", "false").lower() in ("", "true", "1") for name in _DETERMINISTIC_XLA_FLAGS[:2])
 
 
 def plugins() -> list[str]:
@@ -66,77 +70,81 @@ def plugins() -> list[str]:
 
 
 class Device(NamedTuple):
-    """What JAX computes on, in JAX's words."""
+    """A device in JAX's terms.
+
+    Attributes:
+        platform: Such as ``cpu`` or ``gpu``.
+        kind: Model of the device.
+    """
 
     platform: str
     kind: str
 
     @property
     def is_nvidia(self) -> bool:
-        """Whether it is an NVIDIA GPU: JAX calls those of AMD ``gpu`` or ``rocm`` too."""
+        """Whether it is an NVIDIA GPU. JAX calls AMD's ``gpu`` or ``rocm`` too."""
         return self.platform in ("gpu", "cuda") and "NVIDIA" in self.kind
 
     def attention(
         self, dtype: str, head_dim: int, *, trains: bool = False, environ: Mapping[str, str] = os.environ
     ) -> str:
-        """Returns which implementation of attention suits it, one of ``model.attention.IMPLEMENTATIONS``.
+        """Returns the implementation of attention to use, one of ``model.attention.IMPLEMENTATIONS``.
 
-        cuDNN's takes half precision alone, and heads of a multiple of 8 up to 128 on every card that has it. Its
-        backward pass adds up in any order: where ``XLA_FLAGS`` forbid that, JAX 0.11.2 fails to compile it.
+        cuDNN supports half precision only, and on all cards that have it head widths that are multiples of 8 up to 128.
+        Its backward pass is not deterministic: JAX 0.11.2 cannot compile it if ``XLA_FLAGS`` require that.
 
         Args:
-            dtype: Type of the arithmetic.
+            dtype: Compute dtype.
             head_dim: Width of a head.
             trains: Whether there is a backward pass.
             environ: The environment.
         """
-        suits = self.is_nvidia and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
-        return "cudnn" if suits and not (trains and _must_be_deterministic(environ)) else "xla"
+        is_supported = self.is_nvidia and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
+        return "cudnn" if is_supported and not (trains and _is_deterministic(environ)) else "xla"
 
     def __str__(self) -> str:
         return f"{self.platform} ({self.kind})"
 
 
-def set_defaults(device: str, tell: Callable[[str], None], *, exact: bool) -> None:
-    """Sets ``gpu_defaults`` where a GPU may be used, and tells of it; before JAX is imported.
+def set_defaults(device: str, log: Callable[[str], None], *, deterministic: bool) -> None:
+    """Sets and logs ``gpu_defaults`` if a GPU may be used; before JAX is imported.
 
-    Once it is they may have no effect, and would all the same stand in a record: then they are told alone.
+    If JAX is imported already, they may have no effect and would still appear in records, so they are only logged.
     """
     found = " ".join(plugins())
     on_cpu = device == "cpu" or (device == "auto" and os.environ.get("JAX_PLATFORMS") == "cpu")
     if on_cpu or not (found or device != "auto"):
         return
     rocm = device == "rocm" or (device == "auto" and "rocm" in found)
-    chosen = gpu_defaults(os.environ, rocm=rocm, exact=exact)
+    chosen = gpu_defaults(os.environ, rocm=rocm, deterministic=deterministic)
     if chosen and "jax" in sys.modules:
         wanted = " ".join(f"{name}={value!r}" for name, value in chosen.items())
-        tell(f"JAX was imported before and may have started: set {wanted} yourself, before Python starts")
+        log(f"JAX was imported before and may have started: set {wanted} yourself, before Python starts")
         return
     for name, value in chosen.items():
         os.environ[name] = value
-        tell(f"set {name}={value}")
+        log(f"set {name}={value}")
 
 
-def start(device: str, tell: Callable[[str], None], *, exact: bool = True) -> Device:
-    """Starts JAX on ``device`` and returns what it computes on.
+def start(device: str, log: Callable[[str], None], *, deterministic: bool = True) -> Device:
+    """Starts JAX on ``device`` and returns the device it uses.
 
-    ``auto`` leaves the choice to JAX, and to ``JAX_PLATFORMS`` where the user has set it; it says so
-    where a GPU plugin is installed and JAX took the CPU all the same. Every setting made here is told.
+    ``auto`` leaves the choice to JAX and to ``JAX_PLATFORMS``; a line is logged if a GPU plugin is installed but JAX
+    uses the CPU. All settings made here are logged.
 
     Args:
         device: One of ``DEVICES``.
-        tell: Takes a line for the user.
-        exact: Whether the same program gives the same bits at each start, on a GPU too; what that costs
-            there is the search for the fastest kernels.
+        log: Receives lines for the user.
+        deterministic: Whether all processes must compute the same bits, on GPUs too; the cost is the search for the
+            fastest kernels.
 
     Raises:
-        ValueError: JAX has no such device; the message says what it found and how to install. Or it has
-            started on another one in this process already.
+        ValueError: JAX finds no such device, or has started on another one in this process.
     """
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}: got {device!r}")
     installed = plugins()
-    set_defaults(device, tell, exact=exact)
+    set_defaults(device, log, deterministic=deterministic)
 
     import jax
 
@@ -144,36 +152,36 @@ def start(device: str, tell: Callable[[str], None], *, exact: bool = True) -> De
         jax.config.update("jax_platforms", device)
     try:
         first = jax.devices()[0]
-    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts that a platform it was asked for is known
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts that a platform is known
         if device == "auto":
             raise ValueError(f"JAX {jax.__version__} could not start: {first_line(error)}") from error
         raise ValueError(
-            f"--device {device}: JAX {jax.__version__} found no such device "
-            f"(plugins installed: {', '.join(installed) or 'none'}; it said: {first_line(error)}). "
-            f"{_advice(device)}, or use --device cpu"
+            f"device {device!r}: JAX {jax.__version__} found no such device "
+            f"(installed plugins: {', '.join(installed) or 'none'}; its error: {first_line(error)}). "
+            f"{_advice(device)}, or use 'cpu'"
         ) from error
     if jax.config.values["jax_disable_jit"]:
-        tell("JAX_DISABLE_JIT is set: each operation runs on its own, so the first token takes minutes")
+        log("JAX_DISABLE_JIT is set: operations run one by one, so the first token takes minutes")
     if device == "auto" and first.platform == "cpu" and installed and not os.environ.get("JAX_PLATFORMS"):
-        tell(f"computing on the CPU, although {', '.join(installed)} is installed: no GPU was found")
+        log(f"no GPU was found, although {', '.join(installed)} is installed: computing on the CPU")
     if device != "auto" and (first.platform == "cpu") != (device == "cpu"):
         raise ValueError(
-            f"device {device!r}: JAX has started on {first.platform} in this process already. Choose the device "
-            f"before anything else uses JAX, or take device='auto'"
+            f"device {device!r}: JAX has already started on {first.platform} in this process. Choose the device before "
+            f"anything else uses JAX, or use device='auto'"
         )
     return Device(first.platform, first.device_kind)
 
 
 def step_on_main_thread(environ: Mapping[str, str] = os.environ) -> bool:
-    """Has programs on a CPU run by the thread that starts them; before JAX starts.
+    """Makes the thread that dispatches a program on a CPU also run it; before JAX starts.
 
-    It is what ``keep_freed_memory`` needs, and changes nothing on a GPU. A user's own setting stands.
+    ``keep_freed_memory`` needs this. GPUs are not affected.
 
     Args:
-        environ: Where that is looked for.
+        environ: The environment; the user's own setting takes precedence.
 
     Returns:
-        Whether it was done.
+        Whether the setting was made.
     """
     if _ASYNC_DISPATCH.upper() in environ:
         return False
@@ -185,31 +193,29 @@ def step_on_main_thread(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
-    """Has the memory that a program on a CPU frees kept, so that its next run finds it.
-
-    XLA takes the memory of a program's temporaries anew at each run of it. glibc gives blocks of 32 MB
-    and more back to the system, which then clears 12,700 pages at each step of nanoGPT's CPU setting: 43
-    ms a step, and 31 where ``mallopt`` has them kept (2 cores). Blocks of over 64 MB it keeps for the main
-    thread alone, hence ``step_on_main_thread``: at D256 L8, 8 rows of 256, 212,000 pages fewer and 560 ms
-    instead of 720. A user's own settings of the allocator stand.
+    """Makes glibc keep freed memory, so that the next run of a program on a CPU reuses it.
 
     Args:
-        environ: Where those are looked for.
+        environ: The environment; the user's own settings of the allocator take precedence.
 
     Returns:
-        Whether it was done: elsewhere than with glibc nothing is.
+        Whether the setting was made; always False without glibc.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in environ):
         return False
+    # XLA allocates the temporaries of a program at each run. glibc returns blocks of 32 MB and more to the system,
+    # which clears 12,700 pages per training step of nanoGPT's CPU configuration: 43 ms per step, not 31 (2 cores).
+    # Blocks over 64 MB are kept only for the main thread, hence `step_on_main_thread`: with D256 L8 and 8 rows of 256
+    # tokens, 212,000 fewer pages and 560 ms instead of 720.
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(parameter, 2**31 - 1) for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def _advice(device: str) -> str:
-    needs = "ROCm 7 on the host" if device == "rocm" else "an NVIDIA driver"
-    return f"Install with pip install 'hipgpt-jax[{device}]' (it needs {needs})"
+    needed = "ROCm 7 on the host" if device == "rocm" else "an NVIDIA driver"
+    return f"Install it: pip install 'hipgpt-jax[{device}]' (requires {needed})"
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, else its name."""
+    """Returns the first line of an error's message, or its type if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,8 +1,8 @@
-"""A cache directory on disk: entries with digests, least-recently-used eviction, and safe directories.
+"""Disk cache with a digest per entry, least-recently-used eviction and safe directories.
 
-An entry is a file of three parts: a format line, the SHA-256 of the entry's name and payload, the payload. Entries are
-written under a temporary name and renamed, so processes that share a directory need no lock: at worst two of them
-write the same entry, or evict the same ones.
+An entry is a file of three parts: a format line, the SHA-256 of the entry's name and payload, and the payload. Entries
+are written under a temporary name and renamed, so processes that share a directory need no lock: at worst two of them
+write the same entry or evict the same ones.
 """
 
 import contextlib
@@ -26,25 +26,25 @@ _STALE_TEMPORARY_S = 3600.0
 
 
 class DiskCache:
-    """Entries of one directory, each a payload under a name; failures cost time but never raise.
+    """Named payloads in a directory. Failures cost time but do not raise.
 
     Attributes:
         directory: The directory, as ``safe_directory`` returns it.
-        suffixes: Endings of the entries' names; files with other names are neither counted nor removed.
-        max_bytes: Size of all entries together, beyond which the least recently used are removed; None for no limit.
-            A larger entry is not kept.
-        tell: Receives one line when the first damaged entry is removed, and one when an entry cannot be written.
+        suffixes: Suffixes of entries; files with other names are ignored.
+        max_bytes: Limit of the total size, beyond which the least recently used entries are removed; None for no limit.
+            A larger entry is not stored.
+        log: Receives one line for the first damaged entry, and one for the first failed write.
     """
 
     def __init__(
-        self, directory: Path, suffixes: tuple[str, ...], max_bytes: int | None, tell: Callable[[str], None]
+        self, directory: Path, suffixes: tuple[str, ...], max_bytes: int | None, log: Callable[[str], None]
     ) -> None:
-        self.directory, self.suffixes, self.max_bytes, self.tell = directory, suffixes, max_bytes, tell
-        self._told: set[str] = set()
+        self.directory, self.suffixes, self.max_bytes, self.log = directory, suffixes, max_bytes, log
+        self._logged: set[str] = set()
         self._lock = threading.Lock()
 
     def get(self, name: str) -> bytes | None:
-        """Returns an entry's payload, or None if there is none or it was damaged, in which case it is removed."""
+        """Returns the payload of an entry, or None if it is absent or damaged; a damaged entry is removed."""
         path = self.directory / name
         try:
             payload = _decode(name, path.read_bytes())
@@ -53,18 +53,18 @@ class DiskCache:
         except (OSError, ValueError) as error:
             self.discard(name, str(error))
             return None
-        with contextlib.suppress(OSError):  # a cache that is only read keeps its order
+        with contextlib.suppress(OSError):  # the directory may be read-only
             os.utime(path)
         return payload
 
     def put(self, name: str, payload: bytes) -> None:
-        """Writes an entry, replacing one of the same name, and removes others to stay within ``max_bytes``."""
+        """Writes or replaces an entry, and removes others to stay within ``max_bytes``."""
         content = _FORMAT + _digest(name, payload) + payload
         if self.max_bytes is not None and len(content) > self.max_bytes:
             return
         try:
             self._make_room(name, len(content))
-            # Not fsynced: after a power cut the digest finds what is missing. The name is unique even where containers
+            # Without fsync: after a power cut the digest reveals missing data. The name is unique even if containers
             # with equal process ids share the directory.
             descriptor, temporary = tempfile.mkstemp(dir=self.directory, suffix=_TEMPORARY)
             try:
@@ -76,17 +76,17 @@ class DiskCache:
                     os.unlink(temporary)
                 raise
         except OSError as error:
-            self._tell_once("write", f"the cache of compiled programs cannot be written: {error}")
+            self._log_once("write", f"the cache of compiled programs cannot be written: {error}")
 
     def discard(self, name: str, reason: str) -> None:
-        """Removes an entry that is of no use, and reports the first one."""
+        """Removes a damaged entry, and logs the first one."""
         with contextlib.suppress(OSError):
             (self.directory / name).unlink()
         reason = " ".join(reason.split())[:200]
-        self._tell_once("damaged", f"recompiling: removed a damaged file from the cache, {name}: {reason}")
+        self._log_once("damaged", f"recompiling: removed a damaged file from the cache, {name}: {reason}")
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
-        """Yields the files of all entries, in no order.
+        """Yields the files of all entries, in any order.
 
         Raises:
             OSError: The directory cannot be read.
@@ -95,7 +95,7 @@ class DiskCache:
             yield from (entry for entry in found if entry.name.endswith(self.suffixes))
 
     def find_damaged(self) -> Iterator[tuple[str, str]]:
-        """Yields the name of each damaged entry and what is wrong with it; removes nothing.
+        """Yields the name of each damaged entry and the reason; removes nothing.
 
         Raises:
             OSError: The directory cannot be read.
@@ -103,7 +103,7 @@ class DiskCache:
         for entry in sorted(self.entries(), key=lambda entry: entry.name):
             try:
                 _decode(entry.name, Path(entry.path).read_bytes())
-            except FileNotFoundError:  # evicted meanwhile
+            except FileNotFoundError:  # evicted in the meantime
                 continue
             except (OSError, ValueError) as error:
                 yield entry.name, str(error)
@@ -132,39 +132,39 @@ class DiskCache:
             _unlink(path)
             excess -= freed
 
-    def _tell_once(self, kind: str, line: str) -> None:
-        with self._lock:  # programs are compiled in several threads
-            is_new = kind not in self._told
-            self._told.add(kind)
+    def _log_once(self, kind: str, line: str) -> None:
+        with self._lock:  # several threads compile
+            is_new = kind not in self._logged
+            self._logged.add(kind)
         if is_new:
-            self.tell(line)
+            self.log(line)
 
 
 def safe_directory(directory: Path) -> Path:
-    """Makes a directory, for this user alone, where it is missing, and resolves links.
+    """Creates a directory that only this user can access, if it does not exist, and resolves links.
 
     Returns:
-        A path without links. No other user but root can write the directory or exchange it or a parent of it.
+        A path without links. No user except root can write to the directory or replace it or one of its parents.
 
     Raises:
-        PermissionError: Another user can; the message says what to do.
-        OSError: It cannot be made, or is no directory.
+        PermissionError: Another user can; the message names the remedy.
+        OSError: It cannot be created, or is not a directory.
     """
-    for place in missing_directories(directory):  # mkdir(parents=True) would make the parents by the umask alone
-        place.mkdir(mode=0o700, exist_ok=True)
+    for path in missing_directories(directory):  # mkdir(parents=True) would give the parents the mode of the umask
+        path.mkdir(mode=0o700, exist_ok=True)
     missing_directories(directory)
     return directory.resolve(strict=True)
 
 
 def missing_directories(directory: Path) -> list[Path]:
-    """Returns the directories that have to be made for one to exist, parents first.
+    """Returns the directories to create so that ``directory`` exists, parents first.
 
     Raises:
-        PermissionError: The directory, or where it would be made, is not safe as ``safe_directory`` has it.
-        OSError: It cannot be looked at, or is no directory.
+        PermissionError: Another user can write to the directory or to an existing parent.
+        OSError: It cannot be accessed, or is not a directory.
     """
     directory = directory.absolute()
-    missing = list(itertools.takewhile(lambda place: not place.exists(), (directory, *directory.parents)))
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (directory, *directory.parents)))
     existing = (missing[-1].parent if missing else directory).resolve(strict=True)
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is not a directory")
@@ -173,22 +173,22 @@ def missing_directories(directory: Path) -> list[Path]:
 
 
 def _refuse_writable_by_others(directory: Path, *, is_parent: bool) -> None:
-    for place in (directory, *directory.parents):
-        status = place.stat()
+    for path in (directory, *directory.parents):
+        status = path.stat()
         if status.st_uid not in (os.geteuid(), 0):
-            raise PermissionError(f"{place} belongs to user {status.st_uid}, who could put code there")
-        # In a sticky directory, as /tmp is, only its owner and a file's own rename or remove it.
-        sticky = (is_parent or place != directory) and status.st_mode & stat.S_ISVTX
+            raise PermissionError(f"{path} belongs to user {status.st_uid}, who could put code there")
+        # In a sticky directory such as /tmp, only the owners of the directory and of a file can rename or remove it.
+        sticky = (is_parent or path != directory) and status.st_mode & stat.S_ISVTX
         by_group = status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid)
         if (by_group or status.st_mode & stat.S_IWOTH) and not sticky:
-            forbid = f"chmod go-w {shlex.quote(str(place))}"
-            raise PermissionError(f"other users can write {place}, and so put code there; {forbid} forbids it")
+            command = f"chmod go-w {shlex.quote(str(path))}"
+            raise PermissionError(f"other users can write to {path} and could put code there: run {command}")
 
 
 def _is_private_group(group: int) -> bool:
-    """Returns whether a group has this user as its only member, as by default on Debian and Fedora.
+    """Returns whether this user is the only member of a group, as by default on Debian and Fedora.
 
-    Their umask of 002 lets such a group write, in ``~/.cache`` for one.
+    Their umask of 002 makes directories such as ``~/.cache`` writable for that group.
     """
     try:
         user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
@@ -199,10 +199,10 @@ def _is_private_group(group: int) -> bool:
 
 
 def _decode(name: str, content: bytes) -> bytes:
-    """Returns the payload of an entry's file; raises ValueError where any bit of it, or its name, was changed."""
+    """Returns the payload of an entry's file; raises ValueError if any bit of it, or its name, was changed."""
     head = len(_FORMAT) + _DIGEST_BYTES
     if content[: len(_FORMAT)] != _FORMAT:
-        raise ValueError("its first line is not that of a cache entry")
+        raise ValueError("not a cache entry")
     payload = content[head:]
     if content[len(_FORMAT) : head] != _digest(name, payload):
         raise ValueError("its SHA-256 does not match")

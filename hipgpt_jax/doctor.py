@@ -267,7 +267,7 @@ def check_jax() -> Iterator[Check]:
     """Starts JAX in another process, lists its devices, computes on the first one and imports Flax."""
     environ = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "JAX_TRACEBACK_FILTERING": "off"}
     if any(family.startswith("rocm") for family in _plugin_families()):
-        environ |= devices.gpu_defaults(environ, rocm=True, exact=False)
+        environ |= devices.gpu_defaults(environ, rocm=True, deterministic=False)
     command = [sys.executable, "-P", "-c", _PROBE]
     try:
         done = subprocess.run(

@@ -59,7 +59,7 @@ def _run(part: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
     try:
-        device = devices.start(options.device, tell, exact=part == "decode")
+        device = devices.start(options.device, tell, deterministic=part == "decode")
     except ValueError as error:
         tell(f"error: {error}")
         sys.exit(_NO_GPU)
@@ -83,7 +83,7 @@ def _tests(options: argparse.Namespace) -> dict[str, Any]:
     if options.device != "auto":
         os.environ["JAX_PLATFORMS"] = options.device
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # tests start processes that share the GPU
-    devices.set_defaults(options.device, tell, exact=True)
+    devices.set_defaults(options.device, tell, deterministic=True)
 
     import pytest
 

@@ -192,10 +192,10 @@ def _users_own_writable_one(base: Path) -> dict[str, str]:
     ("prepare", "message"),
     [
         (_in_a_file, "{base}/file is not a directory"),
-        (_writable_parent, "other users can write {base}/open, .*chmod go-w {base}/open"),
+        (_writable_parent, "other users can write to {base}/open and .*chmod go-w {base}/open"),
         (_owned_by_another, "{base}/xdg/hipgpt_jax/compiled belongs to user 65534"),
-        (_link_to_a_writable_one, "other users can write {base}/shared, .*chmod go-w {base}/shared"),
-        (_users_own_writable_one, "other users can write {base}/own, .*chmod go-w {base}/own"),
+        (_link_to_a_writable_one, "other users can write to {base}/shared and .*chmod go-w {base}/shared"),
+        (_users_own_writable_one, "other users can write to {base}/own and .*chmod go-w {base}/own"),
         (lambda base: {"JAX_COMPILATION_CACHE_DIR": "/proc/nope"}, "'/proc/nope'"),
         (lambda base: {"JAX_COMPILATION_CACHE_DIR": "/dev/null"}, "/dev/null"),
         (lambda base: {"JAX_COMPILATION_CACHE_DIR": "gs://bucket/x"}, "gs://bucket/x is not a local directory"),
@@ -274,5 +274,5 @@ def test_from_python_the_entries_of_jaxs_own_cache_are_checked_too(tmp_path: Pat
     own.chmod(0o777)
     jax.config.update("jax_compilation_cache_dir", str(own))
     compilation.check_cache(told.append)
-    assert f"other users can write {own}" in told[1]
+    assert f"other users can write to {own}" in told[1]
     assert jax.config.values["jax_compilation_cache_dir"] is None

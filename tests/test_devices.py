@@ -17,7 +17,7 @@ EXACT = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 
 
 @pytest.mark.parametrize(
-    ("rocm", "exact", "environ", "chosen"),
+    ("rocm", "deterministic", "environ", "chosen"),
     [
         (True, False, {}, {"XLA_FLAGS": OFF, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
         (True, True, {}, {"XLA_FLAGS": f"{OFF} {EXACT}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
@@ -31,9 +31,9 @@ EXACT = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
     ],
 )
 def test_settings_of_a_gpu_leave_the_users_own_alone(
-    rocm: bool, exact: bool, environ: dict[str, str], chosen: dict[str, str]
+    rocm: bool, deterministic: bool, environ: dict[str, str], chosen: dict[str, str]
 ) -> None:
-    assert devices.gpu_defaults(environ, rocm=rocm, exact=exact) == chosen
+    assert devices.gpu_defaults(environ, rocm=rocm, deterministic=deterministic) == chosen
 
 
 _DEFAULTS = """
@@ -42,7 +42,7 @@ from hipgpt_jax import devices
 if sys.argv[1] == "late":
     import jax
 devices.plugins = lambda: sys.argv[3:]
-devices.set_defaults(sys.argv[2], print, exact=True)
+devices.set_defaults(sys.argv[2], print, deterministic=True)
 print(os.environ.get("XLA_FLAGS", ""))
 """
 

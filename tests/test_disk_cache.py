@@ -15,7 +15,7 @@ from hipgpt_jax import disk_cache
 
 
 def make(directory: Path, max_bytes: int | None = None) -> tuple[disk_cache.DiskCache, list[str]]:
-    """Returns a cache and the lines that it tells."""
+    """Returns a cache and the lines that it logs."""
     told: list[str] = []
     return disk_cache.DiskCache(directory, (".xla", ".program"), max_bytes, told.append), told
 
@@ -165,7 +165,7 @@ def test_a_sticky_parent_protects_what_the_user_owns_in_it(tmp_path: Path) -> No
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o1777)
     assert disk_cache.safe_directory(tmp_path / "tmp/mine") == tmp_path / "tmp/mine"
-    with pytest.raises(PermissionError, match=f"other users can write {tmp_path}/tmp,"):
+    with pytest.raises(PermissionError, match=f"other users can write to {tmp_path}/tmp "):
         disk_cache.safe_directory(tmp_path / "tmp")
 
 

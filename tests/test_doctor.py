@@ -146,7 +146,7 @@ def test_a_cache_that_another_user_can_write_is_a_problem(name: str, tmp_path: P
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name).chmod(0o777)
     check = doctor.check_cache()
-    assert check.text.startswith(f"other users can write {tmp_path / name}, ")
+    assert check.text.startswith(f"other users can write to {tmp_path / name} and ")
     assert f"chmod go-w {tmp_path / name}" in check.text
     assert check.advice
 

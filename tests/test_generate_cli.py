@@ -146,7 +146,7 @@ def test_an_absent_device_says_what_there_is_and_what_to_do(tiny: Path) -> None:
     assert result.code == 1
     assert result.out == ""
     assert re.search(
-        r"error: --device rocm: JAX [\d.]+ found no such device .*pip install 'hipgpt-jax\[rocm\]'", result.err
+        r"error: --device 'rocm': JAX [\d.]+ found no such device .*pip install 'hipgpt-jax\[rocm\]'", result.err
     )
     assert "Traceback" not in result.err
 

@@ -253,5 +253,5 @@ def test_processes_that_disagree_are_told_what_about(tmp_path: Path) -> None:
     flags = (*TINY, "--run-name", "two")
     ended = processes(tmp_path, flags, (*flags, "--lr", "0.5"))
     assert all(code == 1 for code, _, _ in ended)
-    assert all("processes 0 and 1 were given different flags: lr 0.001 and 0.5" in err for _, _, err in ended)
+    assert all("the flags of processes 0 and 1 differ: lr 0.001 and 0.5" in err for _, _, err in ended)
     assert not (tmp_path / "checkpoints").exists()

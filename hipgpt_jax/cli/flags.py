@@ -101,6 +101,9 @@ _DEFINE: dict[Any, Any] = {
     tuple[str, ...]: absl.flags.DEFINE_multi_string,
 }
 
+# Arguments of the package's functions whose flags have the same name.
+_ARGUMENTS = ("device", "step")
+
 # A name in an error message is translated, but not in explanations in parentheses, in quoted values or in choices.
 _NAME = re.compile(r"\([^)]*\)|'[^']*'|one of [^:]*|(?P<name>\b[a-z_0-9]+\b)")
 
@@ -150,9 +153,16 @@ def translate(message: str, values: absl.flags.FlagValues) -> str:
     ``--temp must be at least 0: got -1.0``.
     """
     names = {field: flag for fields in _FIELDS.values() for field, (flag, _) in fields.items() if flag in values}
+    names |= {name: name for name in _ARGUMENTS if name in values}
     if message.partition(" ")[0] not in names:
         return message
-    return _NAME.sub(lambda match: f"--{names[match['name']]}" if match["name"] in names else match[0], message)
+
+    def replace(match: re.Match[str]) -> str:
+        # After the first colon, a name of one word is probably just a word.
+        is_name = match["name"] in names and ("_" in match["name"] or match.start() < message.find(":"))
+        return f"--{names[match['name']]}" if is_name else match[0]
+
+    return _NAME.sub(replace, message)
 
 
 def define_shared(values: absl.flags.FlagValues, name: str) -> absl.flags.FlagHolder[Any]:

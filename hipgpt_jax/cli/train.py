@@ -136,7 +136,7 @@ def _note_run(run: str, where: str, data: manifest.Manifest, size: str) -> None:
 def _start_device() -> devices.Device:
     """Starts JAX, with the settings that make steps on a CPU faster."""
     on_main_thread = devices.step_on_main_thread()
-    device = devices.start(train_flags.DEVICE.value, program.note, exact=False)
+    device = devices.start(train_flags.DEVICE.value, program.note, deterministic=False)
     program.note_emulation(device.platform, train_flags.FLAGS.dtype)
     if device.platform == "cpu":
         if on_main_thread:
@@ -162,7 +162,7 @@ def _join() -> bool:
     if not (train_flags.DISTRIBUTED.value or given[0]):
         return False
     program.keep_stdout_for_text()
-    processes.join(*given, device=train_flags.DEVICE.value, tell=program.note)
+    processes.join(*given, device=train_flags.DEVICE.value, log=program.note)
     return True
 
 
