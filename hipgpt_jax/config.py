@@ -143,7 +143,7 @@ class ModelConfig:
         if self.embed_dim % self.num_heads:
             divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             raise ValueError(
-                f"embed_dim (--dim) must be a multiple of num_heads (--heads): got {self.embed_dim} "
+                f"embed_dim must be a multiple of num_heads: got {self.embed_dim} "
                 f"and {self.num_heads}, remainder {self.embed_dim % self.num_heads}. "
                 f"Choose num_heads from {divisors}"
             )

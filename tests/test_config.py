@@ -160,7 +160,9 @@ def test_heads_divide_the_width_or_the_message_names_those_that_do(width: int, h
 
 
 def test_the_message_of_a_width_that_heads_do_not_divide() -> None:
-    with pytest.raises(ValueError, match=r"--dim.*--heads.*got 12 and 5, remainder 2\. .*\[1, 2, 3, 4, 6, 12\]$"):
+    with pytest.raises(
+        ValueError, match=r"embed_dim .* num_heads: got 12 and 5, remainder 2\. .*\[1, 2, 3, 4, 6, 12\]$"
+    ):
         config.ModelConfig(embed_dim=12, num_heads=5)
 
 
