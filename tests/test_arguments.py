@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 
 from hipgpt_jax import cli as package
-from hipgpt_jax.cli import arguments, doctor, evaluate, generate, inspect, plot, program, replay, train_flags
+from hipgpt_jax.cli import arguments, doctor, evaluate, generate, inspect, plot, replay, train_flags
 
 FLAGS = {
     "doctor": doctor.FLAGS,
@@ -41,7 +41,7 @@ def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> flags.FlagValues:
 
 def parsed(values: flags.FlagValues, *words: str) -> dict[str, object]:
     """Returns the flags that a command line sets."""
-    assert program.parse(values, words) is None
+    assert arguments.parse(values, words) is None
     return {name: values[name].value for name in values if values[name].present}
 
 
@@ -114,7 +114,7 @@ def test_flag_files(values: flags.FlagValues, content: bytes, expected: dict[str
         ("--flagfile=", "--flagfile needs the name of a file"),
         ("--flagfile=none.flags", "flag file none.flags cannot be read: No such file or directory"),
         ("--flagfile=.", "flag file . cannot be read: Is a directory"),
-        ("--flagfile=/dev/zero", "flag file /dev/zero is too large: it may have 1048576 bytes"),
+        ("--flagfile=/dev/zero", "flag file /dev/zero is too large: at most 1048576 bytes are allowed"),
         ("--flagfile=wide.flags", "flag file wide.flags is not UTF-8 text"),
         ("--flagfile=bad.flags", "bad.flags line 3: --temp must be a number: got 'hot'"),
         ("--flagfile=word.flags", "word.flags line 1: unexpected argument 'word'"),
@@ -128,7 +128,7 @@ def test_a_mistake_is_named_in_our_words(values: flags.FlagValues, words: str, m
     Path("outer.flags").write_text("--flagfile=circle.flags\n")
     Path("circle.flags").write_text("--temp=1\n--flagfile=./outer.flags\n")
     with pytest.raises((flags.Error, ValueError)) as raised:
-        program.parse(values, words.split(" "))
+        arguments.parse(values, words.split(" "))
     assert str(raised.value).replace("9" * 5000, "9+").startswith(message)
 
 

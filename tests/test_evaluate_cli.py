@@ -129,7 +129,7 @@ def test_overwrite_replaces_only_what_evaluate_wrote(run: Run) -> None:
         Path("t.jsonl").write_bytes(content)
         result = run(*score, "t.jsonl")
         assert result.code == 1
-        assert "--output t.jsonl exists and is no file of hipgpt-evaluate: give another name" in result.err
+        assert "--output t.jsonl exists and is not a file of hipgpt-evaluate: give another name" in result.err
         assert Path("t.jsonl").read_bytes() == content
     for source in ("o.jsonl", "link", "hard.txt"):
         for target in ("o.jsonl", "link", "hard.txt"):

@@ -29,7 +29,7 @@ def run(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--run-name", "tiny"), "--prompt is required"),
+        (("--run-name", "tiny"), "--prompt or --prompts_file is required"),
         (("--prompt", "hi"), "--run-name is required"),
         (("--prompt", "hi", "--run-name", "nosuch"), "run 'nosuch' not found .*Runs: .*tiny"),
         ((*HI, "--step", "7"), "no step 7. Steps: 20, 600"),

@@ -282,7 +282,7 @@ def test_the_program_writes_the_page(inspect: Callable[..., programs.Result]) ->
     assert re.fullmatch(r"a\.html: 3 samples of 1 prompt, \d\.\d MB\n", result.err)
     assert "<title>My &lt;samples&gt;</title>" in Path("a.html").read_text()
     torn = inspect("--records", "torn.jsonl", "--html", "a.html")
-    assert "torn.jsonl: the last line was cut short and is passed over" in torn.err
+    assert "torn.jsonl: skipped an incomplete last line" in torn.err
     assert "2 samples of 1 prompt" in torn.err
 
 
@@ -298,7 +298,7 @@ def test_a_page_replaces_an_older_page_and_nothing_else(inspect: Callable[..., p
         for name in ("a.html", "link"):
             result = inspect("a.jsonl", "--html", name)
             assert result.code == 1
-            assert f"--html {name} exists and is no page of hipgpt-inspect: give another name" in result.err
+            assert f"--html {name} exists and is not a page of hipgpt-inspect: give another name" in result.err
             assert Path("a.html").read_text() == content
     os.link("a.jsonl", "hard.html")
     assert "--html hard.html is an input of this command" in inspect("a.jsonl", "--html", "hard.html").err
@@ -322,7 +322,7 @@ def test_a_page_goes_to_a_pipe(inspect: Callable[..., programs.Result]) -> None:
         (("--html", "b.html"), "--records is required"),
         (("a.jsonl",), "--html is required"),
         (("none.jsonl", "--html", "b.html"), "record file not found: none.jsonl"),
-        (("empty.jsonl", "--html", "b.html"), "empty.jsonl holds no whole record"),
+        (("empty.jsonl", "--html", "b.html"), "empty.jsonl has no complete record"),
         (("other.jsonl", "--html", "b.html"), "other.jsonl line 1 is not a record"),
         (("a.jsonl", "--html", "a.jsonl"), "--html a.jsonl is an input of this command"),
         (("a.jsonl", "--html", "none/b.html"), "there is no directory none"),

@@ -15,7 +15,7 @@ import programs
 import pytest
 from absl import flags
 
-from hipgpt_jax.cli import plot, program
+from hipgpt_jax.cli import arguments, plot
 from hipgpt_jax.runs import directory
 
 Run = Callable[..., programs.Result]
@@ -58,7 +58,7 @@ def test_a_run_is_drawn_by_its_name_or_its_directory(call: Run) -> None:
         assert (result.code, result.out) == (0, ""), result.err
         assert result.err.splitlines()[-1] == f"a.svg: loss, learning_rate of {names}"
         assert Path("a.svg").read_text().startswith("<?xml")
-    assert "checkpoints/torn/metrics.jsonl: the last line was cut short and is passed over" in result.err
+    assert "checkpoints/torn/metrics.jsonl: skipped an incomplete last line" in result.err
 
 
 def strokes(svg: Path) -> list[np.ndarray]:
@@ -90,7 +90,7 @@ def test_a_figure_replaces_an_older_figure_and_nothing_else(call: Run) -> None:
             for output in (name, f"link-{name}"):
                 result = call(*draw, output)
                 assert result.code == 1
-                assert f"--output {output} exists and is no figure of hipgpt-plot" in result.err
+                assert f"--output {output} exists and is not a figure of hipgpt-plot" in result.err
                 assert Path(name).read_bytes() == foreign
 
 
@@ -174,16 +174,16 @@ def test_an_operand_takes_one_word_or_all_as_its_flag_was_defined() -> None:
     values = flags.FlagValues()
     one = flags.DEFINE_string("one", None, "", flag_values=values)
     many = flags.DEFINE_multi_string("many", None, "", flag_values=values)
-    assert program.parse(values, ["a", "--many", "b", "c"], "many") is None
+    assert arguments.parse(values, ["a", "--many", "b", "c"], "many") is None
     assert (one.value, many.value) == (None, ["b", "a", "c"])
-    assert program.parse(values, ["a"], "many") is None
+    assert arguments.parse(values, ["a"], "many") is None
     assert many.value == ["a"]
-    assert program.parse(values, ["a"], "one") is None
+    assert arguments.parse(values, ["a"], "one") is None
     assert (one.value, many.value) == ("a", None)
     with pytest.raises(ValueError, match="unexpected argument 'b'"):
-        program.parse(values, ["a", "b"], "one")
+        arguments.parse(values, ["a", "b"], "one")
     with pytest.raises(ValueError, match="unexpected argument 'a'"):
-        program.parse(values, ["--one", "b", "a"], "one")
+        arguments.parse(values, ["--one", "b", "a"], "one")
 
 
 def test_the_module_runs_as_a_program(call: Run, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_torn_last_line_is_said(call: Run, made: list[dict[str, Any]]) -> None
     path = Path(write("b.jsonl", made[:2]))
     path.write_bytes(path.read_bytes()[:-1])
     result = call("replay", "b.jsonl")
-    assert "b.jsonl: the last line was cut short and is passed over" in result.err
+    assert "b.jsonl: skipped an incomplete last line" in result.err
     assert result.out.splitlines()[-1].startswith("1 of 1 identical")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import programs
 import pytest
 
-from hipgpt_jax.cli import program, train_flags
+from hipgpt_jax.cli import arguments, train_flags
 from hipgpt_jax.runs import directory
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.flags"))
@@ -43,7 +43,7 @@ def test_a_run_of_the_same_name_comes_first_even_before_its_first_checkpoint(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_flagfile_loads_and_is_headed_by_its_command_time_and_loss(path: Path) -> None:
-    program.parse(train_flags.FLAGS, [f"--flagfile={path}"])
+    arguments.parse(train_flags.FLAGS, [f"--flagfile={path}"])
     train_flags.train_config()
     assert train_flags.FLAGS["run-name"].value == path.stem
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
@@ -54,7 +54,7 @@ def test_every_flagfile_loads_and_is_headed_by_its_command_time_and_loss(path: P
 
 def test_the_shipped_run_was_trained_with_its_flagfile(elsewhere: Path) -> None:
     (path,) = [path for path in CONFIGS if path.stem == "shakespeare"]
-    program.parse(train_flags.FLAGS, [f"--flagfile={path}"])
+    arguments.parse(train_flags.FLAGS, [f"--flagfile={path}"])
     wanted = train_flags.train_config()
     recorded = json.loads((directory.SHIPPED / "shakespeare/latest_config.json").read_text())["training"]
     assert recorded["min_lr"] == wanted.final_learning_rate

@@ -49,7 +49,7 @@ def test_a_broken_stdout_does_not_end_the_work(shell: Shell, tmp_path: Path) -> 
     several = (*HI, "--num_samples", "3", "--output")
     full = shell("generate", *several, "full.jsonl", redirect=">/dev/full")
     assert full.code == 1, "the text is lost"
-    assert "stdout: No space left on device: going on without it\n" in full.err
+    assert "stdout: No space left on device: continuing without it\n" in full.err
     closed = shell("generate", *several, "closed.jsonl", redirect=">&- 2>&- <&-")
     assert closed.code == 0, "the records are complete"
     for name in ("full", "closed"):
@@ -123,7 +123,7 @@ def test_a_prompt_on_stdin_loses_one_final_line_break(
 def test_a_prompt_on_stdin_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a" * 11)))
     monkeypatch.setattr(program, "_MAX_STDIN", 10)
-    with pytest.raises(ValueError, match="the prompt on stdin is too long: it may have 10 bytes"):
+    with pytest.raises(ValueError, match="the prompt on stdin is too long: at most 10 bytes are allowed"):
         program.read_prompts("-", None)
 
 

@@ -16,7 +16,7 @@ import jax
 import programs
 import pytest
 
-from hipgpt_jax.cli import program, train_flags, train_start
+from hipgpt_jax.cli import arguments, train_flags, train_start
 from hipgpt_jax.runs import lock, states
 
 TINY = (
@@ -103,7 +103,7 @@ def test_a_run_that_is_being_trained_is_left_alone(run: Run, work: Path) -> None
 
 
 def test_runs_without_a_name_never_share_one(work: Path) -> None:
-    program.parse(train_flags.FLAGS, [])
+    arguments.parse(train_flags.FLAGS, [])
     with contextlib.ExitStack() as stack:
         found = [stack.enter_context(train_start._lock())[0].name for _ in range(3)]
     assert len(set(found)) == 3
@@ -122,16 +122,16 @@ def test_the_command_to_resume_is_what_was_given(name: str) -> None:
         "--lr",
         "1e-05",
     ]
-    program.parse(train_flags.FLAGS, [*given, "--tensorboard", "--sample-prompt", "the king"])
+    arguments.parse(train_flags.FLAGS, [*given, "--tensorboard", "--sample-prompt", "the king"])
     expected = {flag: train_flags.FLAGS[flag].value for flag in train_flags.FLAGS} | {"reset": False, "resume": True}
     words = shlex.split(train_flags.resume_command(name))
     assert words[0] == "hipgpt-train"
-    program.parse(train_flags.FLAGS, words[1:])
+    arguments.parse(train_flags.FLAGS, words[1:])
     assert {flag: train_flags.FLAGS[flag].value for flag in train_flags.FLAGS} == expected
 
 
 def test_the_command_to_resume_is_one_line_of_shell() -> None:
-    program.parse(train_flags.FLAGS, ["--sample-prompt", "a\n'\\é\x1b", "--run-name", "r"])
+    arguments.parse(train_flags.FLAGS, ["--sample-prompt", "a\n'\\é\x1b", "--run-name", "r"])
     command = train_flags.resume_command("r")
     assert command == r"hipgpt-train --run-name r --sample-prompt $'a\n\'\\é\u001b' --resume"
 

@@ -1,7 +1,7 @@
-"""The command-line programs.
+"""Command-line programs.
 
-This package is the first thing that a program imports, well before NumPy and JAX. If the process is one of the
-programs, Ctrl-C and libraries that cannot be loaded are handled from here on, without a traceback.
+A program imports this package first, before NumPy and JAX. In such a process, Ctrl-C and failing imports are handled
+from here on, without a traceback.
 """
 
 import contextlib
@@ -10,14 +10,14 @@ import signal
 import sys
 from types import FrameType, TracebackType
 
-_REPORTED = (ImportError, MemoryError, OSError, Warning)  # what an import raises for want of memory or under -W error
+_REPORTED = (ImportError, MemoryError, OSError, Warning)  # raised by imports, also without memory or under -W error
 
 interrupted = False
-"""Whether Ctrl-C was pressed. Native code may replace the KeyboardInterrupt by another exception, or lose it."""
+"""Whether Ctrl-C was pressed. Native code may replace the KeyboardInterrupt by another exception or drop it."""
 
 
 def _program() -> str | None:
-    """Returns the program that this process was started as, or None if something else imports this package."""
+    """Returns the name of the program that this process runs; None if something else imports this package."""
     script = sys.argv[0] if sys.argv else ""
     if script == "-m":  # while `python -m` looks for the module
         return next((word.rpartition(".")[2] for word in sys.orig_argv if "hipgpt_jax.cli." in word), None)
@@ -26,7 +26,7 @@ def _program() -> str | None:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """Handles SIGINT during imports and at exit, when there is nothing to clean up."""
+    """Handles SIGINT during imports and at exit: there is nothing to clean up."""
     del number, frame
     with contextlib.suppress(OSError):
         os.write(2, b"\n")
@@ -36,8 +36,8 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Handles SIGINT while a program runs: raises KeyboardInterrupt, so that files are closed.
 
-    JAX's native modules abort the process if Python code that they call when they are imported raises. So during an
-    import this waits, and looks again every 20 ms.
+    JAX's native modules abort the process if Python code that they call during their import raises. During imports
+    this therefore retries every 20 ms.
     """
     global interrupted
     if interrupted and number == signal.SIGINT:
@@ -53,11 +53,11 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Prints an exception that a module raised when it was imported."""
+    """Prints an exception raised by an import."""
     if issubclass(kind, KeyboardInterrupt):
         if traceback is not None and traceback.tb_frame.f_back is None:
             end_at_once(signal.SIGINT, None)
-        return  # native code prints it and goes on with another exception
+        return  # native code prints it and continues with another exception
     if not issubclass(kind, _REPORTED):
         sys.__excepthook__(kind, error, traceback)
         return
@@ -71,7 +71,7 @@ def _report(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 _PROGRAM = _program()
 if _PROGRAM is not None:
-    # Descriptors 0 to 2 must not go to the next file that is opened: native code may print to them.
+    # Reserve descriptors 0 to 2 if they are closed: native code may print to them, into the next file opened.
     while (_null := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(_null)

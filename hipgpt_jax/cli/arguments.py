@@ -10,7 +10,7 @@ from absl import flags
 
 from hipgpt_jax import config
 
-# Flags whose values are text. They are decoded by ``config.valid_text``; other values, such as paths, stay as they are.
+# Flags with text values, which ``config.valid_text`` decodes; other values, such as paths, are left unchanged.
 TEXT_FLAGS = frozenset({"ids", "prompt", "sample-prompt", "stop", "text-field", "title"})
 
 _FLAG_FILE = "flagfile"
@@ -20,15 +20,15 @@ _MAX_FLAG_FILE = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class _Word:
-    """A word of a command line or a line of a flag file.
+    """A word of a command line, or a line of a flag file.
 
     Attributes:
         text: The word.
-        place: Beginning of a message about it, ``a.flags line 3: ``; empty on a command line.
+        location: Prefix of error messages, such as ``a.flags line 3: ``; empty for a command line.
     """
 
     text: str
-    place: str = ""
+    location: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class _Argument:
     """A flag with its value, or an operand.
 
     Attributes:
-        word: The word as it was given.
-        flag: The flag's name as it was defined, or as it was given if there is no such flag; None for an operand.
-        value: The flag's value; None if there is none.
+        word: The word.
+        flag: The flag's name as defined, or as given if the flag is unknown; None for an operand.
+        value: The flag's value; None if absent.
         negated: Whether it has the form ``--noflag``.
     """
 
@@ -49,23 +49,23 @@ class _Argument:
 
 
 def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | None = None) -> str | None:
-    """Sets ``values`` from a command line; flags that are absent get their defaults.
+    """Sets ``values`` from a command line; absent flags get their defaults.
 
-    ``--run-name`` and ``--run_name`` are the same flag, as are ``--flag value`` and ``--flag=value``; a value may begin
-    with ``-``. Words after ``--`` are operands. ``--flagfile=FILE`` inserts the lines of a file: one flag per line,
-    without quotes, ``#`` or ``//`` before a comment.
+    ``--run-name`` and ``--run_name`` are the same flag, and ``--flag value`` and ``--flag=value`` are equivalent; a
+    value may begin with ``-``. Words after ``--`` are operands. ``--flagfile=FILE`` inserts the lines of a file: one
+    flag per line, without quotes; comments begin with ``#`` or ``//``.
 
     Args:
         values: The program's flags.
         arguments: The command line, without the program's name.
-        operand: The flag that takes words which belong to no flag: all of them if it may be repeated, otherwise one.
+        operand: The flag that takes operands: all if it may be repeated, otherwise one.
 
     Returns:
-        ``help`` or ``version`` if that was asked for, in which case no flag is set; otherwise None.
+        ``help`` or ``version`` if that was given, and then no flag is set; otherwise None.
 
     Raises:
-        flags.Error: A flag is unknown, lacks its value or has one of the wrong type; or a flag file cannot be read.
-        ValueError: A word belongs to no flag.
+        flags.Error: A flag is unknown, lacks its value or has an invalid one; or a flag file cannot be read.
+        ValueError: There is an operand too many.
     """
     for flag in values:
         values[flag].unparse()
@@ -84,12 +84,12 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | Non
 
 
 def takes_several(values: flags.FlagValues, flag: str) -> bool:
-    """Returns whether a flag may be repeated, each time with another value."""
+    """Returns whether a flag may be repeated."""
     return isinstance(values[flag], flags.MultiFlag)
 
 
 def _read(values: flags.FlagValues, words: list[_Word], opened: tuple[str, ...] = ()) -> Iterator[_Argument]:
-    """Splits words into flags and operands, and replaces ``--flagfile`` by the arguments of the file."""
+    """Splits words into flags and operands, and replaces ``--flagfile`` by the arguments in the file."""
     known = {flag.replace("-", "_"): flag for flag in values}
     rest = iter(words)
     for word in rest:
@@ -123,18 +123,18 @@ def _read_file(values: flags.FlagValues, word: _Word, name: str, opened: tuple[s
     """Reads the arguments in a flag file."""
     path = os.path.expanduser(name.strip())
     if not path:
-        raise flags.Error(f"{word.place}--flagfile needs the name of a file")
+        raise flags.Error(f"{word.location}--flagfile needs the name of a file")
     if any(os.path.exists(one) and os.path.exists(path) and os.path.samefile(one, path) for one in opened):
-        raise flags.Error(f"{word.place}flag file {name} includes itself")
+        raise flags.Error(f"{word.location}flag file {name} includes itself")
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_FLAG_FILE + 1)
     except OSError as error:
-        raise flags.Error(f"{word.place}flag file {name} cannot be read: {error.strerror}") from error
+        raise flags.Error(f"{word.location}flag file {name} cannot be read: {error.strerror}") from error
     if len(content) > _MAX_FLAG_FILE:
-        raise flags.Error(f"{word.place}flag file {name} is too large: it may have {_MAX_FLAG_FILE} bytes")
+        raise flags.Error(f"{word.location}flag file {name} is too large: at most {_MAX_FLAG_FILE} bytes are allowed")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-        raise flags.Error(f"{word.place}flag file {name} is not UTF-8 text")
+        raise flags.Error(f"{word.location}flag file {name} is not UTF-8 text")
     text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
     lines = (line.removesuffix("\r").lstrip() for line in text.split("\n"))
     words = [_Word(line, f"{name} line {number}: ") for number, line in enumerate(lines, 1)]
@@ -144,43 +144,43 @@ def _read_file(values: flags.FlagValues, word: _Word, name: str, opened: tuple[s
 
 
 def _set(values: flags.FlagValues, given: _Argument) -> None:
-    """Sets a flag; the last one wins, and a flag that may be repeated collects its values."""
-    flag, value, place = str(given.flag), given.value, given.word.place
+    """Sets a flag. The last value wins; a flag that may be repeated collects its values."""
+    flag, value, location = str(given.flag), given.value, given.word.location
     if flag not in values:
         near = difflib.get_close_matches(flag, list(values), n=3)
         hint = f"Did you mean: {', '.join(near)}?" if near else "--help lists every flag"
-        raise flags.Error(f"{place}Unknown command line flag {flag!r}. {hint}")
+        raise flags.Error(f"{location}Unknown command line flag {flag!r}. {hint}")
     if values[flag].boolean and value is None:
         value = "false" if given.negated else "true"
     elif given.negated:
-        raise flags.Error(f"{place}--no{flag} takes no value: got {value!r}")
+        raise flags.Error(f"{location}--no{flag} takes no value: got {value!r}")
     if value is None:
-        raise flags.Error(f"{place}Missing value for flag --{flag}")
-    _set_value(values, flag, value, place)
+        raise flags.Error(f"{location}Missing value for flag --{flag}")
+    _set_value(values, flag, value, location)
 
 
 def _set_operand(values: flags.FlagValues, operand: str | None, given: _Argument) -> None:
-    """Gives a word that belongs to no flag to the flag ``operand``."""
-    text, place = given.word.text, given.word.place
+    """Adds an operand to the flag ``operand``."""
+    text, location = given.word.text, given.word.location
     if operand is None or not (takes_several(values, operand) or values[operand].value is None):
         raise ValueError(
-            f"{place}unexpected argument {text!r}: flags begin with '--', and text with blanks needs quotes"
+            f"{location}unexpected argument {text!r}: flags begin with '--', and text with spaces needs quotes"
         )
-    _set_value(values, operand, text, place)
+    _set_value(values, operand, text, location)
 
 
-def _set_value(values: flags.FlagValues, flag: str, value: str, place: str) -> None:
+def _set_value(values: flags.FlagValues, flag: str, value: str, location: str) -> None:
     holder = values[flag]
-    value = config.valid_text(value) if flag in TEXT_FLAGS else value.strip() if place else value
+    value = config.valid_text(value) if flag in TEXT_FLAGS else value.strip() if location else value
     try:
         holder.parse(value)
     except flags.IllegalFlagValueError as error:
-        raise flags.Error(f"{place}--{flag} must be {_kind(holder)}: got {value!r}") from error
+        raise flags.Error(f"{location}--{flag} must be {_kind(holder)}: got {value!r}") from error
     holder.using_default_value = False
 
 
 def _kind(holder: flags.Flag) -> str:
-    """Describes the values that a flag takes."""
+    """Describes the valid values of a flag."""
     if holder.boolean:
         return "true or false"
     if isinstance(holder.parser, flags.EnumParser):

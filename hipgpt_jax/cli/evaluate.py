@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import absl.flags
 import numpy as np
 
-from hipgpt_jax import api, compilation, config, devices, files
+from hipgpt_jax import api, config, files
 from hipgpt_jax.cli import flags, outputs, program
 from hipgpt_jax.records import provenance
 from hipgpt_jax.runs import directory, loading
@@ -94,9 +94,7 @@ def _evaluate() -> None:
     texts = _read_prompts(source) if _has_prompts() else None
     data = None if texts else _read_text(source)
     with _open(output) as out:
-        device = devices.start(_DEVICE.value, program.note)
-        compilation.use_cache(program.note)
-        program.note_emulation(device.platform, decoding.dtype)
+        device = program.start_device(_DEVICE.value, decoding.dtype)
         checkpoint = source.checkpoint
         program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, window {source.window}, stride {stride}")
         run = api.Run(source, device, origin)

@@ -8,7 +8,7 @@ import sys
 
 import absl.flags
 
-from hipgpt_jax import api, compilation, config, devices
+from hipgpt_jax import api, config
 from hipgpt_jax.cli import flags, program, writing
 from hipgpt_jax.records import planning, provenance, writer
 from hipgpt_jax.runs import directory, loading
@@ -80,9 +80,7 @@ def _generate() -> None:
         if FLAGS.seed == -1:
             generation = dataclasses.replace(generation, seed=_draw_seed(records))
         plan = planning.Plan(source, prompts, sampling, generation, records)
-        device = devices.start(_DEVICE.value, program.note)
-        compilation.use_cache(program.note)
-        program.note_emulation(device.platform, decoding.dtype)
+        device = program.start_device(_DEVICE.value, decoding.dtype)
         if device.platform == "cpu" and decoding.width >= _MANY_SLOTS:
             program.keep_freed_memory()  # a step of 64 slots of GPT-2 takes 132 ms instead of 163
         root = "the package" if checkpoint.directory.parent == directory.SHIPPED else f"{directory.CHECKPOINTS}/"

@@ -1,29 +1,27 @@
-"""``hipgpt-inspect``: a record file as a page to read in a browser."""
+"""``hipgpt-inspect``: a record file as an HTML page."""
 
+import functools
 from pathlib import Path
 
-from absl import flags
+import absl.flags
 
 from hipgpt_jax import files
-from hipgpt_jax.cli import outputs, program
+from hipgpt_jax.cli import flags, outputs, program
 from hipgpt_jax.records import record
 from hipgpt_jax.report import page
 
-SUMMARY = """Write a record file as one HTML page: each token coloured by its surprise, its facts where you point.
+SUMMARY = """Write a record file as one HTML page: each token coloured by its surprise, with details on hover.
 
-The page holds all it needs and reaches no network. Alternatives are shown of samples that were recorded with
+The page is self-contained and makes no network requests. It shows alternatives of samples that were recorded with
 --top_logprobs 5. Example:
 
   hipgpt-inspect samples.jsonl --html samples.html"""
 
-FLAGS = flags.FlagValues()
-_RECORDS = flags.DEFINE_string(
-    "records", None, "The record file; may be given without the flag's name.", flag_values=FLAGS
-)
-_HTML = flags.DEFINE_string(
-    "html", None, "The page to write; an older page is replaced. - writes it to stdout.", flag_values=FLAGS
-)
-_TITLE = flags.DEFINE_string("title", None, "The page's title; the record file's name if absent.", flag_values=FLAGS)
+FLAGS = absl.flags.FlagValues()
+_string = functools.partial(absl.flags.DEFINE_string, flag_values=FLAGS)
+_RECORDS = flags.define_shared(FLAGS, "records")
+_HTML = _string("html", None, "The page to write; an existing page is replaced. - writes to stdout.")
+_TITLE = _string("title", None, "Title of the page; the record file's name if absent.")
 
 
 def main() -> None:
@@ -44,9 +42,9 @@ def _inspect() -> None:
     for sample in record.read(records):
         made.add(sample)
     if not made.samples:
-        raise ValueError(f"{records} holds no whole record")
+        raise ValueError(f"{records} has no complete record")
     if record.is_torn(records):
-        program.note(f"{records}: the last line was cut short and is passed over")
+        program.note(f"{records}: skipped an incomplete last line")
     size = 0
     with files.writing(target) as file:
         for piece in made.html():

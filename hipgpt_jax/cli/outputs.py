@@ -1,4 +1,4 @@
-"""Names of files that programs write, checked before the work begins."""
+"""Checks of output files before the work begins."""
 
 import os
 from collections.abc import Callable
@@ -11,28 +11,28 @@ _STDOUT = Path("/dev/stdout")
 
 
 def path_of(name: str) -> Path:
-    """Returns the path that an output flag names; ``-`` is stdout."""
+    """Returns the path of an output flag; ``-`` is stdout."""
     if name != "-":
         return Path(name)
-    program.require_stdout("what is written to it")
+    program.require_stdout("the output")
     return _STDOUT
 
 
 def check(flag: str, path: Path, *, source: Path | None, kind: str, is_ours: Callable[[Path], bool]) -> None:
-    """Raises an error if writing ``path`` cannot succeed, or would destroy what this program did not write.
+    """Raises an error if ``path`` cannot be written, or is a file that this program did not write.
 
     Pipes, devices and descriptors such as ``/dev/stdout`` are always accepted.
 
     Args:
-        flag: The flag that names the file.
-        path: The file. If it is a link, its target is the file that would be replaced.
-        source: A file that the same command reads.
-        kind: The kind of file that is written, for messages.
-        is_ours: Whether an existing file is one of that kind.
+        flag: The flag.
+        path: Its file. The target of a link is replaced, not the link.
+        source: An input file of the same command.
+        kind: The kind of file, for messages.
+        is_ours: Returns whether an existing file is of that kind.
 
     Raises:
         OSError: The directory is missing or cannot be written, or the path is a directory.
-        ValueError: The file is ``source``, or of another kind.
+        ValueError: The file is ``source`` or of another kind.
     """
     if files.is_stream(path):
         return
@@ -49,10 +49,10 @@ def check(flag: str, path: Path, *, source: Path | None, kind: str, is_ours: Cal
     if source is not None and source.exists() and source.samefile(target):
         raise ValueError(f"--{flag} {path} is an input of this command: give another name")
     if target.stat().st_size and not is_ours(target):
-        raise ValueError(f"--{flag} {path} exists and is no {kind}: give another name, or remove it first")
+        raise ValueError(f"--{flag} {path} exists and is not a {kind}: give another name, or remove it first")
 
 
 def begins_with(path: Path, marker: bytes) -> bool:
-    """Returns whether a marker is in the first 4 KiB of a file."""
+    """Returns whether the first 4 KiB of a file contain a marker."""
     with path.open("rb") as file:
         return marker in file.read(4096)

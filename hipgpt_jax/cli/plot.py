@@ -1,48 +1,49 @@
-"""``hipgpt-plot``: the curves of runs as a figure."""
+"""``hipgpt-plot``: training curves of runs as a figure."""
 
+import functools
 import os
 from pathlib import Path
 
-from absl import flags
+import absl.flags
 
 from hipgpt_jax import files
 from hipgpt_jax.cli import outputs, program
 from hipgpt_jax.report import curves
 from hipgpt_jax.runs import directory
 
-SUMMARY = """Draw the metrics of one or more runs, laid over one another, into a PNG or SVG file. A run is named as
-everywhere, or by the path of its directory; one that is still training can be drawn too. Examples:
+SUMMARY = """Plot the metrics of one or more runs into a PNG or SVG file. A run is given by its name or the path of its
+directory, and may still be training. Examples:
 
   hipgpt-plot my_run --output my_run.png
   hipgpt-plot my_run backup/my_run shakespeare --metrics loss,accuracy --smooth 9 --output runs.svg"""
 
-FLAGS = flags.FlagValues()
-_RUN_NAME = flags.DEFINE_multi_string(
-    "run-name", None, "A run, by its name or its directory; may be given without the flag's name", flag_values=FLAGS
+FLAGS = absl.flags.FlagValues()
+_string = functools.partial(absl.flags.DEFINE_string, flag_values=FLAGS)
+_RUN_NAME = absl.flags.DEFINE_multi_string(
+    "run-name", None, "A run, by name or directory; the flag's name may be omitted.", flag_values=FLAGS
 )
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    None,
-    "The figure to write, .png or .svg; an older figure is replaced. - writes a PNG to stdout.",
-    flag_values=FLAGS,
+_OUTPUT = _string(
+    "output", None, "The figure to write, .png or .svg; an existing figure is replaced. - writes a PNG to stdout."
 )
-_METRICS = flags.DEFINE_list("metrics", list(curves.METRICS), "The panels, with commas between.", flag_values=FLAGS)
-_UNIT = flags.DEFINE_enum(
+_METRICS = absl.flags.DEFINE_list(
+    "metrics", list(curves.METRICS), "The panels, separated by commas.", flag_values=FLAGS
+)
+_UNIT = absl.flags.DEFINE_enum(
     "unit",
     None,
     curves.UNITS,
-    "Unit of the loss in nats: a byte compares runs with other vocabularies, and is taken if absent "
-    "wherever every run was evaluated.",
+    "Unit of the loss: nats per byte, comparable between vocabularies, or nats per token. If absent, byte if all runs "
+    "were evaluated, else token.",
     flag_values=FLAGS,
 )
-_SMOOTH = flags.DEFINE_integer(
+_SMOOTH = absl.flags.DEFINE_integer(
     "smooth",
     1,
-    "Log lines in the running median of the training curves, which stand faint behind it; 1: none.",
+    "Window of a running median of the training curves, in log lines; 1: none.",
     lower_bound=1,
     flag_values=FLAGS,
 )
-_TITLE = flags.DEFINE_string("title", None, "Above the figure; the name of a single run if absent.", flag_values=FLAGS)
+_TITLE = _string("title", None, "Title of the figure; the name of a single run if absent.")
 
 
 def main() -> None:
@@ -85,28 +86,28 @@ def _check_metrics(metrics: list[str]) -> list[str]:
 
 
 def _read(words: list[str]) -> list[curves.Run]:
-    """Reads the runs; those that share a name are told apart as they were given."""
-    places = [_find(word) for word in words]
-    if len({place.resolve() for place in places}) < len(places):
+    """Reads the runs; those with equal names are labelled as they were given."""
+    directories = [_find(word) for word in words]
+    if len({one.resolve() for one in directories}) < len(directories):
         raise ValueError(f"--run-name must name each run once: got {', '.join(words)}")
-    names = [place.resolve().name for place in places]
+    names = [one.resolve().name for one in directories]
     runs = []
-    for word, place, name in zip(words, places, names, strict=True):
-        path = place / directory.METRICS_NAME
+    for word, run_directory, name in zip(words, directories, names, strict=True):
+        path = run_directory / directory.METRICS_NAME
         runs.append(curves.read(path, program.printable(name if names.count(name) == 1 else word)))
         if runs[-1].torn:
-            program.note(f"{path}: the last line was cut short and is passed over")
+            program.note(f"{path}: skipped an incomplete last line")
     return runs
 
 
 def _find(word: str) -> Path:
-    """Returns a run's directory, which a run that has no checkpoint yet has too."""
+    """Returns the directory of a run, which may have no checkpoint yet."""
     if os.sep in word or word in (".", ".."):
         if not Path(word).is_dir():
             raise FileNotFoundError(f"directory of a run not found: {word}")
         return Path(word)
-    begun = directory.CHECKPOINTS / directory.check_name(word)
-    return begun if (begun / directory.METRICS_NAME).is_file() else directory.find(word)
+    started = directory.CHECKPOINTS / directory.check_name(word)
+    return started if (started / directory.METRICS_NAME).is_file() else directory.find(word)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parts that every program shares: running it, help, and errors of one line."""
+"""Running a program: command line, help, errors, exit codes, and what several programs do alike."""
 
 import atexit
 import functools
@@ -8,31 +8,34 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import absl.flags
 
-from hipgpt_jax import cli, devices, version
+from hipgpt_jax import cli, compilation, devices, version
 from hipgpt_jax.cli import arguments, flags, streams
 from hipgpt_jax.text import prompts
 
-# Importing and tracing make many objects and no garbage, and Python looks for it in all of them: of the 1.55 s that
-# hipgpt-generate took, 0.12 to start and 0.14 to exit, where they are frozen now.
+# Imports and tracing create many objects and no garbage, but Python searches all of them for it: of the 1.55 s of
+# hipgpt-generate, 0.12 s at the start and 0.14 s at exit, where they are frozen now.
 _GC_THRESHOLD = 1_000_000
 _MAX_STDIN = 2**26
 
-# A user's mistake, or a fault of the machine. Everything else is a bug of ours, and shows its traceback. Warnings are
+# Mistakes of the user and faults of the machine. All other exceptions are bugs and show a traceback. Warnings are
 # exceptions under `python -W error`.
 _REPORTED = (absl.flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError, Warning)
 
-# Programs print through these names alone.
+# Programs print only through these.
 note = streams.note
 printable = streams.printable
 displayable = streams.displayable
 shell_command = streams.shell_command
 outlive_stdout = streams.outlive_stdout
+
+
+_T = TypeVar("_T")
 
 
 def run(
@@ -47,15 +50,14 @@ def run(
     """Parses ``sys.argv`` and runs a program, then exits.
 
     A user's mistake is one line on stderr, ``name: error: ...``, and exit code ``error_code``. A closed pipe and Ctrl-C
-    end quietly, with the exit codes that a shell gives them. Text that stdout or stderr cannot encode is escaped.
+    end silently with the exit codes that a shell expects. Text that stdout or stderr cannot encode is escaped.
 
     Args:
         name: The program's name, without ``hipgpt-``.
         summary: The beginning of ``--help``.
         values: The program's flags.
-        main: The program; it reads its flags from ``values``.
-        operand: The flag whose value may be given without the flag's name; one that is defined by
-            ``DEFINE_multi_string`` takes any number of them.
+        main: The program; it reads ``values``.
+        operand: The flag whose name may be omitted; one defined by ``DEFINE_multi_string`` takes any number of values.
         error_code: Exit code of a mistake.
     """
     gc.set_threshold(_GC_THRESHOLD)
@@ -63,16 +65,16 @@ def run(
     streams.prepare()
 
     def work() -> None:
-        asked = parse(values, sys.argv[1:], operand)
-        if asked is None:
+        usage = arguments.parse(values, sys.argv[1:], operand)
+        if usage is None:
             try:
                 main()
             except ValueError as error:
                 raise ValueError(flags.translate(str(error), values)) from error
         else:
-            print(version.__version__ if asked == "version" else help_text(name, summary, values, operand))
+            print(version.__version__ if usage == "version" else help_text(name, summary, values, operand))
 
-    # The early handler of Ctrl-C is there only if this process is a program, not if a test runs one.
+    # The early handler of Ctrl-C is installed only if this process is a program, not if a test runs one.
     is_process = signal.getsignal(signal.SIGINT) is cli.end_at_once
     if is_process:
         signal.signal(signal.SIGINT, cli.interrupt)
@@ -88,7 +90,7 @@ def run(
 
 
 def _attempt(name: str, error_code: int, work: Callable[[], None]) -> int:
-    """Does work and returns the exit code that it asks for."""
+    """Does work and returns the exit code."""
     try:
         work()
     except SystemExit as ended:
@@ -110,57 +112,52 @@ def _attempt(name: str, error_code: int, work: Callable[[], None]) -> int:
 
 
 def _show_warning(name: str, message: Warning | str, *place: Any) -> None:
-    """Shows a library's warning in one line, in place of Python's two with a path of the source."""
+    """Shows a library's warning on one line, instead of Python's two with a source path."""
     del place
     streams.report(name, "warning", message)
 
 
-def parse(values: absl.flags.FlagValues, words: Sequence[str], operand: str | None = None) -> str | None:
-    """Sets ``values`` from a command line; see ``arguments.parse``."""
-    return arguments.parse(values, words, operand)
-
-
 def help_text(name: str, summary: str, values: absl.flags.FlagValues, operand: str | None = None) -> str:
-    """Returns what ``--help`` prints: the summary and every flag with its default."""
-    several = " ..." if operand is not None and arguments.takes_several(values, operand) else ""
-    place = "" if operand is None else f" [{operand.upper()}{several}]"
-    lines = [summary.strip(), "", f"usage: hipgpt-{name}{place} [--flag value | --flag=value] ...", ""]
+    """Returns the text of ``--help``: the summary, and the flags with their defaults."""
+    more = " ..." if operand is not None and arguments.takes_several(values, operand) else ""
+    word = "" if operand is None else f" [{operand.upper()}{more}]"
+    lines = [summary.strip(), "", f"usage: hipgpt-{name}{word} [--flag value | --flag=value] ...", ""]
     for flag in values:
         holder = values[flag]
         if holder.name != flag:
             continue
-        spelled = f"--[no]{flag}" if holder.boolean else f"--{flag}"
+        spelling = f"--[no]{flag}" if holder.boolean else f"--{flag}"
         default = "" if holder.default is None else f" (default: {holder.default_as_str})"
-        about = str(holder.help).partition(";\n    repeat this option")[0]  # added by absl
-        lines.append(f"  {spelled}")
-        lines.extend(textwrap.wrap(f"{about}{default}", 90, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        text = str(holder.help).partition(";\n    repeat this option")[0]  # added by absl
+        lines.append(f"  {spelling}")
+        lines.extend(textwrap.wrap(f"{text}{default}", 90, initial_indent=" " * 8, subsequent_indent=" " * 8))
     return "\n".join(lines)
 
 
-_T = TypeVar("_T")
-
-
-def note_emulation(platform: str, dtype: str) -> None:
-    """Tells that a CPU is slower in half precision."""
-    if platform == "cpu" and dtype == "bfloat16":
-        note("a CPU emulates bfloat16: float32 is faster")
+def start_device(name: str, dtype: str | None = None, *, deterministic: bool = True) -> devices.Device:
+    """Starts JAX with the compile cache, and notes a dtype that the device emulates; see ``devices.start``."""
+    device = devices.start(name, note, deterministic=deterministic)
+    compilation.use_cache(note)
+    if device.platform == "cpu" and dtype == "bfloat16":
+        note("CPUs emulate bfloat16: float32 is faster")
+    return device
 
 
 def required(holder: absl.flags.FlagHolder[_T | None]) -> _T:
-    """Returns the value of a flag that has no default; raises ValueError where it was not given."""
+    """Returns the value of a flag without a default; raises ValueError if it was not given."""
     if holder.value is None:
-        raise ValueError(f"--{holder.name} is required; --help tells of every flag")
+        raise ValueError(f"--{holder.name} is required; --help lists every flag")
     return holder.value
 
 
 def read_prompts(prompt: str | None, prompts_file: str | None) -> Iterable[prompts.Prompt]:
-    """Returns the prompts that the two flags name: one, one from stdin, or those of a file, read as they are taken."""
+    """Returns the prompts of the two flags: one, one from stdin, or those of a file, which is read lazily."""
     if prompts_file is not None:
         if prompt is not None:
             raise ValueError("--prompt and --prompts_file are both given: give one of them")
         return _open_prompts(prompts_file)
     if prompt is None:
-        raise ValueError("--prompt is required, or --prompts_file; --help tells of every flag")
+        raise ValueError("--prompt or --prompts_file is required; --help lists every flag")
     return [prompts.Prompt(text=_read_stdin() if prompt == "-" else prompt)]
 
 
@@ -174,29 +171,29 @@ def _open_prompts(name: str) -> prompts.File:
 
 
 def _read_stdin() -> str:
-    """Returns the text on stdin without one final line break: ``echo`` and editors add one that nobody typed."""
+    """Returns the text on stdin without one final line break, which ``echo`` and editors add."""
     if sys.stdin is None:
         raise ValueError("--prompt - reads the prompt from stdin, which is closed")
     content = sys.stdin.buffer.read(_MAX_STDIN + 1)
     if len(content) > _MAX_STDIN:
-        raise ValueError(f"the prompt on stdin is too long: it may have {_MAX_STDIN} bytes")
+        raise ValueError(f"the prompt on stdin is too long: at most {_MAX_STDIN} bytes are allowed")
     text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def require_stdout(product: str) -> None:
-    """Raises ValueError if stdout is closed, for a program whose product goes there."""
+    """Raises ValueError if stdout is closed, for a program whose output goes there."""
     if streams.is_closed(sys.stdout):
         raise ValueError(f"stdout is closed: {product} would be lost")
 
 
 def keep_freed_memory() -> None:
-    """Has freed memory kept, and tells of it: see ``devices.keep_freed_memory``."""
+    """Calls ``devices.keep_freed_memory`` and prints a note."""
     if devices.keep_freed_memory():
-        note("set glibc's mallopt to keep a step's memory for the next (not with MALLOC_* or GLIBC_TUNABLES)")
+        note("set glibc's mallopt to keep freed memory between steps (not with MALLOC_* or GLIBC_TUNABLES)")
 
 
 def keep_stdout_for_text() -> None:
-    """Sends to stderr what libraries in C print to stdout, as gloo does of its connections; Python's stdout stays."""
+    """Redirects to stderr what C libraries print to stdout, such as gloo's connections; Python's stdout stays."""
     streams.replace_stdout(os.dup(1))
     os.dup2(2, 1)

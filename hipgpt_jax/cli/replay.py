@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from hipgpt_jax import api, compilation, config, devices
+from hipgpt_jax import api, config, devices
 from hipgpt_jax.cli import program
 from hipgpt_jax.records import provenance, record, replay
 from hipgpt_jax.runs import loading
@@ -111,9 +111,8 @@ def _replay() -> None:
         raise ValueError("--ids names no id")
     _check(path, chosen)
     if record.is_torn(path):
-        program.note(f"{path}: the last line was cut short and is passed over")
-    device = devices.start(_DEVICE.value, program.note)
-    compilation.use_cache(program.note)
+        program.note(f"{path}: skipped an incomplete last line")
+    device = program.start_device(_DEVICE.value)
     tally = _Tally()
     load = functools.lru_cache(maxsize=2)(_load)
     for key, group in itertools.groupby(_entries(path, chosen), lambda entry: entry.group):

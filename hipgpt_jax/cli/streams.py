@@ -1,4 +1,4 @@
-"""The standard streams: printing never fails, and cannot be used to forge or hide a line."""
+"""Standard streams: printing that does not fail, and escapes for untrusted text."""
 
 import contextlib
 import io
@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO, cast
 
-# Control characters, which move a terminal's cursor or end a line; Unicode's line separators and bidirectional
+# Control characters, which move a terminal's cursor or end a line; Unicode line separators and bidirectional
 # overrides; lone surrogates, which cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# A message may quote a file's whole content. Its end often says what to do, so it is cut in the middle.
+# A message may quote the whole content of a file. Its end often has the remedy, so it is cut in the middle.
 _MESSAGE_HEAD, _MESSAGE_TAIL = 700, 300
 
 
@@ -22,9 +22,9 @@ class _Stdout(io.FileIO):
     """The descriptor of stdout.
 
     Attributes:
-        error: The first failure to write; None if there was none.
-        is_expendable: Whether a failure is ignored and later output dropped, instead of raising OSError.
-        matters: Whether the exit code is that of a failure if output was dropped.
+        error: The first failed write; None if there was none.
+        is_expendable: Whether output is dropped after a failed write, instead of raising OSError.
+        matters: Whether dropped output makes the exit code that of a failure.
     """
 
     error: OSError | None = None
@@ -42,7 +42,7 @@ class _Stdout(io.FileIO):
                     raise
                 if not self.is_expendable:
                     raise OSError(f"stdout: {error.strerror}") from error
-                note(f"stdout: {error.strerror}: going on without it")
+                note(f"stdout: {error.strerror}: continuing without it")
         return memoryview(data).nbytes
 
 
@@ -50,10 +50,9 @@ _stdout: _Stdout | None = None
 
 
 def prepare() -> None:
-    """Makes stdout and stderr take any text, and replaces those that are closed by the null device.
+    """Makes stdout and stderr accept any text, and replaces closed ones by the null device.
 
-    Text that the encoding of a stream cannot represent is escaped, as in Python's own tracebacks. An OSError that
-    stdout raises names stdout.
+    Text that a stream cannot encode is escaped, as in Python's own tracebacks. An OSError of stdout names stdout.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -71,7 +70,7 @@ def is_closed(stream: TextIO) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""Returns untrusted text as part of one line, with control characters escaped.
+    r"""Returns untrusted text with control characters escaped, so that it stays on one line.
 
     >>> printable("a\x1b[2Jb\n")
     'a\\x1b[2Jb\\n'
@@ -80,14 +79,14 @@ def printable(text: str) -> str:
 
 
 def displayable(text: str) -> str:
-    """Returns generated text as stdout shows it: as it is, but with control characters escaped on a terminal."""
+    """Returns generated text for stdout: unchanged, but with control characters escaped on a terminal."""
     if not sys.stdout.isatty():
         return text
     return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in "\n\t" else printable(match[0]), text)
 
 
 def shell_command(words: Sequence[str]) -> str:
-    r"""Returns a command to be pasted into a shell, on one line even if words have line breaks or control characters.
+    r"""Returns a command to paste into a shell, on one line even if words have line breaks or control characters.
 
     >>> shell_command(["hipgpt-train", "--run-name", "my run", "--sample-prompt=it's\n"])
     "hipgpt-train --run-name 'my run' $'--sample-prompt=it\\'s\\n'"
@@ -98,7 +97,7 @@ def shell_command(words: Sequence[str]) -> str:
 def _shell_word(word: str) -> str:
     if not _UNPRINTABLE.search(word):
         return shlex.quote(word)
-    # The ANSI-C quoting of bash and zsh: a byte of no text is a surrogate here and \xNN there; U+009B is \u009b.
+    # ANSI-C quoting of bash and zsh: an undecodable byte is a surrogate here and \xNN there; U+009B is \u009b.
     plain = word.replace("\\", "\\\\").replace("'", "\\'")
     return f"$'{_UNPRINTABLE.sub(_ansi_c, plain)}'"
 
@@ -111,11 +110,11 @@ def _ansi_c(match: re.Match[str]) -> str:
 
 
 def note(line: str) -> None:
-    """Writes a line to stderr, escaped. A stderr that cannot be written is ignored."""
+    """Writes an escaped line to stderr; failures are ignored."""
     try:
         sys.stderr.write(printable(line) + "\n")
         sys.stderr.flush()
-    except OSError:  # redirected to the null device, so that Python's flush at exit does not fail
+    except OSError:  # redirect to the null device, so that Python's flush at exit does not fail
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stderr.fileno())
@@ -125,7 +124,7 @@ def note(line: str) -> None:
 def report(program: str, kind: str, error: BaseException | str) -> None:
     """Writes an error or a warning as one line of limited length, ``program: kind: message``."""
     if isinstance(error, OSError) and error.filename is None and error.strerror:
-        error = error.strerror  # without the number, and there is no file to name
+        error = error.strerror  # without the error number; there is no file to name
     message = " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else "")
     message = message or type(error).__name__
     if len(message) > _MESSAGE_HEAD + _MESSAGE_TAIL:
@@ -134,7 +133,7 @@ def report(program: str, kind: str, error: BaseException | str) -> None:
 
 
 def replace_stdout(descriptor: int) -> None:
-    """Makes ``sys.stdout`` write to a descriptor, with the encoding and the buffering that it has."""
+    """Makes ``sys.stdout`` write to a descriptor, with its present encoding and buffering."""
     global _stdout
     old = sys.stdout
     assert isinstance(old, io.TextIOWrapper)
@@ -151,23 +150,23 @@ def replace_stdout(descriptor: int) -> None:
 
 
 def outlive_stdout(*, matters: bool) -> None:
-    """Lets the work go on when stdout breaks: it is full, or its reader has ended. For programs that write files.
+    """Lets a program that writes files continue when stdout is full or its reader has exited.
 
     Args:
-        matters: Whether the exit code is that of a failure then, when all work is done.
+        matters: Whether the exit code is that of a failure then.
     """
     if _stdout is not None:
         _stdout.is_expendable, _stdout.matters = True, matters
 
 
 def give_up_stdout() -> None:
-    """Drops what a broken stdout still holds, so that Python's flush at exit does not fail."""
+    """Drops the buffer of a broken stdout, so that Python's flush at exit does not fail."""
     if _stdout is not None and _stdout.error is not None:
         _stdout.is_expendable = True
 
 
 def exit_code() -> int:
-    """Returns the exit code for output that ``outlive_stdout`` dropped; 0 if none was, or if it does not matter."""
+    """Returns the exit code for output dropped by ``outlive_stdout``; 0 if there is none or it does not matter."""
     if _stdout is None or _stdout.error is None or not (_stdout.is_expendable and _stdout.matters):
         return 0
     return 128 + signal.SIGPIPE if isinstance(_stdout.error, BrokenPipeError) else 1

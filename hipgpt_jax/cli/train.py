@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hipgpt_jax import compilation, devices, processes, training_config
+from hipgpt_jax import devices, processes, training_config
 from hipgpt_jax.cli import program, train_flags, train_report, train_start
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset, manifest
@@ -49,7 +49,6 @@ def _train() -> None:
     with contextlib.ExitStack() as stack:
         start = None if is_distributed else stack.enter_context(train_start.open_run())
         device = _start_device()
-        compilation.use_cache(program.note)
         if is_distributed:
             own = {"process_id", "flagfile"}
             processes.require_agreement(
@@ -136,8 +135,7 @@ def _note_run(run: str, where: str, data: manifest.Manifest, size: str) -> None:
 def _start_device() -> devices.Device:
     """Starts JAX, with the settings that make steps on a CPU faster."""
     on_main_thread = devices.step_on_main_thread()
-    device = devices.start(train_flags.DEVICE.value, program.note, deterministic=False)
-    program.note_emulation(device.platform, train_flags.FLAGS.dtype)
+    device = program.start_device(train_flags.DEVICE.value, train_flags.FLAGS.dtype, deterministic=False)
     if device.platform == "cpu":
         if on_main_thread:
             program.note("set jax_cpu_enable_async_dispatch=False: steps run on the main thread")
