@@ -14,7 +14,8 @@ for version in 3.13 3.12; do
     echo "== Python $version with $(".venv-$version/bin/python" -m pip freeze | grep -E '^(jax|flax)==' | paste -sd' ')"
     ".venv-$version/bin/python" -m pytest -q -n 2 --dist worksteal -m "not slow and not peers" \
       ${tests[@]+"${tests[@]}"} "$@"
-    tests=(tests/test_promise.py tests/test_promise_shipped.py tests/test_shipped.py)
+    tests=(tests/test_promise.py tests/test_promise_shipped.py tests/test_promise_page.py
+      tests/test_docs.py::test_the_readmes_sample_is_what_its_command_prints)
     tried+=("$version")
     break
   done
