@@ -306,7 +306,7 @@ def _jax_advice(stage: int) -> str:
     if _STAGES[stage].startswith("starts"):
         return f"pip install --force-reinstall 'flax{_requirements(_PACKAGE).get('flax', '')}'"
     if platforms not in (None, "", "cpu"):
-        return f"Try without JAX_PLATFORMS={platforms}, or install JAX for it (README, Installing)"
+        return f"Try without JAX_PLATFORMS={platforms}, or install JAX for it (docs/installing.md)"
     if os.environ.get("XLA_FLAGS"):
         return f"Try without XLA_FLAGS={os.environ['XLA_FLAGS']}"
     if _plugin_families() and _may_use_gpu():
