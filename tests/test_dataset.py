@@ -118,17 +118,6 @@ def test_two_runs_on_one_text_hold_the_same_bytes(tmp_path: Path) -> None:
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in NAMES)
 
 
-def test_a_prepare_that_was_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, directory = write_text(tmp_path), run_directory(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(tokenizer.Tokenizer, "encode_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            dataset.prepare(directory, source, 300)
-    assert not (directory / "data.json").exists()
-    whole = dataset.prepare(run_directory(tmp_path, "whole"), source, 300)
-    np.testing.assert_array_equal(dataset.prepare(directory, source, 300).train, whole.train)
-
-
 @pytest.mark.parametrize(("vocab_size", "width"), [(65536, 2), (65537, 4)])
 def test_an_id_has_the_width_that_its_vocabulary_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int, width: int

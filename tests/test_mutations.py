@@ -17,7 +17,7 @@ import zstandard
 
 from hipgpt_jax import config, files
 from hipgpt_jax.runs import directory, weights
-from hipgpt_jax.text import corpus, dataset, documents, encoding, tokenizer
+from hipgpt_jax.text import corpus, dataset, documents, tokenizer
 
 NUMBER = 600
 TEXT = "To be, or not to be: that is the question. — naïve 🙂\n" * 9
@@ -182,21 +182,6 @@ def test_manifests(tmp_path: Path) -> None:
     accepted, refused = read_all(tmp_path / "data.json", lambda draw: mutated_json(draw, good), read)
     assert accepted > 5
     assert refused > 400
-
-
-def test_journals(tmp_path: Path) -> None:
-    prepared(tmp_path)
-    journal = encoding.Journal(request={"text_field": "text"}, tokenizer_sha256="", pieces=(3, 1), tokens=(30, 10))
-    good = dataclasses.asdict(journal)
-
-    def read() -> None:
-        found = encoding.Journal.read(tmp_path / "prepare.json")
-        assert all(type(number) is int and number >= 0 for number in (*found.pieces, *found.tokens, *found.bytes))
-        begun = encoding.begin(tmp_path, {"text_field": "none"}, lambda: tokenizer.Tokenizer.train([], 256))
-        assert begun.tokens == (0, 0)
-
-    accepted, refused = read_all(tmp_path / "prepare.json", lambda draw: mutated_json(draw, good), read)
-    assert min(accepted, refused) > 20
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])

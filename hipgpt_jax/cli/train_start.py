@@ -100,15 +100,13 @@ class Start:
             self._check_new()
 
     def prepare(self) -> None:
-        """Prepares the data of a new run beside it, and moves it into place when that is whole.
-
-        Work that was cut short by a kill or a full disk is taken up again.
-        """
+        """Prepares the data of a new run beside it, and moves it into place once it is complete."""
         if train_flags.RESUME.value:
             return
         fresh = directory.beside(self.directory, "new")
         try:
             fresh.mkdir(exist_ok=True)
+            reset.remove_temporaries(fresh)
         except OSError as error:
             raise OSError(f"{fresh}, where the data is prepared, cannot be made: {error.strerror}") from error
         try:
@@ -116,10 +114,8 @@ class Start:
                 data = dataset.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
             data.check_length(train_flags.FLAGS.seq)
             _check_prompt(fresh)
-        except BaseException as error:
-            is_full = isinstance(error, OSError) and error.errno in _FULL
-            if not (is_full or isinstance(error, KeyboardInterrupt)):
-                reset.remove(fresh)
+        except BaseException:
+            reset.remove(fresh)
             raise
         reset.replace(self.directory)
         self.held.lock_directory(self.directory)

@@ -14,7 +14,7 @@ from hipgpt_jax.runs import directory, states
 TENSORBOARD_NAME = "tensorboard"
 
 # Written by ``text.dataset``, which is on this floor; a test compares the names.
-_DATA = frozenset({"tokenizer.json", "tokens.bin", "data.json", "prepare.json"})
+_DATA = frozenset({"tokenizer.json", "tokens.bin", "data.json"})
 _MANIFEST = "data.json"
 _LINKS = (directory.LATEST_CONFIG, directory.LATEST_CHECKPOINT, directory.BEST_CONFIG, directory.BEST_CHECKPOINT)
 _FILES = frozenset({*_LINKS, directory.SETTINGS_NAME, directory.METRICS_NAME})

@@ -4,17 +4,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
 
-from hipgpt_jax import files, version
+from hipgpt_jax import files
 from hipgpt_jax.text import corpus, documents, encoding, manifest, tokenizer
 
 TOKENIZER_NAME = encoding.TOKENIZER_NAME
 TOKENS_NAME = encoding.TOKENS_NAME
-JOURNAL_NAME = encoding.JOURNAL_NAME
 MANIFEST_NAME = "data.json"
 
 Manifest = manifest.Manifest
@@ -117,9 +114,8 @@ def prepare(
 ) -> Dataset:
     """Learns a tokenizer from the training split of a corpus and writes its token ids, once.
 
-    Memory does not grow with the corpus: text is read, and ids are written, in pieces. Interrupted work is continued,
-    and gives the same files, if the corpus and the settings are the same; otherwise it starts again. The manifest is
-    written last, so if it is there the other files are complete.
+    Memory does not grow with the corpus: text is read, and ids are written, in pieces. Each file is complete or absent.
+    The manifest is written last, so if it is there the other files are complete.
 
     Args:
         directory: The run's directory, which exists.
@@ -138,10 +134,8 @@ def prepare(
     """
     if (directory / MANIFEST_NAME).is_file():
         require_same(directory, sources, vocab_size, text_field=text_field, tokenizer_path=tokenizer_path)
-        (directory / JOURNAL_NAME).unlink(missing_ok=True)
         return Dataset(directory)
 
-    _remove_stale(directory)
     ready = None if tokenizer_path is None else tokenizer.Tokenizer.load(tokenizer_path)
     digest = None if tokenizer_path is None else files.sha256(tokenizer_path)
     text = corpus.Corpus(sources, text_field, progress)
@@ -152,58 +146,31 @@ def prepare(
             f"{tokenizer_path} has no end token ({', '.join(tokenizer.END_TOKENS)}) to set {text.documents} documents "
             f"apart. Add one to it, by add_special_tokens of the tokenizers library, or give one document"
         )
-    request = {
-        "version": version.__version__,
-        "tokenizers": tokenizers.__version__,
-        "sources": [dataclasses.asdict(source) for source in text.sources],
-        "text_field": text_field,
-        "vocab_size": vocab_size,
-        "tokenizer": digest,
-    }
-    made = _write(directory, text, request, ready, progress)
-    files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(made))
-    (directory / JOURNAL_NAME).unlink()
-    return Dataset(directory, verify=False)
-
-
-def _remove_stale(directory: Path) -> None:
-    """Removes what a kill left that was about to be renamed."""
-    for name in (TOKENIZER_NAME, JOURNAL_NAME, MANIFEST_NAME):
-        for stale in directory.glob(f".{name}.*.tmp"):
-            stale.unlink()
-
-
-def _write(
-    directory: Path,
-    text: corpus.Corpus,
-    request: dict[str, Any],
-    ready: tokenizer.Tokenizer | None,
-    progress: corpus.Progress | None,
-) -> Manifest:
-    """Writes the vocabulary and the ids, or what is left of that to do, and returns what to say of them."""
-    size = request["vocab_size"]
-    journal = encoding.begin(directory, request, lambda: ready or _learn(text, size, progress))
-    vocabulary = tokenizer.Tokenizer.load(directory / TOKENIZER_NAME)
+    vocabulary = ready or _learn(text, vocab_size, progress)
     end_id = vocabulary.end_id if text.documents > 1 else None
-    whole = encoding.write_tokens(directory, journal, text, vocabulary, end_id=end_id, progress=progress)
+    files.write_text(directory / TOKENIZER_NAME, vocabulary.to_json())
+    with files.replacing(directory / TOKENS_NAME) as temporary:
+        encoded = encoding.write_tokens(temporary, vocabulary, text, end_id, progress)
     width = encoding.token_bytes(vocabulary)
-    first = np.fromfile(directory / TOKENS_NAME, f"<u{width}", count=1, offset=whole.tokens[0] * width)
-    return Manifest(
+    first = np.fromfile(directory / TOKENS_NAME, f"<u{width}", count=1, offset=encoded.tokens[0] * width)
+    made = Manifest(
         sources=text.sources,
-        text_field=_text_field(text.sources, request["text_field"]),
+        text_field=_text_field(text.sources, text_field),
         documents=text.documents,
-        text_bytes=sum(whole.bytes),
+        text_bytes=sum(encoded.text_bytes),
         eos_id=end_id,
-        tokenizer_sha256=request["tokenizer"],
-        requested_vocab_size=size if ready is None else ready.vocab_size,
+        tokenizer_sha256=digest,
+        requested_vocab_size=vocab_size if ready is None else ready.vocab_size,
         vocab_size=vocabulary.vocab_size,
         sample_bytes=min(text.split, _SAMPLE_BYTES) if ready is None else 0,
         token_bytes=width,
-        tokens_sha256=whole.tokens_sha256,
-        train_tokens=whole.tokens[0],
-        validation_tokens=whole.tokens[1],
-        scored_bytes=whole.bytes[1] - vocabulary.count_bytes(first, end_id),
+        tokens_sha256=encoded.sha256,
+        train_tokens=encoded.tokens[0],
+        validation_tokens=encoded.tokens[1],
+        scored_bytes=encoded.text_bytes[1] - vocabulary.count_bytes(first, end_id),
     )
+    files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(made))
+    return Dataset(directory, verify=False)
 
 
 def _learn(text: corpus.Corpus, vocab_size: int, progress: corpus.Progress | None) -> tokenizer.Tokenizer:
