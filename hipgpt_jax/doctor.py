@@ -27,9 +27,6 @@ NVIDIA = Path("/proc/driver/nvidia/version")
 ROCM = Path("/opt/rocm")
 PROBE_TIMEOUT_S = 180.0
 
-# As in `text.dataset`, which imports NumPy and tokenizers.
-TOKENS_NAME, MANIFEST_NAME = "tokens.bin", "data.json"
-
 # Environment variables that decide which devices JAX finds and how it uses them.
 VARIABLES = re.compile(
     r"JAX_PLATFORMS|XLA_FLAGS|XLA_PYTHON_CLIENT_(PREALLOCATE|MEM_FRACTION)|JAX_COMPILATION_CACHE_DIR"
@@ -459,22 +456,24 @@ def _check_cache_entries() -> Iterator[Check]:
 
 
 def _check_tokens(run: str, folder: Path) -> Iterator[Check]:
-    path = folder / TOKENS_NAME
+    path = folder / manifest.TOKENS_NAME
     if not path.exists():
         return
     try:
-        data = manifest.Manifest.read(folder / MANIFEST_NAME)
+        data = manifest.Manifest.read(folder / manifest.MANIFEST_NAME)
         expected, size = (data.train_tokens + data.validation_tokens) * data.token_bytes, path.stat().st_size
         if size != expected:
-            raise ValueError(f"{path} has {size} bytes: {MANIFEST_NAME} expects {expected}")
+            raise ValueError(f"{path} has {size} bytes: {manifest.MANIFEST_NAME} expects {expected}")
         if (digest := files.sha256(path)) != data.tokens_sha256:
             raise ValueError(f"{path} was changed: its sha256 is {digest[:12]}..., not {data.tokens_sha256[:12]}...")
     except (OSError, ValueError) as error:
         yield Check(
-            TOKENS_NAME, f"{run}: {error}", f"Restore the file, or prepare the text again: {_train_command(run)}"
+            manifest.TOKENS_NAME,
+            f"{run}: {error}",
+            f"Restore the file, or prepare the text again: {_train_command(run)}",
         )
     else:
-        yield Check(TOKENS_NAME, f"{run}: {size / 1e6:.1f} MB, digest checked")
+        yield Check(manifest.TOKENS_NAME, f"{run}: {size / 1e6:.1f} MB, digest checked")
 
 
 def _check_states(run: str, path: Path) -> Iterator[Check]:

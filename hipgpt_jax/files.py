@@ -5,6 +5,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -197,6 +198,27 @@ def shortened(text: str, limit: int = 200) -> str:
     """Returns text for an error message, of one line and at most ``limit`` characters."""
     text = " ".join(text[: 2 * limit].split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def numbered_lines(stream: BinaryIO, path: Path, limit: int, advice: str = "") -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a stream with their numbers, from 1, and with their line ends.
+
+    Args:
+        stream: The stream.
+        path: Name of its file, for the error message.
+        limit: Largest size of a line in bytes; memory stays proportional to it.
+        advice: End of the error message.
+
+    Raises:
+        ValueError: A line is longer than ``limit``.
+    """
+    for number in itertools.count(1):
+        line = stream.readline(limit + 1)
+        if len(line) > limit:
+            raise ValueError(f"{path} line {number} is longer than {limit >> 20} MiB, the limit for a line{advice}")
+        if not line:
+            return
+        yield number, line
 
 
 def read_json(path: Path) -> dict[str, Any]:

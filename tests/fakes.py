@@ -15,7 +15,7 @@ from hipgpt_jax import config, training_config
 from hipgpt_jax.generation import events, sampler
 from hipgpt_jax.model import cache
 from hipgpt_jax.runs import directory, states, weights
-from hipgpt_jax.text import dataset
+from hipgpt_jax.text import dataset, preparation
 from hipgpt_jax.training import checkpoint
 
 # The vocabulary exceeds the largest of ``candidates.ON_CPU``, so that every way to draw is compiled.
@@ -130,7 +130,7 @@ def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10), seed: int 
     path.mkdir(parents=True)
     source = root.parent / "text.txt"
     source.write_text(RUN_TEXT)
-    dataset.prepare(path, source, RUN_MODEL.vocab_size)
+    preparation.prepare(path, source, RUN_MODEL.vocab_size)
     for at in steps:
         write_step(path, at, seed=seed)
     return path

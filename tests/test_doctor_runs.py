@@ -12,7 +12,6 @@ import pytest
 
 from hipgpt_jax import compilation, disk_cache, doctor
 from hipgpt_jax.runs import directory
-from hipgpt_jax.text import dataset
 
 
 @pytest.fixture(autouse=True)
@@ -151,10 +150,6 @@ def test_deep_reads_the_cache_and_the_training_files(
         "Restore the file, or prepare the text again: hipgpt-train --run-name tiny --reset ..."
     ]
     assert sorted(path.name for path in cache.directory.iterdir()) == names, "nothing is removed"
-
-
-def test_the_files_names_are_those_of_the_data() -> None:
-    assert (doctor.TOKENS_NAME, doctor.MANIFEST_NAME) == (dataset.TOKENS_NAME, dataset.MANIFEST_NAME)
 
 
 def test_names_cannot_forge_a_line_or_move_the_cursor(

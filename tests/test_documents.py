@@ -100,7 +100,7 @@ def test_what_is_no_unicode_text_becomes_the_replacement_character(tmp_path: Pat
     ],
 )
 def test_the_name_says_the_form(name: str, is_json_lines: bool, packing: str) -> None:
-    assert documents.Form.of(name) == documents.Form(is_json_lines=is_json_lines, packing=packing)
+    assert documents.Format.of(name) == documents.Format(is_json_lines=is_json_lines, compression=packing)
 
 
 def test_a_directory_stands_for_its_data_files_in_order(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_a_line_beyond_the_limit_is_refused_in_bounded_memory(
     path.write_bytes(PACKED[suffix](b'{"text": "one"}\n{"text": "' + bytes(size)))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"line 2: it is longer than 1 MiB, the limit for a line of JSON"):
+        with pytest.raises(ValueError, match=r"line 2 is longer than 1 MiB, the limit for a line. Split the document"):
             read(path)
         assert tracemalloc.get_traced_memory()[1] < size / 1.5
     finally:

@@ -17,7 +17,7 @@ import zstandard
 
 from hipgpt_jax import config, files
 from hipgpt_jax.runs import directory, weights
-from hipgpt_jax.text import corpus, dataset, documents, tokenizer
+from hipgpt_jax.text import corpus, dataset, documents, preparation, tokenizer
 
 NUMBER = 600
 TEXT = "To be, or not to be: that is the question. — naïve 🙂\n" * 9
@@ -162,7 +162,7 @@ def mutated_json_value(draw: random.Random, value: Any) -> bytes:
 
 def prepared(directory: Path) -> None:
     (directory / "text.txt").write_text(TEXT)
-    dataset.prepare(directory, directory / "text.txt", 280)
+    preparation.prepare(directory, directory / "text.txt", 280)
 
 
 def test_manifests(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import fakes
 import pytest
 
 from hipgpt_jax.runs import directory, reset
-from hipgpt_jax.text import dataset
+from hipgpt_jax.text import manifest
 
 OPERATIONS = ("rename", "unlink", "rmdir")
 
@@ -41,7 +41,7 @@ def names(path: Path) -> set[str]:
 
 
 def test_the_names_of_the_data_are_those_that_it_is_written_under() -> None:
-    assert {dataset.TOKENIZER_NAME, dataset.TOKENS_NAME, dataset.MANIFEST_NAME} == reset._DATA
+    assert {manifest.TOKENIZER_NAME, manifest.TOKENS_NAME, manifest.MANIFEST_NAME} == reset._DATA
 
 
 def test_a_run_writes_nothing_foreign(root: Path, trained: Path) -> None:

@@ -18,7 +18,7 @@ from hipgpt_jax import api, config, files
 from hipgpt_jax.cli import flags, outputs, program
 from hipgpt_jax.records import provenance
 from hipgpt_jax.runs import directory, loading
-from hipgpt_jax.text import corpus, dataset, encoding, prompts
+from hipgpt_jax.text import corpus, dataset, manifest, preparation, prompts
 
 if TYPE_CHECKING:
     from hipgpt_jax.evaluation import score
@@ -189,7 +189,7 @@ def _read_text(source: loading.Source) -> _Text:
     if text.documents > 1 and end_id is None:
         program.note(f"the run has no end token: {text.documents} documents are scored as one text")
     start = text.split if _SPLIT.value == "validation" else 0
-    ids = encoding.encode(source.vocabulary, text, start, end_id)
+    ids = preparation.encode(source.vocabulary, text, start, end_id)
     name = text.sources[0].name if len(text.sources) == 1 else f"{len(text.sources)} files"
     if len(ids) < 2:
         raise ValueError(f"{name} is too short: {len(ids)} tokens, and a score needs at least 2")
@@ -199,7 +199,7 @@ def _read_text(source: loading.Source) -> _Text:
 
 def _read_run_data(source: loading.Source) -> _Text:
     root = source.checkpoint.directory
-    if not (root / dataset.MANIFEST_NAME).is_file():
+    if not (root / manifest.MANIFEST_NAME).is_file():
         raise FileNotFoundError(
             f"run {source.checkpoint.run!r} does not include its training text: give --data-path, and --split "
             f"validation for the last tenth of it"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from hipgpt_jax import config
 from hipgpt_jax.cli import program, train_flags
 from hipgpt_jax.runs import reset
-from hipgpt_jax.text import dataset, tokenizer
+from hipgpt_jax.text import manifest, tokenizer
 
 if TYPE_CHECKING:
     from rich import console
@@ -199,7 +199,7 @@ def _sampling(
     job: "loop.Job", line: Callable[[str], None], board: "tensorboard.EventFile | None"
 ) -> Callable[[int, Any], None]:
     """Writes a sample of text from the parameters of a step; one sampler serves all steps, and compiles once."""
-    vocabulary = tokenizer.Tokenizer.load(job.directory / dataset.TOKENIZER_NAME)
+    vocabulary = tokenizer.Tokenizer.load(job.directory / manifest.TOKENIZER_NAME)
     engines: list[Any] = []
 
     def sample(at: int, params: Any) -> None:

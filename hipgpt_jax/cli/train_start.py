@@ -12,7 +12,7 @@ from typing import Any
 from hipgpt_jax import config, training_config
 from hipgpt_jax.cli import train_flags, train_report
 from hipgpt_jax.runs import directory, lock, reset, states
-from hipgpt_jax.text import dataset, documents, tokenizer
+from hipgpt_jax.text import documents, manifest, preparation, tokenizer
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -111,7 +111,7 @@ class Start:
             raise OSError(f"{fresh}, where the data is prepared, cannot be made: {error.strerror}") from error
         try:
             with train_report.preparing() as progress:
-                data = dataset.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
+                data = preparation.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
             data.check_length(train_flags.FLAGS.seq)
             _check_prompt(fresh)
         except BaseException:
@@ -151,8 +151,8 @@ class Start:
         here = self.directory
         is_begun = directory.is_begun(here)
         if is_begun and not train_flags.RESET.value:
-            if (here / dataset.MANIFEST_NAME).is_file():
-                dataset.require_same(here, **_sources())
+            if (here / manifest.MANIFEST_NAME).is_file():
+                preparation.check_same_data(here, **_sources())
             raise ValueError(f"run {here.name!r} exists already: --resume continues it, --reset replaces it")
         if here.is_dir():
             if other := reset.find_foreign(here):
@@ -174,12 +174,12 @@ class Start:
         if not (directory.is_begun(here) or (here / directory.SETTINGS_NAME).is_file()):
             raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
         reset.check_writable(here)
-        if (here / dataset.MANIFEST_NAME).is_file():
+        if (here / manifest.MANIFEST_NAME).is_file():
             missing = [path for path in train_flags.DATA_PATH.value if not Path(path).exists()]
             if missing:
                 train_report.note(f"{missing[0]} is not there to be compared: resuming with the run's own tokens")
             else:
-                dataset.require_same(here, **_sources())
+                preparation.check_same_data(here, **_sources())
         _check_prompt(here)
         self.resume_at, lines = states.find_intact(here)
         if self.resume_at is None:
@@ -203,8 +203,8 @@ class Start:
 
 
 def _check_prompt(where: Path) -> None:
-    if train_flags.FLAGS["sample-every"].value and (where / dataset.TOKENIZER_NAME).is_file():
-        vocabulary = tokenizer.Tokenizer.load(where / dataset.TOKENIZER_NAME)
+    if train_flags.FLAGS["sample-every"].value and (where / manifest.TOKENIZER_NAME).is_file():
+        vocabulary = tokenizer.Tokenizer.load(where / manifest.TOKENIZER_NAME)
         if not vocabulary.encode(train_flags.SAMPLE_PROMPT.value):
             raise ValueError(
                 f"--sample-prompt {train_flags.SAMPLE_PROMPT.value!r} has no token in the run's vocabulary"
@@ -212,7 +212,7 @@ def _check_prompt(where: Path) -> None:
 
 
 def _sources() -> dict[str, Any]:
-    """The arguments of ``dataset.prepare`` and ``dataset.require_same``."""
+    """The arguments of ``preparation.prepare`` and ``preparation.check_same_data``."""
     given = train_flags.TOKENIZER_PATH.value
     return {
         "sources": [Path(path) for path in train_flags.DATA_PATH.value],

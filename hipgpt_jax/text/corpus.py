@@ -1,6 +1,7 @@
-"""A corpus, the text of one or many documents, read in pieces that tokenize exactly as the whole would."""
+"""Corpus of one or many documents, read in pieces whose tokens are exactly those of the whole text."""
 
 import codecs
+import collections
 import dataclasses
 import os
 import re
@@ -15,31 +16,34 @@ PIECE_BYTES = 1 << 16
 DEFAULT_TEXT_FIELD = "text"
 
 _SCAN_BYTES = 1 << 20
-_MAX_NUL_SHARE = 0.01  # UTF-16 of any language with spaces and line breaks has more; text has none
+_MAX_NUL_SHARE = 0.01  # exceeded by UTF-16 of any language with spaces and line breaks; text has no NUL
 
-# Called with what is done, what there is to do, both in bytes, and what is being done.
+# Receives bytes done, total bytes and the activity.
 Progress = Callable[[int, int, str], None]
 
-# The tokenizer's regex never joins a token across a blank that follows a visible character, so a cut
-# there changes no token; a cut inside a run of blanks would. The first group runs to the last such place.
-# Blanks are Unicode's white space, as in the tokenizer; Python's \s has the separators \x1c to \x1f too.
+
+def ignore_progress(done: int, total: int, activity: str) -> None:
+    """Reports no progress."""
+
+
+# The tokenizer's regex never joins a token across a blank that follows a visible character, so a cut there changes no
+# token; a cut inside a run of blanks would. The first group extends to the last such place. Blanks are Unicode's white
+# space, as in the tokenizer; Python's \s also has the separators \x1c to \x1f.
 _BLANKS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _TO_LAST_BOUNDARY = re.compile(f"(.*[^{_BLANKS}])[{_BLANKS}]", re.DOTALL)
 
 
 def read_text(stream: BinaryIO, size: int, *, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
-    """Yields the text of the next ``size`` bytes of ``stream``, in pieces of about ``piece_bytes``.
+    """Yields the text of the next ``size`` bytes of a stream in pieces of about ``piece_bytes``.
 
-    The bytes are read as UTF-8; each byte sequence that is not valid becomes U+FFFD, the replacement
-    character, by the Unicode standard's recommended practice. Line ends are kept as they are.
-    Pieces end where no token can straddle, or, where a piece holds no such place, anywhere. (A ready-made
-    tokenizer may join a visible character and the line break after it: with that one, such a token is cut
-    where a piece ends.)
+    The bytes are read as UTF-8. Each invalid sequence becomes U+FFFD, by the Unicode standard's recommended practice.
+    Line ends are kept. Pieces end where no token can straddle, or anywhere if a piece has no such place. (A ready-made
+    tokenizer may join a visible character and the line break after it. Such a token is cut at the end of a piece.)
 
     Args:
-        stream: Bytes, from the first one on.
-        size: Bytes to read; the text ends sooner where the stream does.
-        piece_bytes: Bytes read at a time; memory stays proportional to it.
+        stream: Stream of bytes.
+        size: Bytes to read; the text ends sooner if the stream does.
+        piece_bytes: Bytes per read; memory stays proportional to it.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     held = ""
@@ -57,93 +61,72 @@ def read_text(stream: BinaryIO, size: int, *, piece_bytes: int = PIECE_BYTES) ->
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A file that text came from.
+    """Identity of a text file.
 
     Attributes:
-        name: Its name, or in a directory that was given its path from there.
-        bytes: Its size on disk.
-        sha256: Its digest.
+        name: File name, or the path relative to the directory in which the file was found.
+        bytes: Size on disk.
+        sha256: Digest of the file.
     """
 
     name: str
     bytes: int
     sha256: str
 
+    @property
+    def format(self) -> documents.Format:
+        """Format of the file."""
+        return documents.Format.of(self.name)
 
-def digests(sources: Path | Sequence[Path]) -> tuple[Source, ...]:
-    """Returns what identifies the files that paths name, in order.
-
-    Raises:
-        FileNotFoundError: A path is not there.
-        ValueError: A directory has no data files.
-    """
-    return tuple(map(_digest, documents.find(sources)))
-
-
-def _digest(file: documents.File) -> Source:
-    return Source(name=file.name, bytes=file.path.stat().st_size, sha256=files.sha256(file.path))
-
-
-@dataclasses.dataclass
-class _Count:
-    """Bytes of a kind, and the first file that has some."""
-
-    bytes: int = 0
-    first: Path | None = None
-
-    def add(self, file: documents.File, number: int) -> None:
-        self.bytes += number
-        self.first = self.first or (file.path if number else None)
-
-    def __str__(self) -> str:
-        return f"{self.bytes} byte{'s' * (self.bytes != 1)} (the first in {self.first})"
+    @classmethod
+    def of(cls, file: documents.File) -> "Source":
+        """Returns the identity of a file, which is read whole."""
+        return cls(name=file.name, bytes=file.path.stat().st_size, sha256=files.sha256(file.path))
 
 
 class Corpus:
-    """The documents of several files, in order. Offsets count the uncompressed bytes of all their text.
-
-    A document without text is passed over.
+    """Non-empty documents of several files, in order. Offsets count the uncompressed bytes of their text.
 
     Attributes:
-        sources: The files.
+        sources: Identities of the files.
         documents: Number of documents.
-        bytes: Bytes of their text, uncompressed, as they are in the files.
-        notes: What the user should know about the text: bytes that are not UTF-8, or a form that is not text's.
-        split: Offset of the validation split, the last tenth: nine tenths of the bytes, moved on past the
-            continuation bytes of a UTF-8 character so that neither side holds half of one.
+        bytes: Bytes of their text, before invalid bytes are replaced.
+        notes: Warnings about the text for the user, such as bytes that are not UTF-8.
+        split: Offset of the validation split, the last tenth. It is moved past the continuation bytes of a UTF-8
+            character, so that neither split has half a character.
     """
 
     def __init__(
         self,
         sources: Path | Sequence[Path],
         text_field: str = DEFAULT_TEXT_FIELD,
-        progress: Progress | None = None,
+        progress: Progress = ignore_progress,
     ) -> None:
-        """Reads all of it once, to count and to digest.
+        """Reads all files once, to count and to digest.
 
         Args:
-            sources: Files and directories, as ``documents.find`` takes them.
+            sources: Files and directories, as for ``documents.find``.
             text_field: Key of the text in a line of a ``.jsonl`` file.
-            progress: Called with the bytes on disk that have been read.
+            progress: Receives the bytes on disk that have been read.
 
         Raises:
-            OSError: A path is not there or cannot be read.
-            ValueError: A file is broken, or there is no text at all.
+            OSError: A path does not exist or cannot be read.
+            ValueError: A file is broken, or there is no text.
         """
         self._files = documents.find(sources)
         self._text_field = text_field
         self._sizes: list[int] = []
-        self._invalid, self._nul = _Count(), _Count()
+        self._invalid: collections.Counter[Path] = collections.Counter()
+        self._nul: collections.Counter[Path] = collections.Counter()
         self.documents = 0
-        digested = []
+        sources_read: list[Source] = []
         done, total = 0, sum(file.path.stat().st_size for file in self._files)
         for file in self._files:
-            if progress is not None:
-                progress(done, total, "reading")
-            digested.append(_digest(file))
-            self._count(file)
-            done += digested[-1].bytes
-        self.sources = tuple(digested)
+            progress(done, total, "reading")
+            sources_read.append(Source.of(file))
+            self._scan(file)
+            done += sources_read[-1].bytes
+        self.sources = tuple(sources_read)
         self.bytes = sum(self._sizes)
         if not self.bytes:
             names = ", ".join(str(file.path) for file in self._files[:3]) + ", …" * (len(self._files) > 3)
@@ -153,27 +136,28 @@ class Corpus:
         self.split = self._find_split()
         self.notes = tuple(self._describe())
 
-    def _count(self, file: documents.File) -> None:
-        sizes = []
+    def _scan(self, file: documents.File) -> None:
+        """Counts documents, bytes, invalid bytes and NULs of a file."""
+        file_size = 0
         for document in file.documents(self._text_field):
             size = 0
-            self._invalid.add(file, document.invalid_bytes)
+            self._invalid[file.path] += document.invalid_bytes
             for block, invalid in documents.count_invalid(document.stream, _SCAN_BYTES):
                 size += len(block)
-                self._invalid.add(file, invalid)
-                self._nul.add(file, block.count(0))
-            sizes.append(size)
-        self._sizes.append(sum(sizes))
-        self.documents += sum(size > 0 for size in sizes)
+                self._invalid[file.path] += invalid
+                self._nul[file.path] += block.count(0)
+            file_size += size
+            self.documents += size > 0
+        self._sizes.append(file_size)
 
     def _describe(self) -> Iterator[str]:
-        if self._invalid.bytes:
+        if self._invalid.total():
             yield (
-                f"{self._invalid} of the text are not UTF-8 and became U+FFFD; is the file in another encoding? "
-                f"iconv -f LATIN1 -t UTF-8 FILE > NEW converts from Latin-1"
+                f"{_describe_count(self._invalid)} of the text are not UTF-8 and became U+FFFD; is the file in another "
+                f"encoding? iconv -f LATIN1 -t UTF-8 FILE > NEW converts from Latin-1"
             )
-        if self._nul.bytes > _MAX_NUL_SHARE * self.bytes:
-            yield f"{self._nul} of the text are NUL; is the file UTF-16, or not text?"
+        if self._nul.total() > _MAX_NUL_SHARE * self.bytes:
+            yield f"{_describe_count(self._nul)} of the text are NUL; is the file UTF-16, or not text?"
         names = [str(file.path) for file in self._files if file.name.lower().endswith(".json")]
         if names:
             yield (
@@ -192,34 +176,34 @@ class Corpus:
         return offset
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[BinaryIO, int, bool]]:
-        """Yields what lies between two offsets, by documents: bytes, how many to read, whether they end it."""
-        place = 0
+        """Yields the part of each document between two offsets.
+
+        Each is a stream, the number of bytes to read from it, and whether they end the document.
+        """
+        offset = 0
         for file, file_size in zip(self._files, self._sizes, strict=True):
-            if place + file_size <= start:
-                place += file_size
+            if offset + file_size <= start:
+                offset += file_size
                 continue
-            for stream, own_size, _ in file.documents(self._text_field):
-                size = file_size if own_size is None else own_size
-                first, last = max(start, place), min(stop, place + size)
+            for stream, document_size, _ in file.documents(self._text_field):
+                size = file_size if document_size is None else document_size
+                first, last = max(start, offset), min(stop, offset + size)
                 if first < last:
-                    _skip(stream, first - place)
-                    yield stream, last - first, last == place + size
-                place += size
-                if place >= stop:
+                    _skip(stream, first - offset)
+                    yield stream, last - first, last == offset + size
+                offset += size
+                if offset >= stop:
                     return
 
     def pieces(self, start: int, stop: int, *, piece_bytes: int = PIECE_BYTES) -> Iterator[str | None]:
-        """Yields the text between two offsets, by pieces as ``read_text`` makes them, and None after each document.
-
-        The same arguments give the same pieces.
-        """
+        """Yields the text between two offsets in pieces, as ``read_text`` does, and None after each document."""
         for stream, size, is_end in self._spans(start, stop):
             yield from read_text(stream, size, piece_bytes=piece_bytes)
             if is_end:
                 yield None
 
     def sample(self, limit: int) -> Iterator[str]:
-        """Yields the training split, or where it is larger than ``limit`` bytes, pieces spread evenly over it."""
+        """Yields the training split or, if it is larger than ``limit`` bytes, pieces spread evenly over it."""
         seen = kept = 0
         for piece in self.pieces(0, self.split):
             if piece is None:
@@ -228,15 +212,20 @@ class Corpus:
                 yield piece
                 continue
             size = len(piece.encode())
-            seen = min(seen + size, self.split)
+            seen = min(seen + size, self.split)  # U+FFFD may be longer than the bytes that it replaces
             if (kept + size) * self.split <= limit * seen:
                 kept += size
                 yield piece
 
 
+def _describe_count(counts: collections.Counter[Path]) -> str:
+    number, first = counts.total(), next(path for path, count in counts.items() if count)
+    return f"{number} byte{'s' * (number != 1)} (the first in {first})"
+
+
 def _skip(stream: BinaryIO, size: int) -> None:
     if stream.seekable():
-        stream.seek(size, os.SEEK_CUR)  # a byte order mark has been read
+        stream.seek(size, os.SEEK_CUR)  # relative, because a byte order mark may have been read
         return
     while size and (block := stream.read(min(size, PIECE_BYTES))):
         size -= len(block)

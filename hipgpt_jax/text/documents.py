@@ -1,4 +1,4 @@
-"""Documents from files and directories: plain text or JSON lines, uncompressed or compressed."""
+"""Documents in files and directories: plain text or JSON lines, uncompressed or compressed."""
 
 import codecs
 import dataclasses
@@ -8,36 +8,36 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from hipgpt_jax import files
-from hipgpt_jax.text import unpacking
+from hipgpt_jax.text import compression
 
 MAX_LINE_BYTES = 1 << 26  # of JSON, whose objects take up to 25 times the memory of their text
 _JSON_LINES = (".jsonl", ".ndjson")
 _HEAD_BYTES = 512
 
-# Beginnings of files that are not UTF-8 text, and what to do with them. The four bytes of UTF-32 begin as UTF-16 does.
-_ICONV = "it must be UTF-8. Convert it: iconv -f {0} -t UTF-8 FILE > NEW"
-_UNPACK_FIRST = "unpack it, and give the unpacked file or directory"
-_FOREIGN = (
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", _ICONV.format("UTF-32")),
-    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", _ICONV.format("UTF-16")),
+# First bytes of files that are not UTF-8 text. UTF-32 comes first: its byte order mark begins with that of UTF-16.
+_CONVERT = "it must be UTF-8. Convert it: iconv -f {0} -t UTF-8 FILE > NEW"
+_UNPACK = "unpack it, and give the unpacked file or directory"
+_FOREIGN_HEADS = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", _CONVERT.format("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", _CONVERT.format("UTF-16")),
     (rb"\x1f\x8b\x08", "gzip data", "give it a name that ends in .gz"),
     (rb"\x28\xb5\x2f\xfd", "Zstandard data", "give it a name that ends in .zst"),
-    (rb"BZh[1-9]1AY&SY", "bzip2 data", _UNPACK_FIRST),
-    (rb"\xfd7zXZ\0", "xz data", _UNPACK_FIRST),
-    (rb"PK\x03\x04", "a zip archive", _UNPACK_FIRST),
-    (rb"(?s:.{257})ustar", "a tar archive", _UNPACK_FIRST),
+    (rb"BZh[1-9]1AY&SY", "bzip2 data", _UNPACK),
+    (rb"\xfd7zXZ\0", "xz data", _UNPACK),
+    (rb"PK\x03\x04", "a zip archive", _UNPACK),
+    (rb"(?s:.{257})ustar", "a tar archive", _UNPACK),
 )
 
 
 class Document(NamedTuple):
-    """The text of one document.
+    """Text of one document.
 
     Attributes:
-        stream: Its bytes, to be read before the next document is taken.
-        bytes: Their number; None for a file that is one document, which ends where the file does.
+        stream: Bytes of the text; must be read before the next document is taken.
+        bytes: Number of bytes; None for a file that is one document, which ends with the file.
         invalid_bytes: Bytes of its JSON line that were not UTF-8 and were replaced.
     """
 
@@ -47,24 +47,24 @@ class Document(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Form:
-    """How a file holds text, as the suffixes of its name say.
+class Format:
+    """Format of a file, which its name determines.
 
     Attributes:
-        is_json_lines: Whether each of its lines is a JSON object with a document (``.jsonl``, ``.ndjson``); else the
+        is_json_lines: Whether each line is a JSON object with one document (``.jsonl``, ``.ndjson``); otherwise the
             file is one document.
-        packing: ``.gz``, ``.zst`` or nothing.
+        compression: ``.gz``, ``.zst`` or empty.
     """
 
     is_json_lines: bool
-    packing: str
+    compression: str
 
     @classmethod
-    def of(cls, name: str) -> "Form":
-        """Returns the form of a file of this name; a name that says nothing is plain text."""
+    def of(cls, name: str) -> "Format":
+        """Returns the format of a file name; the default is uncompressed plain text."""
         path = PurePath(name.lower())
-        packing = path.suffix if path.suffix in unpacking.SUFFIXES else ""
-        return cls(is_json_lines=path.name.removesuffix(packing).endswith(_JSON_LINES), packing=packing)
+        suffix = path.suffix if path.suffix in compression.SUFFIXES else ""
+        return cls(is_json_lines=path.name.removesuffix(suffix).endswith(_JSON_LINES), compression=suffix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,119 +72,126 @@ class File:
     """A file of documents.
 
     Attributes:
-        path: Where it is.
-        name: Its name, or in a directory that was given its path from there.
+        path: Path of the file.
+        name: File name, or the path relative to the directory in which the file was found.
     """
 
     path: Path
     name: str
 
     @property
-    def form(self) -> Form:
-        """How it holds text."""
-        return Form.of(self.name)
+    def format(self) -> Format:
+        """Format of the file."""
+        return Format.of(self.name)
 
     def open(self) -> io.BufferedReader:
-        """Opens the uncompressed content, which raises ValueError as it is read where it cannot be unpacked."""
-        return unpacking.open(self.path, self.form.packing) if self.form.packing else self.path.open("rb")
+        """Opens the uncompressed content; reading raises ValueError if it cannot be decompressed."""
+        suffix = self.format.compression
+        return compression.open(self.path, suffix) if suffix else self.path.open("rb")
 
     def documents(self, text_field: str) -> Iterator[Document]:
-        """Yields each document. A byte order mark at the head of the file is not part of the text.
+        """Yields each document. A byte order mark at the head of the file is skipped.
 
         Args:
-            text_field: Key of the text in a JSON object; a lone surrogate in it becomes U+FFFD.
+            text_field: Key of the text in a JSON object; a lone surrogate in the text becomes U+FFFD.
 
         Raises:
-            ValueError: The file is not text, or a line is not a JSON object with such a text; the message has its
-                number.
+            ValueError: The file is not UTF-8 text, or a line is not a JSON object with a text. The message has the
+                number of the line.
         """
         with self.open() as stream:
             head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
-            for pattern, kind, remedy in _FOREIGN:
-                if re.match(pattern, head):
-                    raise ValueError(f"{self.path} is {kind}: {remedy}")
+            check_head(head, self.path)
             if head.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
-            if self.form.is_json_lines:
-                yield from self._lines(stream, text_field)
+            if self.format.is_json_lines:
+                yield from self._json_documents(stream, text_field)
             else:
                 yield Document(stream, None, 0)
 
-    def _lines(self, stream: BinaryIO, text_field: str) -> Iterator[Document]:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            try:
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(
-                        f"it is longer than {MAX_LINE_BYTES >> 20} MiB, the limit for a line of JSON. Split the "
-                        f"document, or give it as a file of plain text"
-                    )
-                if line := line.strip():
-                    text = line.decode("utf-8", errors="replace")
-                    content = _text(text, text_field)
-                    yield Document(io.BytesIO(content), len(content), _count_invalid(line, text))
-            except ValueError as error:
-                raise ValueError(f"{self.path} line {number}: {error}") from error
+    def _json_documents(self, stream: BinaryIO, text_field: str) -> Iterator[Document]:
+        advice = ". Split the document, or give it as a file of plain text"
+        for number, line in files.numbered_lines(stream, self.path, MAX_LINE_BYTES, advice):
+            if line := line.strip():
+                text = line.decode("utf-8", errors="replace")
+                try:
+                    content = _text_of(text, text_field).encode()
+                except ValueError as error:
+                    raise ValueError(f"{self.path} line {number}: {error}") from error
+                yield Document(io.BytesIO(content), len(content), _count_invalid(line, text))
+
+
+def check_head(head: bytes, path: Path) -> None:
+    """Raises ValueError if the first bytes of a file show that it is not UTF-8 text."""
+    for pattern, kind, remedy in _FOREIGN_HEADS:
+        if re.match(pattern, head):
+            raise ValueError(f"{path} is {kind}: {remedy}")
 
 
 def _count_invalid(content: bytes, text: str) -> int:
+    """Returns the number of bytes that are not UTF-8; ``text`` is the decoded content, with U+FFFD for those."""
     if "\ufffd" not in text:
         return 0
     return len(content) - len(content.decode("utf-8", errors="ignore").encode())
 
 
 def count_invalid(stream: BinaryIO, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Yields each block of a stream, and the number of bytes that are not UTF-8 among those decoded with it."""
+    """Yields each block of a stream, and the number of bytes found not to be UTF-8 once the block was decoded."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     block = b" "
     while block:
-        pending = decoder.getstate()[0]
+        pending = decoder.getstate()[0]  # an incomplete character at the end of the last block
         block = stream.read(block_bytes)
         text = decoder.decode(block, final=not block)
         decoded = pending + block
         yield block, _count_invalid(decoded[: len(decoded) - len(decoder.getstate()[0])], text)
 
 
-def _text(line: str, field: str) -> bytes:
+def _text_of(line: str, field: str) -> str:
     try:
-        # Numbers are not looked at; some datasets hold NaN, or integers too long for Python.
+        # Only the text matters: other fields of some datasets hold NaN, or integers too long for Python.
         value = json.loads(line, object_pairs_hook=files.unique_keys, parse_int=float, parse_constant=float)
     except json.JSONDecodeError as error:
-        hint = _HINT if line in ("{", "[", "[{") else ""
+        hint = _JQ_HINT if line in ("{", "[", "[{") else ""
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}{hint}") from error
     except RecursionError as error:
         raise ValueError("not JSON that a document could be: it is nested too deeply") from error
     if not isinstance(value, dict):
-        hint = _HINT if isinstance(value, list) else ""
+        hint = _JQ_HINT if isinstance(value, list) else ""
         raise ValueError(f"must be a JSON object with a text: got {type(value).__name__}{hint}")
     if field not in value:
         keys = files.shortened(", ".join(map(repr, value))) or "none"
-        inside = ". A field inside another object cannot be named" if field.partition(".")[0] in value else ""
+        nested = ". A field inside another object cannot be named" if field.partition(".")[0] in value else ""
         raise ValueError(
-            f"no field {field!r}: its fields are {keys}. Name the one with the text by --text-field{inside}"
+            f"no field {field!r}: its fields are {keys}. Name the one with the text by --text-field{nested}"
         )
-    if not isinstance(value[field], str):
-        kind = type(value[field])
-        raise ValueError(f"field {field!r} must be a text: got {_KINDS.get(kind, kind.__name__)}")
-    # UTF-16 tells a lone surrogate from half of a pair.
-    return value[field].encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+    text = value[field]
+    if not isinstance(text, str):
+        kind = {type(None): "null", float: "a number"}.get(type(text), type(text).__name__)
+        raise ValueError(f"field {field!r} must be a text: got {kind}")
+    return without_surrogates(text)
 
 
-_HINT = ". Each line must hold a whole object: jq -c . FILE > NEW makes it so of indented JSON, jq -c '.[]' of an array"
+_JQ_HINT = (
+    ". Each line must hold a whole object: jq -c . FILE > NEW makes it so of indented JSON, jq -c '.[]' of an array"
+)
 
-_KINDS = {type(None): "null", float: "a number"}
+
+def without_surrogates(text: str) -> str:
+    """Returns text with U+FFFD for lone surrogates, which a JSON escape can hold and UTF-8 cannot."""
+    # UTF-16 joins the two halves of a pair, so that only lone ones are replaced.
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def find(sources: Path | Sequence[Path]) -> list[File]:
-    """Returns the files of documents that paths name, in the order given.
+    """Returns the files of documents in the given files and directories, in the given order.
 
-    A directory stands for the files in it and below it whose names end in ``.txt``, ``.jsonl`` or ``.ndjson``, with
-    ``.gz`` or ``.zst`` after it or without, in the order of their paths. Hidden ones are passed over. Links are
-    followed; a directory that is reached twice is read once. A file that is named itself may have any name.
+    A directory stands for the files in its tree whose names end in ``.txt``, ``.jsonl`` or ``.ndjson``, optionally
+    followed by ``.gz`` or ``.zst``, sorted by path. Hidden files and directories are skipped. Links are followed; a
+    directory that is reached twice is read once. A file that is given itself may have any name.
 
     Raises:
-        OSError: A path is not there, a directory cannot be read, or a link in it leads nowhere.
+        OSError: A path does not exist, a directory cannot be read, or a link in it is broken.
         ValueError: A directory has no such file, no path is given, or a path is a pipe or a device.
     """
     sources = [sources] if isinstance(sources, Path) else sources
@@ -196,11 +203,11 @@ def find(sources: Path | Sequence[Path]) -> list[File]:
 def _find(source: Path) -> list[File]:
     if source.is_file():
         return [File(path=source, name=source.name)]
-    if source.exists() and not source.is_dir():
-        raise ValueError(_not_regular(source))
-    if not source.is_dir():
+    if not source.exists():
         raise FileNotFoundError(f"data file not found: {source}. Give a text file or a directory with --data-path")
-    found = [File(path=Path(path), name=name) for name, path in sorted(_walk(source))]
+    if not source.is_dir():
+        _refuse_special(source)
+    found = [File(path=source / name, name=name) for name in sorted(_walk(str(source)))]
     if not found:
         raise ValueError(
             f"{source} holds no data files: a directory's are those that end in .txt, .jsonl or .ndjson, with .gz or "
@@ -209,47 +216,47 @@ def _find(source: Path) -> list[File]:
     return found
 
 
-def _walk(top: Path) -> Iterator[tuple[str, str]]:
-    """Yields the name below ``top`` and the path of each data file."""
+def _walk(top: str) -> Iterator[str]:
+    """Yields the path below ``top`` of each data file."""
+    # Links are followed last, so that a directory that is also reached through a link keeps its own name.
     entered: set[tuple[int, int]] = set()
-    real, linked = [("", str(top))], []
-    while real or linked:
-        if not real:  # a directory that is also reached by a link keeps its own name
-            linked.sort(reverse=True)
-        prefix, directory = (real or linked).pop()
-        place = os.stat(directory)
-        if (place.st_dev, place.st_ino) in entered:
-            continue
-        entered.add((place.st_dev, place.st_ino))
-        for entry in _entries(directory):
-            if entry.is_dir():
-                (linked if entry.is_symlink() else real).append((f"{prefix}{entry.name}/", entry.path))
-            elif _is_wanted(entry.name):
-                if not entry.is_file():
-                    raise ValueError(_not_regular(entry.path))
-                yield prefix + entry.name, entry.path
+    roots = [top]
+    while roots:
+        roots.sort(key=lambda root: f"{root}/", reverse=True)
+        for folder, folders, names in os.walk(roots.pop(), onerror=_refuse_unreadable):
+            state = os.stat(folder)
+            if (state.st_dev, state.st_ino) in entered:
+                folders.clear()
+                continue
+            entered.add((state.st_dev, state.st_ino))
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            roots += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+            for name in names:
+                path = os.path.join(folder, name)
+                if not name.startswith(".") and _is_data_file(path):
+                    yield os.path.relpath(path, top)
 
 
-def _entries(directory: str) -> list[os.DirEntry[str]]:
-    """Returns what a directory shows; an entry that cannot be looked at might be a directory of texts."""
-    path = directory
+def _is_data_file(path: str) -> bool:
     try:
-        with os.scandir(directory) as scan:
-            shown = [entry for entry in scan if not entry.name.startswith(".")]
-        for entry in shown:
-            path = entry.path
-            entry.stat()
+        os.stat(path)  # even of another name: a broken link might have been a directory of texts
     except OSError as error:
-        link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
-        raise type(error)(
-            f"{path}{link} cannot be read: {error.strerror}. Make it readable, or move it away"
-        ) from error
-    return shown
+        _refuse_unreadable(error)
+    name = os.path.basename(path).lower()
+    if not name.removesuffix(Format.of(name).compression).endswith((".txt", *_JSON_LINES)):
+        return False
+    if not os.path.isfile(path):
+        _refuse_special(path)
+    return True
 
 
-def _not_regular(path: object) -> str:
-    return f"{path} is a pipe or a device, and text is read more than once: write it to a file, and give that"
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    path = str(error.filename)
+    link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+    raise type(error)(f"{path}{link} cannot be read: {error.strerror}. Make it readable, or move it away") from error
 
 
-def _is_wanted(name: str) -> bool:
-    return name.lower().removesuffix(Form.of(name).packing).endswith((".txt", *_JSON_LINES))
+def _refuse_special(path: Path | str) -> NoReturn:
+    raise ValueError(
+        f"{path} is a pipe or a device, and text is read more than once: write it to a file, and give that"
+    )

@@ -1,8 +1,8 @@
-"""Validation of a ``tokenizer.json``: only byte-level BPE that loses no text, shown by its configuration.
+"""Validation of a ``tokenizer.json``: accepts byte-level BPE whose configuration proves that it is lossless.
 
-A sample of text cannot show that a tokenizer is lossless, because any of 1.1 million characters or any added token
-may be the one that is lost. The configuration can: a byte-level pre-tokenizer maps every byte to a character, each of
-those characters is a token, and nothing else is allowed that changes text or depends on chance.
+Encoding a sample of text proves nothing, because any of 1.1 million characters or any added token may be lost. The
+configuration is a proof: a byte-level pre-tokenizer maps every byte to a character, each of those characters is a
+token, and no other part may change text or act at random.
 """
 
 from typing import Any
@@ -10,39 +10,40 @@ from typing import Any
 from hipgpt_jax import files
 
 ALPHABET_SIZE = 256
-_SPLITS = ("Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")  # all but Removed keep what they split at
+_LOSSLESS_SPLITS = ("Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")  # all but Removed
 _REMEDY = "Use a byte-level BPE tokenizer with no normalizer and no added blank, such as GPT-2's"
 
 
-def byte_of_char() -> dict[str, int]:
-    """Returns the GPT-2 alphabet: a printable character for each byte.
-
-    References:
-        Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
-    """
+def _byte_of_char() -> dict[str, int]:
+    """Returns the byte of each character of GPT-2's alphabet, which has a printable character for each byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(ALPHABET_SIZE) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-BYTE_OF_CHAR = byte_of_char()
+BYTE_OF_CHAR = _byte_of_char()
+
+
+def token_bytes(token: str) -> bytes:
+    """Returns the bytes of a token; a token with characters outside the byte alphabet stands for its own text."""
+    try:
+        return bytes(BYTE_OF_CHAR[char] for char in token)
+    except KeyError:
+        return token.encode()
 
 
 class LossError(ValueError):
-    """A tokenizer would lose or change text."""
+    """A tokenizer that would lose or change text, or is random."""
 
 
 def validated(value: Any) -> dict[str, Any]:
-    """Returns the parts of a ``tokenizer.json`` that turn text into ids, once they are shown to lose none of it.
+    """Returns the parts of a parsed ``tokenizer.json`` that turn text into ids, if they are lossless.
 
     Truncation, padding and the post-processor are dropped: they add or remove tokens, and some of their settings make
     the tokenizers library panic.
 
-    Args:
-        value: The parsed file.
-
     Raises:
-        LossError: Some text would not come back from its ids, or the ids depend on chance.
+        LossError: Some text would not be restored from its ids, or the ids are random.
         ValueError: The value is not a tokenizer.
     """
     _require(isinstance(value, dict), "it must hold a JSON object", value)
@@ -88,7 +89,7 @@ def _check_vocabulary(model: dict[str, Any]) -> None:
     _require(isinstance(model.get("merges"), list), "model.merges must be an array", model.get("merges"))
     used = set()
     for token, token_id in vocab.items():
-        # The library gives two tokens of one id, or an added token in a gap, whichever it saw last.
+        # With a repeated id, or an added token in a gap, the library decodes an id as the token that it saw last.
         if type(token_id) is not int or not 0 <= token_id < len(vocab) or token_id in used:
             raise ValueError(
                 f"model.vocab must number its {len(vocab)} tokens from 0 without a gap or a repeated id: "
@@ -103,7 +104,7 @@ def _check_vocabulary(model: dict[str, Any]) -> None:
 
 
 def _merge(merge: Any, vocab: dict[str, int]) -> list[str]:
-    """Returns the two tokens of a merge, which older files write as one string; the library panics at unknown ones."""
+    """Returns the two tokens of a merge, which older files write as one string. Unknown ones make the library panic."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
         raise ValueError(f"each of model.merges must be two tokens: got {_short(merge)}")
@@ -131,7 +132,7 @@ def _check_added(added: list[Any], vocab: dict[str, int]) -> None:
         if not isinstance(content, str) or not content or content in seen:
             raise ValueError(f"added_tokens must have a content each, none of them twice: got {_short(content)}")
         seen.add(content)
-        # Special tokens are never looked for in text, so it does not matter what they would strip.
+        # Special tokens are never searched for in text, so their stripping has no effect.
         if token.get("special") is not True and (token.get("lstrip") or token.get("rstrip")):
             raise LossError(
                 f"added token {_short(content)} has lstrip or rstrip set, which removes the blanks beside it. "
@@ -151,7 +152,7 @@ def _check_normalizer(value: Any) -> None:
 
 
 def _check_pre_tokenizer(value: Any) -> None:
-    """Accepts one byte-level step, and around it steps that only split text."""
+    """Accepts one byte-level step among steps that only split text."""
     parts: Any = [value]
     if isinstance(value, dict) and value.get("type") == "Sequence":
         parts = value.get("pretokenizers")
@@ -164,8 +165,10 @@ def _check_pre_tokenizer(value: Any) -> None:
             raise LossError(
                 f"its pre_tokenizer adds a blank in front of text: add_prefix_space is not false. {_REMEDY}"
             )
-        if kind in ("Split", "Punctuation") and part.get("behavior", "Isolated") not in _SPLITS:
-            raise LossError(f"its pre_tokenizer, {kind}, removes text: behavior must be one of {', '.join(_SPLITS)}")
+        if kind in ("Split", "Punctuation") and part.get("behavior", "Isolated") not in _LOSSLESS_SPLITS:
+            raise LossError(
+                f"its pre_tokenizer, {kind}, removes text: behavior must be one of {', '.join(_LOSSLESS_SPLITS)}"
+            )
         if kind not in ("ByteLevel", "Split", "Punctuation", "Digits"):
             raise LossError(f"its pre_tokenizer, {kind}, is not known to keep text as it is. {_REMEDY}")
 
@@ -180,7 +183,7 @@ def _type(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A bounded description; an object or an array may be as large as the file."""
+    """Returns a bounded description; the value may be as large as the file."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "an array"
     return "null" if value is None else files.shortened(repr(value), 40)

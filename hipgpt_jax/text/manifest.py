@@ -1,4 +1,4 @@
-"""Contents and origin of a run's ``tokens.bin``."""
+"""Manifest ``data.json`` of a run's ``tokens.bin``. It needs no NumPy, so ``hipgpt-doctor`` can read it without."""
 
 import dataclasses
 import functools
@@ -11,27 +11,71 @@ import fastjsonschema
 from hipgpt_jax import files
 from hipgpt_jax.text import corpus
 
+TOKENIZER_NAME = "tokenizer.json"
+TOKENS_NAME = "tokens.bin"
+MANIFEST_NAME = "data.json"
+
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
+_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_SOURCE_PROPERTIES = {"name": {"type": "string", "minLength": 1}, "bytes": _COUNT, "sha256": _SHA256}
+_PROPERTIES: dict[str, Any] = {
+    "sources": {
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "type": "object",
+            "properties": _SOURCE_PROPERTIES,
+            "required": list(_SOURCE_PROPERTIES),
+            "additionalProperties": False,
+        },
+    },
+    "text_field": {"type": ["string", "null"]},
+    "documents": _COUNT,
+    "text_bytes": _COUNT,
+    "eos_id": {"type": ["integer", "null"], "minimum": 0},
+    "tokenizer_sha256": _SHA256 | {"type": ["string", "null"]},
+    "requested_vocab_size": _COUNT,
+    "vocab_size": {"type": "integer", "minimum": 1, "maximum": 2**31},
+    "sample_bytes": _COUNT,
+    "token_bytes": {"type": "integer", "enum": [2, 4]},
+    "tokens_sha256": _SHA256,
+    "train_tokens": _COUNT,
+    "validation_tokens": _COUNT,
+    "scored_bytes": _COUNT,
+}
+_SCHEMA = {
+    "type": "object",
+    "properties": _PROPERTIES,
+    "required": list(_PROPERTIES),
+    "additionalProperties": False,
+}
+
+
+@functools.cache
+def _validator() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(_SCHEMA)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Contents and origin of ``tokens.bin``; stored as ``data.json`` and in every config.
+    """Contents and origin of ``tokens.bin``; stored as ``data.json`` and in the config of each checkpoint.
 
     Attributes:
-        sources: The files of the text, in order.
-        text_field: Key of the text in their JSON lines; None if none of them holds such.
-        documents: Documents in them that hold text.
-        text_bytes: Bytes of that text in UTF-8; each invalid sequence of bytes is a U+FFFD, of 3 bytes.
-        eos_id: Id that follows each document; None if there is only one.
-        tokenizer_sha256: Digest of the ready-made tokenizer; None if one was learned.
-        requested_vocab_size: Vocabulary requested.
-        vocab_size: Vocabulary learned; smaller where the text has too few distinct pairs.
-        sample_bytes: Bytes of the training split, spread evenly, that it was learned from; 0 for a ready-made one.
+        sources: The text files, in order.
+        text_field: Key of the text in JSON lines; None if no source has JSON lines.
+        documents: Number of documents that are not empty.
+        text_bytes: Bytes of their text in UTF-8; each invalid byte sequence counts as U+FFFD, 3 bytes.
+        eos_id: Id that follows each document; None for a single document.
+        tokenizer_sha256: Digest of the ready-made tokenizer; None if the tokenizer was learned.
+        requested_vocab_size: Vocabulary size requested.
+        vocab_size: Actual vocabulary size; smaller if the text has too few distinct pairs.
+        sample_bytes: Bytes of the training split that the tokenizer was learned from; 0 if it was ready-made.
         token_bytes: Width of an id in ``tokens.bin``, little-endian: 2 or 4.
         tokens_sha256: Digest of ``tokens.bin``.
-        train_tokens: Ids of the training split, first in the file.
-        validation_tokens: Ids of the validation split, the last tenth of the text's bytes.
-        scored_bytes: Bytes of the validation split's text after its first token, which nothing predicts: for nats per
-            byte.
+        train_tokens: Ids in the training split, the first part of the file.
+        validation_tokens: Ids in the validation split, the last tenth of the text.
+        scored_bytes: Bytes of validation text after the first token, which is never predicted. Nats per byte divide
+            by it.
     """
 
     sources: tuple[corpus.Source, ...]
@@ -51,7 +95,7 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """What to call the text: its file, or the first one and how many more."""
+        """Short name of the text: its first file and the number of further ones."""
         first, *more = (source.name for source in self.sources)
         return f"{first} and {len(more)} more" if more else first
 
@@ -60,60 +104,23 @@ class Manifest:
         """Reads ``data.json``.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is not a manifest of this version.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is not a manifest.
         """
         value = files.read_json(path)
         try:
             _validator()(value)
         except fastjsonschema.JsonSchemaValueException as error:
             raise ValueError(
-                f"{path} is not a data manifest: {error.message}. Prepare it again with --reset"
+                f"{path} is not a data manifest: {error.message}. Prepare the data again with --reset"
             ) from error
         value["sources"] = tuple(corpus.Source(**source) for source in value["sources"])
-        found = cls(**value)
-        if found.eos_id is not None and found.eos_id >= found.vocab_size:
-            raise ValueError(f"{path}: eos_id {found.eos_id} is not below vocab_size {found.vocab_size}")
-        return found
+        manifest = cls(**value)
+        if manifest.eos_id is not None and manifest.eos_id >= manifest.vocab_size:
+            raise ValueError(f"{path}: eos_id {manifest.eos_id} is not below vocab_size {manifest.vocab_size}")
+        return manifest
 
 
-_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
-_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-
-
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-_SCHEMA = _object(
-    {
-        "sources": {
-            "type": "array",
-            "minItems": 1,
-            "items": _object({"name": {"type": "string", "minLength": 1}, "bytes": _COUNT, "sha256": _DIGEST}),
-        },
-        "text_field": {"type": ["string", "null"]},
-        "documents": _COUNT,
-        "text_bytes": _COUNT,
-        "eos_id": {"type": ["integer", "null"], "minimum": 0},
-        "tokenizer_sha256": {"type": ["string", "null"], "pattern": "^[0-9a-f]{64}$"},
-        "requested_vocab_size": _COUNT,
-        "vocab_size": {"type": "integer", "minimum": 1, "maximum": 2**31},
-        "sample_bytes": _COUNT,
-        "token_bytes": {"type": "integer", "enum": [2, 4]},
-        "tokens_sha256": _DIGEST,
-        "train_tokens": _COUNT,
-        "validation_tokens": _COUNT,
-        "scored_bytes": _COUNT,
-    }
-)
-
-
-@functools.cache
-def _validator() -> Callable[[Any], Any]:
-    return fastjsonschema.compile(_SCHEMA)
+def token_bytes(vocab_size: int) -> int:
+    """Returns the width of an id in ``tokens.bin``: 2 bytes, or 4 for a vocabulary that needs them."""
+    return 2 if vocab_size <= 1 << 16 else 4

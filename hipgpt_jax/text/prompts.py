@@ -141,7 +141,7 @@ class File:
         if self._spool:
             weakref.finalize(self, self._spool.close)
         self._state = None if self._spool else _state(path)
-        packing = "" if self._spool else documents.Form.of(path.name).packing
+        packing = "" if self._spool else documents.Format.of(path.name).compression
         self._is_json = path.name.lower().removesuffix(packing).endswith(_JSON_SUFFIXES)
         with self._open() as file:
             _require_utf8(file.read(4096), path)

@@ -1,4 +1,4 @@
-"""Strings at which a text ends, found while it streams."""
+"""Stop strings, matched while a text streams."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass
 class StopFilter:
-    """Passes text on until it holds one of the stop strings, and nothing from there on.
+    """Streaming filter that ends a text before the first match of a stop string.
 
-    The stop string that is whole first counts, of those that are whole at once the longest, so the
-    result does not depend on how the text was cut into pieces. What could still become a match, and no
-    more, is held back.
+    The first match is the one that is complete first; of several that end at one character, the longest. The result
+    therefore does not depend on how the text is divided into pieces. Text is held back only if it may become a match.
 
     Attributes:
-        stops: The strings, each of at least one character.
-        found: The one that ended the text, or None.
+        stops: Stop strings, each of at least one character.
+        found: The stop string that ended the text, or None.
 
     >>> filter = StopFilter(["aab"])
     >>> [filter.push(piece) for piece in ("x", "a", "aa", "b", "y")], filter.found
@@ -26,7 +25,7 @@ class StopFilter:
     _held: str = ""
 
     def push(self, text: str) -> str:
-        """Takes the next piece and returns what is certain to stand before a match."""
+        """Takes the next piece and returns the text that cannot be part of a match."""
         if self.found is not None:
             return ""
         if not self.stops:
@@ -42,11 +41,11 @@ class StopFilter:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """Returns what was held back, which no further text can complete now."""
+        """Returns the text that was held back, at the end of the text."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of ``stop`` that ``text`` ends with."""
+    """Returns the length of the longest proper prefix of ``stop`` that is a suffix of ``text``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

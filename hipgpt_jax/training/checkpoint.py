@@ -14,7 +14,7 @@ import safetensors
 
 from hipgpt_jax import config, files, training_config, version
 from hipgpt_jax.runs import directory, states, weights
-from hipgpt_jax.text import dataset
+from hipgpt_jax.text import manifest
 from hipgpt_jax.training import mesh, step
 
 KEPT_STATES = 2
@@ -38,7 +38,7 @@ class Writer:
     directory: Path
     model: config.ModelConfig
     train: training_config.TrainConfig
-    manifest: dataset.Manifest
+    manifest: manifest.Manifest
     weights_dtype: str
     attention: str
 
@@ -102,9 +102,9 @@ class Writer:
         return {
             "model": dataclasses.asdict(self.model),
             "tokenizer": {
-                "path": dataset.TOKENIZER_NAME,
-                "tokens_path": dataset.TOKENS_NAME,
-                "sha256": files.sha256(self.directory / dataset.TOKENIZER_NAME),
+                "path": manifest.TOKENIZER_NAME,
+                "tokens_path": manifest.TOKENS_NAME,
+                "sha256": files.sha256(self.directory / manifest.TOKENIZER_NAME),
             },
             "data": dataclasses.asdict(self.manifest),
             "training": {**training_section(self.train), "attention": self.attention},

@@ -1,9 +1,9 @@
-"""Uncompressed content of gzip and Zstandard files, in bounded memory."""
+"""Streams over gzip and Zstandard files, in bounded memory."""
 
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _BUFFER_BYTES = 1 << 18
 _GZIP_BLOCK_BYTES = 1 << 16
-# A call returns all that its input stands for, and 4 bytes of Zstandard can stand for 128 KiB: 32 MiB at most.
+# One call decompresses all of its input. 4 bytes of Zstandard can expand to 128 KiB, 1 KiB to 32 MiB.
 _ZSTANDARD_BLOCK_BYTES = 1 << 10
-# The most that zstd's own command line makes, by --long=31. It is allocated as it is filled.
+# The largest window of the zstd command, by --long=31. It is allocated as it is filled.
 _MAX_WINDOW_BYTES = 1 << 31
-# By a part of Zstandard's error message; any other error means that the file is damaged.
+# Causes by a part of Zstandard's error message. Any other error means that the file is damaged.
 _CAUSES = {
     "too much memory": "needs a window of more than 2 GiB to be unpacked, or is damaged: unpack it with zstd -d first",
     "llocation error": "needs more memory to be unpacked than there is: unpack it with zstd -d first",
@@ -27,60 +27,58 @@ _CAUSES = {
 
 
 def open(path: Path, suffix: str) -> io.BufferedReader:
-    """Opens a compressed file.
+    """Opens the uncompressed content of a file.
 
     Args:
         path: The file.
-        suffix: One of ``SUFFIXES``, the format of the file.
+        suffix: Compression format, one of ``SUFFIXES``.
 
     Returns:
-        Its uncompressed content. Reading it raises ValueError, with path and cause, where it cannot be unpacked.
+        A stream. Reading it raises ValueError with path and cause if the file cannot be decompressed.
     """
-    return io.BufferedReader(_Unpacked(path, suffix), _BUFFER_BYTES)
+    return io.BufferedReader(_Stream(path, _READERS[suffix](path)), _BUFFER_BYTES)
 
 
-class _Unpacked(io.RawIOBase):
-    def __init__(self, path: Path, suffix: str) -> None:
-        self._path = path
-        self._blocks = _UNPACK[suffix](path)
-        self._rest = memoryview(b"")
+class _Stream(io.RawIOBase):
+    """Readable stream over a generator of blocks."""
+
+    def __init__(self, path: Path, blocks: Generator[bytes, None, None]) -> None:
+        self._path, self._blocks, self._rest = path, blocks, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Fills the buffer unless the content ends, so that a peek shows the head of the file."""
+        """Fills the buffer, except at the end of the content, so that ``peek`` shows the head of the file."""
         view, filled = memoryview(buffer).cast("B"), 0
-        while filled < len(view):
-            if not self._rest:
-                if (block := self._next()) is None:
-                    break
-                self._rest = memoryview(block)
-            size = min(len(view) - filled, len(self._rest))
-            view[filled : filled + size] = self._rest[:size]
-            self._rest, filled = self._rest[size:], filled + size
+        while filled < len(view) and (self._rest or self._read_block()):
+            part, self._rest = self._rest[: len(view) - filled], self._rest[len(view) - filled :]
+            view[filled : filled + len(part)] = part
+            filled += len(part)
         return filled
 
-    def _next(self) -> bytes | None:
+    def _read_block(self) -> bool:
+        """Reads the next block that is not empty; returns whether there is one."""
         try:
-            return next(self._blocks, None)
+            self._rest = next(filter(None, self._blocks), b"")
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             cause = next((text for part, text in _CAUSES.items() if part in str(error)), "is damaged or cut short")
             raise ValueError(f"{self._path} {cause}: {error}") from error
+        return bool(self._rest)
 
     def close(self) -> None:
         self._blocks.close()
         super().close()
 
 
-def _ungzip(path: Path) -> Generator[bytes, None, None]:
+def _read_gzip(path: Path) -> Generator[bytes, None, None]:
     with gzip.open(path) as file:
         while block := file.read(_GZIP_BLOCK_BYTES):
             yield block
 
 
-def _unzstandard(path: Path) -> Generator[bytes, None, None]:
-    # Not the library's stream_reader, to which a file that was cut short is one that ends there.
+def _read_zstandard(path: Path) -> Generator[bytes, None, None]:
+    # The library's own stream_reader takes a truncated file for one that ends there.
     frame = None
     with path.open("rb") as file:
         while block := file.read(_ZSTANDARD_BLOCK_BYTES):
@@ -92,5 +90,5 @@ def _unzstandard(path: Path) -> Generator[bytes, None, None]:
         raise EOFError("the last frame has no end")
 
 
-_UNPACK: dict[str, Callable[[Path], Generator[bytes, None, None]]] = {".gz": _ungzip, ".zst": _unzstandard}
-SUFFIXES = tuple(_UNPACK)
+_READERS = {".gz": _read_gzip, ".zst": _read_zstandard}
+SUFFIXES = tuple(_READERS)
