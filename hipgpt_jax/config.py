@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 # Far beyond any model that was trained, and small enough that what is computed of them takes no time.
 _LARGEST = {
@@ -72,7 +73,7 @@ def shortened(value: object) -> str:
 
 def require_text(name: str, value: object) -> None:
     """Raises ValueError where a value is no text of at least one character that UTF-8 can hold."""
-    if not isinstance(value, str) or not value or any("\ud800" <= char <= "\udfff" for char in value):
+    if not isinstance(value, str) or not value or _SURROGATE.search(value):
         raise ValueError(f"{name} must be a text of at least one character, in UTF-8: got {value!r}")
 
 

@@ -22,9 +22,15 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def read(path: Path) -> list[prompts.Prompt]:
+    found = list(prompts.PromptFile(path))
+    prompts.check_unique(found)
+    return found
+
+
 def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", "\ufeffFirst\n\n  two words \r\nünï\u2028code\x0bhere\n{}")
-    assert [prompt.text for prompt in prompts.read(path)] == ["First", "  two words ", "ünï\u2028code\x0bhere", "{}"]
+    assert [prompt.text for prompt in read(path)] == ["First", "  two words ", "ünï\u2028code\x0bhere", "{}"]
 
 
 def test_json_lines_have_settings_of_their_own(tmp_path: Path) -> None:
@@ -33,7 +39,7 @@ def test_json_lines_have_settings_of_their_own(tmp_path: Path) -> None:
         {"prompt": "c", "id": "x", "seed": 7, "num_samples": 3, "num_tokens": 9, "eos_id": 5, "stop": ["\n", "."]},
         {"prompt": "d", "temp": 0, "top_k": 3, "top_p": 0.5, "rep_penalty": 1, "stop": "!"},
     ]
-    first, second, third = prompts.read(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines))))
+    first, second, third = read(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines))))
     assert (first.text, first.id, dict(first.generation), dict(first.sampling)) == ("a\nb", None, {}, {})
     assert second.id == second.name == "x"
     assert second.generation == {"seed": 7, "num_samples": 3, "num_tokens": 9, "eos_id": 5, "stop": ("\n", ".")}
@@ -42,9 +48,9 @@ def test_json_lines_have_settings_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> None:
-    plain = prompts.read(write(tmp_path / "p.txt", "one\ntwo\none\n"))
-    (as_json,) = prompts.read(write(tmp_path / "p.jsonl", '{"num_samples": 9, "prompt": "one"}'))
-    seeded = prompts.read(write(tmp_path / "q.jsonl", '{"prompt": "one", "seed": 1}\n{"prompt": "one", "temp": 2}'))
+    plain = read(write(tmp_path / "p.txt", "one\ntwo\none\n"))
+    (as_json,) = read(write(tmp_path / "p.jsonl", '{"num_samples": 9, "prompt": "one"}'))
+    seeded = read(write(tmp_path / "q.jsonl", '{"prompt": "one", "seed": 1}\n{"prompt": "one", "temp": 2}'))
     assert plain[0].name == plain[2].name == as_json.name == "00c6ef9ef6f5d622"
     assert len({prompt.name for prompt in [*plain, *seeded]}) == 4
 
@@ -59,8 +65,11 @@ def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> 
         (b'{"prompt": "a"}\n{"prompt": 3}', r"line 2: prompt must be a text .*: got 3"),
         (b'{"prompt": "a"', r"line 1: not JSON: Expecting ',' delimiter at column 15"),
         (b'["a"]', "line 1: must be a JSON object with a prompt: got list"),
-        (b'{"prompt": "a", "heat": 1}', "line 1: unknown key 'heat': the keys are id, prompt, seed"),
-        (b'{"prompt": "a", "temp": 1, "temperature": 1}', "line 1: temp is given twice, once under another name"),
+        (b'{"prompt": "a", "heat": 1}', "line 1: unknown key 'heat': the keys are id, prompt, num_tokens"),
+        (
+            b'{"prompt": "a", "temp": 1, "temperature": 1}',
+            "line 1: temperature is given twice, under two names: temp, temperature",
+        ),
         (b'{"prompt": "a", "prompt": "b"}', "line 1: not JSON: key 'prompt' appears twice"),
         (b'{"prompt": "a", "id": 3}', "line 1: id must be a text .*: got 3"),
         (b'{"prompt": "a", "id": "\\ud800"}', "line 1: id must be a text .* in UTF-8"),
@@ -71,10 +80,10 @@ def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> 
         ),
         (b'{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', "line 3: id 'x' is that of line 1 too"),
         (b'{"prompt": "a", "temp": -1}', "line 1: temp must be at least 0"),
-        (b'{"prompt": "a", "temp": "hot"}', "line 1: temp must be a number: got 'hot'"),
+        (b'{"prompt": "a", "temp": "hot"}', "line 1: temp.* must be a number: got 'hot'"),
         (b'{"prompt": "a", "temp": NaN}', "line 1: not JSON: NaN is not a JSON number"),
         (b'{"prompt": "a", "top_k": 1.5}', "line 1: top_k must be an integer"),
-        (b'{"prompt": "a", "top_k": true}', "line 1: top_k must be a number: got True"),
+        (b'{"prompt": "a", "top_k": true}', "line 1: top_k must be an integer .*: got True"),
         (b'{"prompt": "a", "seed": -1}', "line 1: seed must be an integer of at least 0"),
         (b'{"prompt": "a", "seed": 4294967296}', "line 1: seed must be at most 4294967295"),
         (b'{"prompt": "a", "num_samples": 0}', "line 1: num_samples must be an integer of at least 1"),
@@ -88,25 +97,25 @@ def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> 
 def test_a_broken_file_is_told_with_the_line_and_the_reason(tmp_path: Path, content: bytes, message: str) -> None:
     path = write(tmp_path / "p.jsonl", content)
     with pytest.raises(ValueError, match=message) as caught:
-        prompts.read(path)
+        read(path)
     assert str(caught.value).startswith(str(path))
 
 
 @pytest.mark.parametrize("suffix", [".ndjson", ".json", ".JSONL"])
 def test_json_lines_are_known_by_more_names(tmp_path: Path, suffix: str) -> None:
-    (prompt,) = prompts.read(write(tmp_path / f"p{suffix}", '{"prompt": "a", "top_logprobs": 3}'))
+    (prompt,) = read(write(tmp_path / f"p{suffix}", '{"prompt": "a", "top_logprobs": 3}'))
     assert (prompt.text, prompt.generation["top_logprobs"]) == ("a", 3)
 
 
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     lines = r'{"prompt": "a\ud83d"}', r'{"prompt": "\udcc3\udca9"}', r'{"prompt": "\ud83d\ude00"}'
-    found = prompts.read(write(tmp_path / "p.jsonl", "\n".join(lines)))
+    found = read(write(tmp_path / "p.jsonl", "\n".join(lines)))
     assert [prompt.text for prompt in found] == ["a\ufffd", "\ufffd\ufffd", "\U0001f600"]
 
 
 def test_the_names_of_settings_in_records_are_accepted(tmp_path: Path) -> None:
     line = '{"prompt": "a", "temperature": 0.5, "repetition_penalty": 1.5}'
-    (prompt,) = prompts.read(write(tmp_path / "p.jsonl", line))
+    (prompt,) = read(write(tmp_path / "p.jsonl", line))
     assert prompt.sampling == {"temperature": 0.5, "repetition_penalty": 1.5}
     assert prompt.name == prompts.Prompt(text="a", sampling={"temperature": 0.5, "repetition_penalty": 1.5}).name
 
@@ -114,29 +123,29 @@ def test_the_names_of_settings_in_records_are_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("packing", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
 def test_a_file_may_be_compressed(tmp_path: Path, packing: str, pack: Callable[[bytes], bytes]) -> None:
     path = write(tmp_path / f"p.jsonl{packing}", pack(b'{"prompt": "a"}\n   \n{"prompt": "b"}\n'))
-    assert [prompt.text for prompt in prompts.read(path)] == ["a", "b"]
+    assert [prompt.text for prompt in read(path)] == ["a", "b"]
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises((ValueError, OSError), match=re.escape(str(path))):
-        prompts.read(path)
+        read(path)
 
 
 def test_a_pipe_is_read_by_its_first_line_and_repeatedly() -> None:
     for content, texts in ((b'{"prompt": "a"}\n', ["a"]), (b"a\nb\n", ["a", "b"])):
-        found = prompts.File(Path("stdin"), io.BytesIO(content))
+        found = prompts.PromptFile(Path("stdin"), io.BytesIO(content))
         for _ in range(2):
             assert [prompt.text for prompt in found] == texts
 
 
 def test_a_name_that_hides_json_lines_gets_a_hint(tmp_path: Path) -> None:
-    found = prompts.File(write(tmp_path / "p.txt", '{"prompt": "a"}\n'))
+    found = prompts.PromptFile(write(tmp_path / "p.txt", '{"prompt": "a"}\n'))
     assert [prompt.text for prompt in found] == ['{"prompt": "a"}']
     assert "the name of a file of JSON lines must end in .jsonl" in str(found.hint)
-    assert prompts.File(write(tmp_path / "q.txt", "a\n")).hint is None
+    assert prompts.PromptFile(write(tmp_path / "q.txt", "a\n")).hint is None
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", "one\ntwo\n")
-    found = prompts.File(path)
+    found = prompts.PromptFile(path)
     assert len(list(found)) == 2
     path.write_text("one\ntwo\nthree\n")
     with pytest.raises(ValueError, match="was changed while it was being read"):
@@ -146,11 +155,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
 def test_a_line_of_any_length_takes_bounded_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt.gz", gzip.compress(b"a" * (prompts.MAX_LINE_BYTES + 1) + b"\n"))
     with pytest.raises(ValueError, match="line 1 is longer than 16 MiB"):
-        prompts.read(path)
+        read(path)
 
 
 def test_prompts_are_told_apart_in_a_few_bytes_each() -> None:
-    names = prompts.Names()
+    names = prompts.NameIndex()
     tracemalloc.start()
     for number in range(20_000):
         names.add(prompts.Prompt(text=f"text {number % 19_000}"))
@@ -163,9 +172,9 @@ def test_prompts_are_told_apart_in_a_few_bytes_each() -> None:
 
 def test_one_id_for_two_prompts_is_refused() -> None:
     one, other = prompts.Prompt(text="a", id="x"), prompts.Prompt(text="b", id="x")
-    prompts.require_distinct([one, one])
+    prompts.check_unique([one, one])
     with pytest.raises(ValueError, match="prompt 2: id 'x' is that of prompt 1 too"):
-        prompts.require_distinct([one, other])
+        prompts.check_unique([one, other])
 
 
 def test_mutated_files_are_prompts_or_a_value_error(tmp_path: Path) -> None:
@@ -191,7 +200,7 @@ def test_mutated_files_are_prompts_or_a_value_error(tmp_path: Path) -> None:
         mutated = content[:at] + draw.choice((*nasty, draw.randbytes(3))) + content[at + length :]
         path = write(tmp_path / "p.jsonl", mutated)
         try:
-            assert all(prompt.text for prompt in prompts.read(path))
+            assert all(prompt.text for prompt in read(path))
         except ValueError as error:
             messages.append(str(error))
     assert messages
@@ -200,13 +209,13 @@ def test_mutated_files_are_prompts_or_a_value_error(tmp_path: Path) -> None:
 
 
 def test_a_prompt_tells_where_it_stands(tmp_path: Path) -> None:
-    found = prompts.read(write(tmp_path / "p.txt", "one\n\ntwo"))
-    assert [prompt.place for prompt in found] == [f"{tmp_path}/p.txt line 1", f"{tmp_path}/p.txt line 3"]
+    found = read(write(tmp_path / "p.txt", "one\n\ntwo"))
+    assert [prompt.location for prompt in found] == [f"{tmp_path}/p.txt line 1", f"{tmp_path}/p.txt line 3"]
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"prompts file not found: .*none\.txt"):
-        prompts.read(tmp_path / "none.txt")
+        read(tmp_path / "none.txt")
 
 
 PIECES = st.sampled_from(
@@ -226,7 +235,7 @@ PIECES = st.sampled_from(
 )
 def test_any_bytes_are_prompts_or_a_value_error(tmp_path: Path, content: bytes, name: str) -> None:
     try:
-        found = prompts.read(write(tmp_path / name, content))
+        found = read(write(tmp_path / name, content))
     except ValueError:
         return
     assert all((prompt.text and "\n" not in prompt.text) or name == "p.jsonl" for prompt in found)

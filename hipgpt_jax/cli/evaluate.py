@@ -139,13 +139,13 @@ def _check_output() -> Path | None:
 
 def _read_prompts(source: loading.Source) -> list[prompts.Prompt]:
     texts = list(program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value))
-    prompts.require_distinct(texts)
+    prompts.check_unique(texts)
     if any(one.generation or one.sampling for one in texts):
         program.note("generation settings in the prompts file are ignored: they do not affect the score of a text")
     for number, one in enumerate(texts, 1):
         if len(source.vocabulary.encode(one.text)) < 2:
             name = config.shortened(one.text if one.id is None else one.id)
-            raise ValueError(f"{one.place or f'text {number}'} ({name}): a text to score needs at least 2 tokens")
+            raise ValueError(f"{one.location or f'text {number}'} ({name}): a text to score needs at least 2 tokens")
     return texts
 
 

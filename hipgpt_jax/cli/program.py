@@ -161,10 +161,10 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> Iterable[promp
     return [prompts.Prompt(text=_read_stdin() if prompt == "-" else prompt)]
 
 
-def _open_prompts(name: str) -> prompts.File:
+def _open_prompts(name: str) -> prompts.PromptFile:
     if name == "-" and sys.stdin is None:
         raise ValueError("--prompts_file - reads stdin, which is closed")
-    found = prompts.File(Path("stdin"), sys.stdin.buffer) if name == "-" else prompts.File(Path(name))
+    found = prompts.PromptFile(Path("stdin"), sys.stdin.buffer) if name == "-" else prompts.PromptFile(Path(name))
     if found.hint:
         note(found.hint)
     return found

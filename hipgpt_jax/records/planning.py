@@ -51,7 +51,7 @@ class Plan:
         self._found, self._several, self._defaults, self._out = found, several, (sampling, generation), out
         generation.check_vocabulary(found.vocabulary.vocab_size)
         is_alone = isinstance(several, list) and len(several) == 1
-        names, wanted, done = prompts.Names(), array.array("Q"), array.array("Q")
+        names, wanted, done = prompts.NameIndex(), array.array("Q"), array.array("Q")
         for number, prompt in enumerate(several, 1):
             try:
                 self._check(prompt)
@@ -60,7 +60,7 @@ class Plan:
             names.add(prompt)
             wanted.append(self._number(prompt))
             done.append(self._count_done(prompt))
-        names.require_distinct(several)
+        names.check_unique(several)
         order, starts = names.groups()
         self.prompts = len(wanted)
         self.repeated = len(wanted) - len(starts)
@@ -103,7 +103,7 @@ class Plan:
 
 
 def _sum_of_largest(values: "array.array[int]", order: np.ndarray, starts: np.ndarray) -> int:
-    """Returns the sum of the largest value of each group; see ``prompts.Names.groups`` for the groups."""
+    """Returns the sum of the largest value of each group; see ``prompts.NameIndex.groups`` for the groups."""
     return int(np.maximum.reduceat(np.array(values, np.uint64)[order], starts).sum()) if len(starts) else 0
 
 

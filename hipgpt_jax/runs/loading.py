@@ -88,7 +88,7 @@ class Source:
 
 
 def prompt_name(prompt: prompts.Prompt, number: int) -> str:
-    return f"{prompt.place or f'prompt {number}'} ({prompt.name})"
+    return f"{prompt.location or f'prompt {number}'} ({prompt.name})"
 
 
 def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig, where: Path | None = None) -> Source:
