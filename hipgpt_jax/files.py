@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, renamed."""
+"""Atomic files, which are written under a temporary name, flushed and renamed; strict JSON."""
 
 import collections
 import contextlib
@@ -18,12 +18,12 @@ from typing import Any, BinaryIO, TextIO
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"(?:/dev|/proc/(?:thread-)?self)/fd/(\d{1,9})")
 _MAX_NAME = 235
-_MAX_DIGITS = 30  # of an integer in JSON; none of ours has more than 19
+_MAX_DIGITS = 30  # of an integer in JSON; ours have at most 19
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name; the file written there becomes ``path``, or vanishes if the block raises.
+    """Yields a temporary path; the file written there replaces ``path``, or is deleted if the block raises.
 
     Raises:
         OSError: The file cannot be written; the message names ``path``.
@@ -31,12 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # a library may have made it for its user alone
+        temporary.chmod(0o666 & ~_umask())  # a library may have created it with mode 0600
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        # The temporary name means nothing to a user, and Python names no file when the disk is full.
+        # The temporary name means nothing to users, and Python names no file when the disk is full.
         if str(error.filename) == str(temporary) or _is_full(error):
             raise type(error)(f"{path} cannot be written: {error.strerror}") from error
         raise
@@ -46,15 +46,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def destination(path: Path) -> Path:
-    """Returns the file that a write to ``path`` changes: the target of a link, else ``path`` itself.
+    """Returns the file that a write to ``path`` changes: the target of a link, or ``path`` itself.
 
-    A pipe or a device keeps its name: ``/dev/stdout`` resolves to ``/proc/1/fd/pipe:[7]``, which is no path.
+    Pipes and devices are not resolved: ``/dev/stdout`` would become ``/proc/1/fd/pipe:[7]``, which does not exist.
     """
     return path if is_stream(path) else path.resolve()
 
 
 def is_stream(path: Path) -> bool:
-    """Returns whether ``path`` is a pipe, a device or a descriptor of this process, which cannot be replaced."""
+    """Returns whether ``path`` is a pipe, a device or a descriptor of this process, none of which can be replaced."""
     if descriptor(path) is not None:
         return True
     with contextlib.suppress(OSError):
@@ -64,9 +64,9 @@ def is_stream(path: Path) -> bool:
 
 
 def descriptor(path: Path) -> int | None:
-    """Returns the descriptor that ``/dev/stdout``, ``/dev/fd/63`` and the like name; None for other paths.
+    """Returns the descriptor of a path such as ``/dev/stdout`` or ``/dev/fd/63``; None for other paths.
 
-    Opening such a path again would truncate a file that stdout was redirected to, and write over what was printed.
+    Opening such a path again would truncate a file to which stdout is redirected, and overwrite what was printed.
     """
     if str(path) in _STANDARD:
         return _STANDARD[str(path)]
@@ -93,12 +93,12 @@ def writing_stream(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[TextIO]:
-    """Opens a text file that becomes whole or stays what it was; a link's target is written, not the link.
+    """Opens a text file that is replaced atomically at the end of the block, unless it raises.
 
-    A device or a pipe is written to as it is.
+    The target of a link is replaced, not the link. Devices and pipes are written to directly.
 
     Raises:
-        OSError: It cannot be written; the message has its name.
+        OSError: It cannot be written; the message names ``path``.
     """
     if is_stream(path):
         with writing_stream(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as file:
@@ -114,21 +114,21 @@ def writing(path: Path) -> Iterator[TextIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` as UTF-8 in one atomic replacement."""
+    """Writes ``text`` as UTF-8, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON in one atomic replacement."""
+    """Writes ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class _Float(float):
-    """A number written with a point or an exponent, which JSON schemas would otherwise accept as an integer."""
+    """A number with a decimal point or an exponent, which JSON schemas would otherwise accept as an integer."""
 
     def is_integer(self) -> bool:
-        """Returns False: ``1.0`` is no integer."""
+        """Returns False: ``1.0`` is not an integer."""
         return False
 
 
@@ -139,11 +139,11 @@ def parse_json(text: str | bytes) -> Any:
         text: One JSON value; bytes are UTF-8.
 
     Returns:
-        The value. ``fastjsonschema`` does not accept its floats as integers.
+        The value; ``fastjsonschema`` does not accept its floats as integers.
 
     Raises:
-        ValueError: The text is not JSON, repeats a key, is nested too deeply, or holds NaN, an infinity or a number
-            that float64 cannot represent.
+        ValueError: The text is not JSON, repeats a key, is nested too deeply, or contains NaN, an infinity or a number
+            beyond float64.
 
     >>> parse_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
@@ -158,11 +158,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON, as ``object_pairs_hook`` of ``json.loads``; raises ValueError if it repeats a key."""
+    """Returns a JSON object, as ``object_pairs_hook`` of ``json.loads``; raises ValueError for a repeated key."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {shortened(repr(twice))} appears twice")
+        [(key, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shortened(repr(key))} appears twice")
     return value
 
 
@@ -185,7 +185,7 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-# Made once: json.loads would make one per call, which takes as long as parsing a short line.
+# One instance: json.loads would create one per call, which takes as long as parsing a short line.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=unique_keys,
     parse_constant=_refuse_constant,
@@ -195,7 +195,7 @@ _DECODER = json.JSONDecoder(
 
 
 def shortened(text: str, limit: int = 200) -> str:
-    """Returns text for an error message, of one line and at most ``limit`` characters."""
+    """Returns text for an error message, on one line and of at most ``limit`` characters."""
     text = " ".join(text[: 2 * limit].split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -225,8 +225,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file holds no JSON object.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not a JSON object.
     """
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
@@ -235,12 +235,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object: got {type(value).__name__}")
+        raise ValueError(f"{path} must be a JSON object: got {type(value).__name__}")
     return value
 
 
 def link(path: Path, target: str) -> None:
-    """Makes ``path`` a relative link to ``target``, replacing an older link in one step."""
+    """Makes ``path`` a relative link to ``target``, atomically."""
     temporary = _temporary(path)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

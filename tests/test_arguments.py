@@ -8,6 +8,7 @@ from absl import flags
 
 from hipgpt_jax import cli as package
 from hipgpt_jax.cli import arguments, doctor, evaluate, generate, inspect, plot, replay, train_flags
+from hipgpt_jax.cli import flags as shared
 
 FLAGS = {
     "doctor": doctor.FLAGS,
@@ -148,6 +149,32 @@ def test_every_flag_is_classified_as_text_or_not() -> None:
     }
     assert strings >= arguments.TEXT_FLAGS
     assert strings - arguments.TEXT_FLAGS <= names, "add the new flag to TEXT_FLAGS, or to this list if it is no text"
+
+
+@pytest.mark.parametrize(
+    ("program", "message", "expected"),
+    [
+        (
+            "generate",
+            "window must be at least 1 (the window): got 0",
+            "--max_seq_len must be at least 1 (the window): got 0",
+        ),
+        ("generate", "repetition_penalty must be a number: got 'top_k'", "--rep-penalty must be a number: got 'top_k'"),
+        (
+            "generate",
+            "overflow must be one of roll, stop: got 'seed'",
+            "--overflow must be one of roll, stop: got 'seed'",
+        ),
+        ("generate", "device 'cuda': JAX found no device", "--device 'cuda': JAX found no device"),
+        ("generate", "the seed must be small", "the seed must be small"),
+        ("train", "embed_dim must be a multiple of num_heads: got 3", "--dim must be a multiple of --heads: got 3"),
+        ("train", "learning_rate and clip must be above 0", "--lr and --clip must be above 0"),
+        ("train", "max_seq_len must be at most 9: choose max_seq_len 9", "--seq must be at most 9: choose --seq 9"),
+        ("evaluate", "num_samples must be at least 1", "num_samples must be at least 1"),
+    ],
+)
+def test_errors_about_fields_name_the_flags_of_the_program(program: str, message: str, expected: str) -> None:
+    assert shared.translate(message, FLAGS[program]) == expected
 
 
 @pytest.mark.parametrize("name", FLAGS)

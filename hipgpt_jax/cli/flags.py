@@ -157,9 +157,11 @@ def translate(message: str, values: absl.flags.FlagValues) -> str:
     if message.partition(" ")[0] not in names:
         return message
 
+    subject = message.partition(":")[0]
+
     def replace(match: re.Match[str]) -> str:
-        # After the first colon, a name of one word is probably just a word.
-        is_name = match["name"] in names and ("_" in match["name"] or match.start() < message.find(":"))
+        # After the colon, a name without an underscore is probably just a word.
+        is_name = match["name"] in names and ("_" in match["name"] or match.start() < len(subject))
         return f"--{names[match['name']]}" if is_name else match[0]
 
     return _NAME.sub(replace, message)
