@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # JAX settings that can change a computed number, each with its default in JAX 0.10 to 0.12. Settings that are not
 # listed log, cache, check, choose devices, or belong to features that this package does not use. Two that would matter
-# are neutralized instead: jax_random_seed_offset by `key_of`, jax_threefry_partitionable by `step.fixed_random_bits`.
+# are neutralized instead: jax_random_seed_offset by `key_of`, jax_threefry_partitionable by
+# `train_step.fixed_random_bits`.
 _JAX_SETTINGS: Mapping[str, Any] = {
     "eager_constant_folding": False,
     "jax_allow_f16_reductions": True,

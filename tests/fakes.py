@@ -136,9 +136,9 @@ def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10), seed: int 
     return path
 
 
-def writer(path: Path, keep_last: int = 5) -> checkpoint.Writer:
+def writer(path: Path, keep_last: int = 5) -> checkpoint.CheckpointWriter:
     """Returns the writer of a run that ``make_run`` made."""
-    return checkpoint.Writer(
+    return checkpoint.CheckpointWriter(
         directory=path,
         model=RUN_MODEL,
         train=training_config.TrainConfig(keep_last=keep_last),

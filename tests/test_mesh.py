@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from hipgpt_jax import config, training_config
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import states, weights
-from hipgpt_jax.training import checkpoint, mesh, optimizer, step
+from hipgpt_jax.training import checkpoint, mesh, optimizer, train_step
 
 MODEL = config.ModelConfig(vocab_size=301, max_seq_len=16, embed_dim=32, num_heads=4, ff_hidden_dim=64, num_layers=2)
 TRAIN = training_config.TrainConfig(batch_size=8, steps=20, warmup_steps=2, learning_rate=3e-3)
@@ -36,7 +36,7 @@ def _standard_promotion() -> Iterator[None]:
 
 def layout_of(text: str, train: training_config.TrainConfig = TRAIN) -> mesh.Layout:
     rows = train.batch_size // train.grad_accum
-    return mesh.Layout.over(mesh.parse(text, batch_size=rows, available=jax.device_count()))
+    return mesh.Layout.create(mesh.parse(text, batch_size=rows, available=jax.device_count()))
 
 
 def batch_at(number: int) -> np.ndarray:
@@ -47,15 +47,15 @@ def parts_of(train: training_config.TrainConfig) -> tuple[transformer.Transforme
     return transformer.Transformer(MODEL, train.dtype, train.remat), optimizer.make(train)
 
 
-def run(text: str, **changes: Any) -> tuple[np.ndarray, step.TrainState]:
+def run(text: str, **changes: Any) -> tuple[np.ndarray, train_step.TrainState]:
     """Losses of 20 steps, and the state after them."""
     train = dataclasses.replace(TRAIN, **changes)
     layout, (model, tx) = layout_of(text, train), parts_of(train)
-    state = step.init_on(layout, model, tx, KEY)
-    train_step = step.make(model, tx, train, KEY, layout)
+    state = train_step.init_sharded(layout, model, tx, KEY)
+    take_step = train_step.make_train_step(model, tx, train, KEY, layout)
     losses = []
     for number in range(20):
-        state, measured = train_step(state, layout.rows(batch_at(number % 2)))
+        state, measured = take_step(state, layout.shard_batch(batch_at(number % 2)))
         losses.append(float(measured.loss))
     return np.asarray(losses), state
 
@@ -92,8 +92,8 @@ def test_accumulated_parts_are_the_large_batch(text: str, alone: np.ndarray) -> 
     found = []
     for parts in (1, 2, 4):
         train = dataclasses.replace(TRAIN, grad_accum=parts, clip=1e9)
-        state = step.init_on(layout, model, tx, KEY)
-        _, measured = step.make(model, tx, train, KEY, layout)(state, layout.rows(batch_at(0)))
+        state = train_step.init_sharded(layout, model, tx, KEY)
+        _, measured = train_step.make_train_step(model, tx, train, KEY, layout)(state, layout.shard_batch(batch_at(0)))
         found.append((float(measured.loss), float(measured.accuracy), float(measured.gradient_norm)))
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-6)
 
@@ -103,7 +103,9 @@ def test_remat_changes_memory_and_no_loss(alone: np.ndarray) -> None:
     np.testing.assert_allclose(run("data=1", remat=True)[0], alone, atol=1e-6)
     model, tx = parts_of(dataclasses.replace(TRAIN, remat=True))
     layout = layout_of("data=1")
-    jaxpr = jax.make_jaxpr(step.make(model, tx, TRAIN, KEY, layout))(step.init_on(layout, model, tx, KEY), batch_at(0))
+    jaxpr = jax.make_jaxpr(train_step.make_train_step(model, tx, TRAIN, KEY, layout))(
+        train_step.init_sharded(layout, model, tx, KEY), batch_at(0)
+    )
     assert "remat" in str(jaxpr) or "checkpoint" in str(jaxpr)
 
 
@@ -127,9 +129,9 @@ def test_bfloat16_computes_in_it_and_keeps_float32(alone: np.ndarray) -> None:
 
 
 def test_every_parameter_has_a_row_in_the_table() -> None:
-    shapes = step.shape_of(MODEL)
+    shapes = train_step.param_shapes(MODEL)
     assert len(jax.tree.leaves(shapes)) == len(weights.layout(MODEL))
-    shardings = layout_of("data=2,fsdp=2,model=2").of(shapes)
+    shardings = layout_of("data=2,fsdp=2,model=2").shardings_for(shapes)
     divided = [sharding.spec != PartitionSpec() for sharding in jax.tree.leaves(shardings)]
     assert sum(divided) == 2 + 2 * 6
 
@@ -144,16 +146,16 @@ def test_every_parameter_has_a_row_in_the_table() -> None:
 )
 def test_a_state_opens_on_another_mesh(tmp_path: Path, saved: str, opened: str) -> None:
     model, tx = parts_of(TRAIN)
-    state = step.init_on(layout_of(saved), model, tx, KEY)
+    state = train_step.init_sharded(layout_of(saved), model, tx, KEY)
     store = checkpoint.StateStore(tmp_path)
     store.save(state)
     store.close()
     store = checkpoint.StateStore(tmp_path)
     target = layout_of(opened)
-    like = step.init_on(target, model, tx, jax.random.key(9, impl="threefry2x32"))
+    like = train_step.init_sharded(target, model, tx, jax.random.key(9, impl="threefry2x32"))
     restored = store.restore(0, like, target)
     store.close()
-    for one, other, sharding in zip(*map(jax.tree.leaves, (restored, state, target.of(state))), strict=True):
+    for one, other, sharding in zip(*map(jax.tree.leaves, (restored, state, target.shardings_for(state))), strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.sharding.is_equivalent_to(sharding, one.ndim)
 

@@ -22,12 +22,12 @@ import jax, jax.numpy as jnp
 from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.generation import sampling
 from hipgpt_jax.model import attention, transformer
-from hipgpt_jax.training import optimizer, step
+from hipgpt_jax.training import optimizer, train_step
 model = config.ModelConfig(vocab_size=16, max_seq_len=8, embed_dim=8, num_heads=2, ff_hidden_dim=16, num_layers=1)
-with step.fixed_random_bits():
+with train_step.fixed_random_bits():
     key = numerics.key_of(3)
     adam = optimizer.make(training_config.TrainConfig())
-    state = jax.jit(lambda key: step.init(transformer.Transformer(model), adam, key))(key)
+    state = jax.jit(lambda key: train_step.init_state(transformer.Transformer(model), adam, key))(key)
     mask = attention.drop(jnp.ones((5, 7)), 0.5, key)
 words = sampling.key_words(5, (1, 2), 3)
 print(jax.random.key_data(sampling.sample_key(words)).tolist(), float(sampling.uniform(sampling.sample_key(words), 4)))

@@ -18,7 +18,7 @@ from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import loss, score
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
-from hipgpt_jax.training import mesh, metrics, optimizer, settings, step
+from hipgpt_jax.training import mesh, metrics, optimizer, resume, train_step
 
 MODEL = config.ModelConfig(vocab_size=40, max_seq_len=8, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 
@@ -35,11 +35,13 @@ def model() -> transformer.Transformer:
     return transformer.Transformer(MODEL)
 
 
-def make(model: transformer.Transformer, train: training_config.TrainConfig) -> tuple[step.TrainState, step.TrainStep]:
+def make(
+    model: transformer.Transformer, train: training_config.TrainConfig
+) -> tuple[train_step.TrainState, train_step.TrainStep]:
     key = jax.random.key(train.seed, impl="threefry2x32")
     tx = optimizer.make(train)
-    layout = mesh.Layout.over({"data": 1, "fsdp": 1, "model": 1})
-    return step.init_on(layout, model, tx, key), step.make(model, tx, train, key, layout)
+    layout = mesh.Layout.create({"data": 1, "fsdp": 1, "model": 1})
+    return train_step.init_sharded(layout, model, tx, key), train_step.make_train_step(model, tx, train, key, layout)
 
 
 def test_the_schedule_warms_up_linearly_and_ends_at_the_final_rate() -> None:
@@ -55,7 +57,7 @@ def test_the_schedule_warms_up_linearly_and_ends_at_the_final_rate() -> None:
 def test_only_matrices_decay(model: transformer.Transformer) -> None:
     train = training_config.TrainConfig(weight_decay=0.5, warmup_steps=0, learning_rate=0.1, steps=10)
     tx = optimizer.make(train)
-    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), step.shape_of(model.config))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), train_step.param_shapes(model.config))
     updates, _ = jax.jit(lambda params: tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params))(
         params
     )
@@ -66,7 +68,7 @@ def test_only_matrices_decay(model: transformer.Transformer) -> None:
 def test_the_gradient_is_clipped_by_its_global_norm(model: transformer.Transformer) -> None:
     train = training_config.TrainConfig(clip=1.0, weight_decay=0.0)
     tx = optimizer.make(train)
-    params = step.shape_of(model.config)
+    params = train_step.param_shapes(model.config)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     unit = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype) / np.float32(size**0.5), params)
     for scale, norm in ((100.0, 1.0), (0.01, 0.01)):
@@ -81,9 +83,9 @@ def test_a_step_is_a_function_of_state_and_batch(model: transformer.Transformer)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 9)), jnp.int32)
     results = []
     for _ in range(2):
-        state, train_step = make(model, train)
-        state, first = train_step(state, tokens)
-        state, second = train_step(state, tokens)
+        state, take_step = make(model, train)
+        state, first = take_step(state, tokens)
+        state, second = take_step(state, tokens)
         results.append((jax.tree.leaves(state), first.loss, second.loss))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -93,10 +95,10 @@ def test_a_step_is_a_function_of_state_and_batch(model: transformer.Transformer)
 def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Transformer) -> None:
     train = training_config.TrainConfig(steps=200, learning_rate=1e-2, warmup_steps=5, weight_decay=0.0)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 40, (3, 6)), jnp.int32)
-    state, train_step = make(model, train)
+    state, take_step = make(model, train)
     history = []
     for _ in range(120):
-        state, measured = train_step(state, tokens)
+        state, measured = take_step(state, tokens)
         history.append(measured)
     assert float(history[0].loss) == pytest.approx(np.log(40), rel=0.1)
     assert float(history[-1].loss) < 0.1
@@ -105,7 +107,7 @@ def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Trans
 
 @pytest.mark.slow
 def test_score_counts_every_token_but_the_first_once(model: transformer.Transformer) -> None:
-    params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
+    params = train_step.init_state(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 31).astype(np.uint16)
     scored = score.evaluate(model, params, ids, text_bytes=60, batch_size=3, length=8)
     nll, correct = 0.0, 0
@@ -143,7 +145,7 @@ def test_a_target_that_shares_the_largest_logit_is_right() -> None:
 
 @pytest.mark.slow
 def test_score_of_some_batches_is_a_part_of_the_whole(model: transformer.Transformer) -> None:
-    params = step.init(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
+    params = train_step.init_state(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 200).astype(np.uint16)
     some = score.evaluate(model, params, ids, text_bytes=199, batch_size=2, length=8, max_batches=3)
     assert some.tokens == 3 * 2 * 8
@@ -217,11 +219,11 @@ def test_mutated_metrics_and_settings_are_read_or_refused_in_one_line(
     """600 mutations of each file, with a fixed seed."""
     monkeypatch.setattr(directory, "CHECKPOINTS", tmp_path)
     train = training_config.TrainConfig(steps=40)
-    settings.begin(tmp_path, MODEL, train)
+    resume.write_settings(tmp_path, MODEL, train)
     for at in (10, 20, 30):
         metrics.append(tmp_path / "metrics.jsonl", {"step": at, "loss": 1.5, "validation_loss": 2.0, "accuracy": 0})
     longer = dataclasses.replace(train, steps=50)
-    settings.extend(tmp_path, longer, 20)
+    resume.extend(tmp_path, longer, 20)
     whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "settings.json")}
     draw = random.Random(8)
     refused: list[str] = []
@@ -231,8 +233,8 @@ def test_mutated_metrics_and_settings_are_read_or_refused_in_one_line(
         for read in (
             lambda: metrics.truncate(tmp_path / "metrics.jsonl", 25),
             lambda: metrics.best_step(tmp_path / "metrics.jsonl", 25),
-            lambda: settings.require_same(tmp_path, MODEL, longer, at=20, extend=True),
-            lambda: settings.extend(tmp_path, longer, 20),
+            lambda: resume.check_settings(tmp_path, MODEL, longer, step=20, extend=True),
+            lambda: resume.extend(tmp_path, longer, 20),
         ):
             try:
                 read()
@@ -244,35 +246,35 @@ def test_mutated_metrics_and_settings_are_read_or_refused_in_one_line(
 
 def test_settings_say_what_changes_the_numbers(tmp_path: Path) -> None:
     train = training_config.TrainConfig(steps=40)
-    settings.begin(tmp_path, MODEL, train)
-    assert settings.require_same(tmp_path, MODEL, train, at=20, extend=False) == []
-    (line,) = settings.require_same(tmp_path, MODEL, dataclasses.replace(train, remat=True), at=20, extend=False)
+    resume.write_settings(tmp_path, MODEL, train)
+    assert resume.check_settings(tmp_path, MODEL, train, step=20, extend=False) == []
+    (line,) = resume.check_settings(tmp_path, MODEL, dataclasses.replace(train, remat=True), step=20, extend=False)
     assert (
         line == "the run was begun without --remat: its results will be equal within rounding, but not to the last bit"
     )
     longer = dataclasses.replace(train, steps=60)
-    settings.extend(tmp_path, longer, 30)
-    assert settings.require_same(tmp_path, MODEL, longer, at=30, extend=False) == []
-    (line,) = settings.require_same(tmp_path, MODEL, longer, at=20, extend=False)
+    resume.extend(tmp_path, longer, 30)
+    assert resume.check_settings(tmp_path, MODEL, longer, step=30, extend=False) == []
+    (line,) = resume.check_settings(tmp_path, MODEL, longer, step=20, extend=False)
     assert "extended to 60 steps at step 30: steps 21 to 30 are taken again with the longer schedule" in line
-    settings.extend(tmp_path, longer, 20)
-    assert settings.require_same(tmp_path, MODEL, longer, at=20, extend=False) == []
+    resume.extend(tmp_path, longer, 20)
+    assert resume.check_settings(tmp_path, MODEL, longer, step=20, extend=False) == []
     (tmp_path / "settings.json").write_text('{"model": {}, "training": {"steps": 40}, "extended": 1}')
     with pytest.raises(ValueError, match=r"settings.json does not hold the settings of a run: data.extended must be"):
-        settings.require_same(tmp_path, MODEL, train, at=20, extend=False)
+        resume.check_settings(tmp_path, MODEL, train, step=20, extend=False)
 
 
 def test_settings_name_the_hardware_that_the_last_bits_depend_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = training_config.TrainConfig(steps=40)
-    settings.begin(tmp_path, MODEL, train)
+    resume.write_settings(tmp_path, MODEL, train)
     held = json.loads((tmp_path / "settings.json").read_text())["numerics"]
     assert held["cores"] == numerics.cores()
     assert held["processor"] == numerics.processor()
     monkeypatch.setattr(numerics, "cores", lambda: 4096)
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/ann/dump")
-    (line,) = settings.require_same(tmp_path, MODEL, train, at=20, extend=False)
+    (line,) = resume.check_settings(tmp_path, MODEL, train, step=20, extend=False)
     assert line.startswith(f"the run was begun with other numerics: cores 4096 (it was {held['cores']}), xla_flags ")
     assert "/home" not in line
     assert line.endswith("equal those of the uninterrupted run within rounding, but not to the last bit")

@@ -57,12 +57,14 @@ def _train() -> None:
 
         import jax
 
-        from hipgpt_jax.training import mesh, step
+        from hipgpt_jax.training import mesh, train_step
 
         rows = train.batch_size // train.grad_accum
         sizes = mesh.parse(train_flags.MESH.value, batch_size=rows, available=jax.device_count())
-        layout = mesh.Layout.over(sizes)
-        layout.of(step.shape_of(model))  # raises for a mesh that does not fit, before anything is written
+        layout = mesh.Layout.create(sizes)
+        layout.shardings_for(
+            train_step.param_shapes(model)
+        )  # raises for a mesh that does not fit, before anything is written
         if is_distributed and jax.process_index() == 0:
             start = stack.enter_context(train_start.open_run())
         _run(train, start, device, layout)
@@ -74,7 +76,7 @@ def _run(
     """Trains; ``start`` is None in all processes except the first."""
     import jax
 
-    from hipgpt_jax.training import flops, loop, step
+    from hipgpt_jax.training import flops, loop, train_step
 
     if start:
         start.prepare()
@@ -84,7 +86,7 @@ def _run(
     run_directory = directory.CHECKPOINTS / run
     data = dataset.Dataset(run_directory)
     model = train_flags.model_config(data.manifest.vocab_size)
-    size = flops.size(step.shape_of(model))
+    size = flops.size(train_step.param_shapes(model))
     cost = flops.per_token(model, size)
     if start:
         start.begin(model, train)
@@ -101,18 +103,18 @@ def _run(
         weights_dtype=train_flags.WEIGHTS_DTYPE.value,
         attention=device.attention(train.dtype, model.head_dim, trains=True),
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
-        require_same_directory=start.held.check_directory if start else lambda: None,
+        check_directory=start.held.check_directory if start else lambda: None,
     )
     log = train_report.Log()
     with train_report.stopping() as stops, train_report.reporting(job, log, stops, resume_at) as report:
         if start:
             report = dataclasses.replace(report, saved=start.saved)
-        end = loop.train(job, report, resume_at=resume_at)
+        result = loop.train(job, report, resume_step=resume_at)
     if start:
-        if end.whole:
+        if result.completed:
             train_report.note(f"done: {shlex.join(['hipgpt-generate', '--run-name', run])} --prompt TEXT")
         else:
-            train_report.note(f"stopped and saved at step {end.at}; to go on: {train_flags.resume_command(run)}")
+            train_report.note(f"stopped and saved at step {result.step}; to go on: {train_flags.resume_command(run)}")
     log.raise_error()
 
 

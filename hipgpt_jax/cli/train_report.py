@@ -165,11 +165,11 @@ def reporting(job: "loop.Job", log: Log, stops: Callable[[], bool], resume_at: i
     with bar, _events(job, resume_at) as events:
         task = bar.add_task("train", total=job.train.steps, loss=float("nan"), rate=0.0)
         yield loop.Report(
-            line=line,
+            log=line,
             progress=lambda step, loss, rate: bar.update(task, completed=step, loss=loss, rate=rate),
             metrics=events.append if events else lambda line: None,
             sample=_sampling(job, line, events),
-            stops=lambda: stops() or log.failed,
+            should_stop=lambda: stops() or log.failed,
         )
 
 

@@ -122,16 +122,16 @@ class Start:
 
     def begin(self, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
         """Writes the settings of a new run, or compares those of a resumed one with its own."""
-        from hipgpt_jax.training import settings
+        from hipgpt_jax.training import resume
 
         if not train_flags.RESUME.value:
-            settings.begin(self.directory, model, train)
+            resume.write_settings(self.directory, model, train)
             return
         at = self.resume_at or 0
-        for line in settings.require_same(self.directory, model, train, at=at, extend=train_flags.EXTEND.value):
+        for line in resume.check_settings(self.directory, model, train, step=at, extend=train_flags.EXTEND.value):
             train_report.note(line)
         states.set_damaged_aside(self.directory, self.resume_at)
-        settings.extend(self.directory, train, at)
+        resume.extend(self.directory, train, at)
 
     def saved(self, at: int) -> None:
         """Deletes the run that this one replaced, as soon as this one has a checkpoint."""

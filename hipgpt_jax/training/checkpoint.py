@@ -15,13 +15,13 @@ import safetensors
 from hipgpt_jax import config, files, training_config, version
 from hipgpt_jax.runs import directory, states, weights
 from hipgpt_jax.text import manifest
-from hipgpt_jax.training import mesh, step
+from hipgpt_jax.training import mesh, train_step
 
 KEPT_STATES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writer:
+class CheckpointWriter:
     """Writes the weights and config of steps of one run.
 
     Each file is on disk before anything names it, so a kill at any moment leaves a run that opens.
@@ -42,53 +42,53 @@ class Writer:
     weights_dtype: str
     attention: str
 
-    def write(self, at: int, params: Any, *, latest: bool, best: bool) -> None:
+    def write(self, step: int, params: Any, *, latest: bool, best: bool) -> None:
         """Writes a step, points ``latest`` or ``best`` or both at it, and prunes older steps.
 
         Args:
-            at: The step.
+            step: The step.
             params: Its parameters, on the host.
             latest: Whether training can resume from here already, its state being complete.
             best: Whether no step evaluated so far had a lower validation loss.
         """
         run = self.directory.name
-        bin_path = self.directory / directory.weights_name(run, at)
+        bin_path = self.directory / directory.weights_name(run, step)
         weights.write(bin_path, params, self.model, self.weights_dtype)
-        files.write_json(self.directory / directory.config_name(run, at), self._describe(at, bin_path))
+        files.write_json(self.directory / directory.config_name(run, step), self._describe(step, bin_path))
         if latest:
-            self._link(at, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
+            self._link(step, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
         if best:
-            self._link(at, directory.BEST_CHECKPOINT, directory.BEST_CONFIG)
-        self._prune(spare=at)
+            self._link(step, directory.BEST_CHECKPOINT, directory.BEST_CONFIG)
+        self._prune(spare=step)
 
-    def link_latest(self, at: int) -> None:
+    def link_latest(self, step: int) -> None:
         """Points ``latest`` at a step that was written, and prunes older steps."""
-        self._link(at, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
-        self._prune(spare=at)
+        self._link(step, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
+        self._prune(spare=step)
 
-    def rewind(self, at: int, best: int | None) -> None:
+    def rewind(self, step: int, best: int | None) -> None:
         """Points the links at steps up to the one that a run resumes from.
 
         The files of later steps stay; they are written again when the run has come there.
 
         Args:
-            at: The step, whose weights are there.
+            step: The step, whose weights are there.
             best: The step up to there that has the lowest validation loss.
         """
-        self._link(at, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
+        self._link(step, directory.LATEST_CHECKPOINT, directory.LATEST_CONFIG)
         if best is not None and self.has(best):
             self._link(best, directory.BEST_CHECKPOINT, directory.BEST_CONFIG)
-        elif self._best_linked() > at:
+        elif self._best_linked() > step:
             for name in (directory.BEST_CHECKPOINT, directory.BEST_CONFIG):
                 (self.directory / name).unlink(missing_ok=True)
 
-    def has(self, at: int) -> bool:
+    def has(self, step: int) -> bool:
         """Returns whether a step's weights and config are there."""
-        path = directory.config_path(self.directory, at)
+        path = directory.config_path(self.directory, step)
         return path.is_file() and directory.weights_beside(path).is_file()
 
-    def _link(self, at: int, weights_link: str, config_link: str) -> None:
-        path = directory.config_path(self.directory, at)
+    def _link(self, step: int, weights_link: str, config_link: str) -> None:
+        path = directory.config_path(self.directory, step)
         files.link(self.directory / weights_link, directory.weights_beside(path).name)
         files.link(self.directory / config_link, path.name)
 
@@ -98,7 +98,7 @@ class Writer:
         match = re.search(r"_step(\d+)_config\.json$", link.readlink().name) if link.is_symlink() else None
         return int(match[1]) if match else -1
 
-    def _describe(self, at: int, bin_path: Path) -> dict[str, Any]:
+    def _describe(self, step: int, bin_path: Path) -> dict[str, Any]:
         return {
             "model": dataclasses.asdict(self.model),
             "tokenizer": {
@@ -110,7 +110,7 @@ class Writer:
             "training": {**training_section(self.train), "attention": self.attention},
             "checkpoint": {
                 "latest": bin_path.name,
-                "step": at,
+                "step": step,
                 "dtype": self.weights_dtype,
                 "sha256": files.sha256(bin_path),
             },
@@ -140,13 +140,13 @@ def training_section(train: training_config.TrainConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def saving(at: int) -> Iterator[None]:
+def saving(step: int) -> Iterator[None]:
     """Turns what the disk refuses into one line: the run is as it was before."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(
-            f"the checkpoint of step {at} could not be written: {error}. The run is as it was at its last whole "
+            f"the checkpoint of step {step} could not be written: {error}. The run is as it was at its last whole "
             f"checkpoint; make room, or mend what is wrong, and go on with --resume"
         ) from error
 
@@ -165,14 +165,14 @@ class StateStore:
         self._thread = futures.ThreadPoolExecutor(1, "training-state")
         self._saving: futures.Future[None] | None = None
 
-    def save(self, state: step.TrainState) -> None:
+    def save(self, state: train_step.TrainState) -> None:
         """Begins to save a state under its own step; the state may be donated at once."""
         self.wait()
-        at = int(state.step)
-        self._manager.save(at, args=ocp.args.StandardSave(state._asdict()), force=True)
-        self._saving = self._thread.submit(self._complete, at)
+        step = int(state.step)
+        self._manager.save(step, args=ocp.args.StandardSave(state._asdict()), force=True)
+        self._saving = self._thread.submit(self._complete, step)
 
-    def restore(self, at: int, like: step.TrainState, layout: mesh.Layout) -> step.TrainState:
+    def restore(self, step: int, like: train_step.TrainState, layout: mesh.Layout) -> train_step.TrainState:
         """Returns the state of a step, with the shapes and types of ``like`` and the sharding of ``layout``.
 
         The devices that it was saved from do not matter. Compare it with its digests first, see ``states.find_intact``.
@@ -182,16 +182,18 @@ class StateStore:
         """
         tree = like._asdict()
         abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, layout.of(tree)
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+            layout.shardings_for(tree),
         )
         try:
-            restored: Any = self._manager.restore(at, args=ocp.args.StandardRestore(abstract))
+            restored: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises Exception itself, and what TensorStore and JSON raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"the training state {states.path_of(self._run, at)} cannot be read: {type(error).__name__}: {reason}"
+                f"the training state {states.path_of(self._run, step)} cannot be read: {type(error).__name__}: {reason}"
             ) from error
-        return step.TrainState(**restored)
+        return train_step.TrainState(**restored)
 
     def is_complete(self) -> bool:
         """Returns whether nothing is being saved any more, be it for an error."""
@@ -211,9 +213,9 @@ class StateStore:
             self._thread.shutdown()
             self._manager.close()
 
-    def _complete(self, at: int) -> None:
+    def _complete(self, step: int) -> None:
         """Waits for Orbax, on a thread of its own: reading 1.5 GB for the digests takes about a second."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:  # by then the files of the other processes are on disk too
-            states.write_digests(states.path_of(self._run, at))
+            states.write_digests(states.path_of(self._run, step))
             states.remove_damaged(self._run)

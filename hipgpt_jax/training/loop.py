@@ -18,7 +18,7 @@ from hipgpt_jax.evaluation import score
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset
-from hipgpt_jax.training import checkpoint, mesh, metrics, optimizer, step
+from hipgpt_jax.training import checkpoint, mesh, metrics, optimizer, train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Job:
         weights_dtype: Of the ``.bin`` files, one of ``training_config.WEIGHTS_DTYPES``.
         attention: As of ``transformer.Transformer``.
         utilisation: Gives the model FLOPs utilisation at a rate of tokens a second, where it is known.
-        require_same_directory: Raises OSError where the directory is no longer the one that training began in.
+        check_directory: Raises OSError where the directory is no longer the one that training began in.
     """
 
     directory: Path
@@ -45,7 +45,7 @@ class Job:
     weights_dtype: str = "float32"
     attention: str = "xla"
     utilisation: Callable[[float], float | None] = lambda rate: None
-    require_same_directory: Callable[[], None] = lambda: None
+    check_directory: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,40 +53,40 @@ class Report:
     """Where the loop tells what it does; of many processes the first alone tells.
 
     Attributes:
-        line: Takes a line of text.
+        log: Takes a line of text.
         progress: Takes the step, its loss and the tokens a second since the last log line.
         metrics: Takes a line of metrics, as it is written.
         sample: Takes a step and the model's parameters, on the host, to write a sample of text.
         saved: Takes a step that training can resume from, once ``latest`` names it.
-        stops: Says whether to stop after the step under way.
+        should_stop: Says whether to stop after the step under way.
     """
 
-    line: Callable[[str], None]
+    log: Callable[[str], None]
     progress: Callable[[int, float, float], None]
     metrics: Callable[[dict[str, Any]], None] = lambda line: None
-    sample: Callable[[int, Any], None] = lambda at, params: None
-    saved: Callable[[int], None] = lambda at: None
-    stops: Callable[[], bool] = lambda: False
+    sample: Callable[[int, Any], None] = lambda step, params: None
+    saved: Callable[[int], None] = lambda step: None
+    should_stop: Callable[[], bool] = lambda: False
 
 
-class End(NamedTuple):
+class TrainResult(NamedTuple):
     """Where training ended; its state and weights are on disk.
 
     Attributes:
-        at: The last step taken.
-        whole: Whether nothing is left to do.
+        step: The last step taken.
+        completed: Whether nothing is left to do.
     """
 
-    at: int
-    whole: bool
+    step: int
+    completed: bool
 
 
 class _StopError(Exception):
     """An evaluation was cut short."""
 
 
-@step.fixed_random_bits()
-def train(job: Job, report: Report, *, resume_at: int | None = None) -> End:
+@train_step.fixed_random_bits()
+def train(job: Job, report: Report, *, resume_step: int | None = None) -> TrainResult:
     """Trains a run to its last step, or until it is told to stop.
 
     Each batch and each dropout key is a function of the step's number, so a run that was cut short and
@@ -96,7 +96,7 @@ def train(job: Job, report: Report, *, resume_at: int | None = None) -> End:
     Args:
         job: What is trained.
         report: Told of every step.
-        resume_at: Step of the training state to resume from, one that ``states.find_intact`` returned; None begins at
+        resume_step: Step of the training state to resume from, one that ``states.find_intact`` returned; None begins at
             the first step.
 
     Raises:
@@ -106,7 +106,7 @@ def train(job: Job, report: Report, *, resume_at: int | None = None) -> End:
     """
     trainer = _Trainer(job, report)
     try:
-        end = _train(trainer, job, report, resume_at)
+        end = _train(trainer, job, report, resume_step)
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to report
             trainer.close()
@@ -115,29 +115,29 @@ def train(job: Job, report: Report, *, resume_at: int | None = None) -> End:
     return end
 
 
-def _train(trainer: "_Trainer", job: Job, report: Report, resume_at: int | None) -> End:
-    state = trainer.begin(resume_at)
-    at, last, stopped = int(state.step), job.train.steps, False
-    if trainer.owes_evaluation(at):
-        is_best, stopped = trainer.evaluate(state, at)
+def _train(trainer: "_Trainer", job: Job, report: Report, resume_step: int | None) -> TrainResult:
+    state = trainer.begin(resume_step)
+    step, last, stopped = int(state.step), job.train.steps, False
+    if trainer.evaluation_pending(step):
+        is_best, stopped = trainer.evaluate(state, step)
         if is_best:
-            trainer.save(state, at, latest=False, best=True)
-    while at < last and not stopped:
-        at += 1
-        state = trainer.take_step(state, at)
+            trainer.save(state, step, latest=False, best=True)
+    while step < last and not stopped:
+        step += 1
+        state = trainer.take_step(state, step)
         trainer.finish_save(wait=False)
         is_best, stopped = (
-            trainer.evaluate(state, at) if trainer.is_evaluated(at) else (False, trainer.is_told_to_stop())
+            trainer.evaluate(state, step) if trainer.is_evaluated(step) else (False, trainer.is_stopping())
         )
-        save = stopped or trainer.is_checkpoint(at)
+        save = stopped or trainer.is_checkpoint(step)
         if save or is_best:
-            trainer.save(state, at, latest=save, best=is_best)
-        if _every(at, job.train.sample_every):
-            params = job.layout.fetch(state.params)
-            if trainer.tells:
-                report.sample(at, params)
+            trainer.save(state, step, latest=save, best=is_best)
+        if _every(step, job.train.sample_every):
+            params = job.layout.to_host(state.params)
+            if trainer.is_main_process:
+                report.sample(step, params)
     trainer.finish_save(wait=True)
-    return End(at, whole=at == last and not trainer.owes_evaluation(at))
+    return TrainResult(step, completed=step == last and not trainer.evaluation_pending(step))
 
 
 class _Trainer:
@@ -148,10 +148,10 @@ class _Trainer:
         self._key = numerics.key_of(job.train.seed)
         self._model = transformer.Transformer(job.model, job.train.dtype, job.train.remat, job.attention)
         self._optimizer = optimizer.make(job.train)
-        self._step = step.make(self._model, self._optimizer, job.train, self._key, job.layout)
+        self._step = train_step.make_train_step(self._model, self._optimizer, job.train, self._key, job.layout)
         self._schedule = optimizer.learning_rate(job.train)
         self._metrics_path = job.directory / directory.METRICS_NAME
-        self._writer = checkpoint.Writer(
+        self._writer = checkpoint.CheckpointWriter(
             directory=job.directory,
             model=job.model,
             train=job.train,
@@ -161,69 +161,69 @@ class _Trainer:
         )
         self._store = checkpoint.StateStore(job.directory)
         self._saving: int | None = None
-        self.tells = jax.process_index() == 0
+        self.is_main_process = jax.process_index() == 0
         self._best = math.inf
         self._seconds, self._timed = 0.0, 0
 
-    def begin(self, resume_at: int | None) -> step.TrainState:
+    def begin(self, resume_step: int | None) -> train_step.TrainState:
         """Returns the state to begin with, and brings the metrics, the weights and the links to its step."""
-        state = step.init_on(self._job.layout, self._model, self._optimizer, self._key)
-        if resume_at is not None:
-            state = self._store.restore(resume_at, state, self._job.layout)
-        at = int(state.step)
-        if self.tells:
-            metrics.truncate(self._metrics_path, at)
-        self._best = metrics.best_loss(self._metrics_path, at)
-        if at:
-            if not self._writer.has(at):  # the run was killed between the state and its weights
-                params = self._job.layout.fetch(state.params)
-                if self.tells:
-                    self._writer.write(at, params, latest=False, best=False)
-            if self.tells:
-                self._writer.rewind(at, metrics.best_step(self._metrics_path, at))
+        state = train_step.init_sharded(self._job.layout, self._model, self._optimizer, self._key)
+        if resume_step is not None:
+            state = self._store.restore(resume_step, state, self._job.layout)
+        step = int(state.step)
+        if self.is_main_process:
+            metrics.truncate(self._metrics_path, step)
+        self._best = metrics.best_loss(self._metrics_path, step)
+        if step:
+            if not self._writer.has(step):  # the run was killed between the state and its weights
+                params = self._job.layout.to_host(state.params)
+                if self.is_main_process:
+                    self._writer.write(step, params, latest=False, best=False)
+            if self.is_main_process:
+                self._writer.rewind(step, metrics.best_step(self._metrics_path, step))
         return state
 
-    def take_step(self, state: step.TrainState, at: int) -> step.TrainState:
+    def take_step(self, state: train_step.TrainState, step: int) -> train_step.TrainState:
         """Takes a step and logs it where it is due."""
         train = self._job.train
         began = time.perf_counter()
         length = self._job.model.max_seq_len
-        batch = self._job.data.batch_at(at - 1, seed=train.seed, batch_size=train.batch_size, length=length)
-        state, measured = self._step(state, self._job.layout.rows(batch))
-        value = _require_finite("loss", float(measured.loss), at)
+        batch = self._job.data.batch_at(step - 1, seed=train.seed, batch_size=train.batch_size, length=length)
+        state, measured = self._step(state, self._job.layout.shard_batch(batch))
+        value = _require_finite("loss", float(measured.loss), step)
         if math.isnan(float(measured.gradient_norm)):  # an infinite one is clipped
-            _require_finite("the gradient's norm", math.nan, at)
+            _require_finite("the gradient's norm", math.nan, step)
         self._seconds, self._timed = self._seconds + time.perf_counter() - began, self._timed + 1
         rate = self._timed * train.batch_size * length / self._seconds
-        self._report.progress(at, value, rate)
-        if _every(at, train.log_every) or at == train.steps:
-            learning_rate = float(jnp.asarray(self._schedule(at - 1)))
+        self._report.progress(step, value, rate)
+        if _every(step, train.log_every) or step == train.steps:
+            learning_rate = float(jnp.asarray(self._schedule(step - 1)))
             timing = {"milliseconds": 1e3 * self._seconds / self._timed, "tokens_per_second": rate}
-            line = {"step": at, **metrics.describe_step(measured), "learning_rate": learning_rate, **timing}
+            line = {"step": step, **metrics.describe_step(measured), "learning_rate": learning_rate, **timing}
             if (share := self._job.utilisation(rate)) is not None:
                 line["utilisation"] = share
-            self._tell(line, metrics.format_step(line))
+            self._log(line, metrics.format_step(line))
             self._seconds, self._timed = 0.0, 0
         return state
 
-    def is_checkpoint(self, at: int) -> bool:
+    def is_checkpoint(self, step: int) -> bool:
         """Whether a step's state is kept whatever happens."""
-        return at == self._job.train.steps or _every(at, self._job.train.ckpt_every)
+        return step == self._job.train.steps or _every(step, self._job.train.ckpt_every)
 
-    def is_evaluated(self, at: int) -> bool:
+    def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation follows a step."""
-        return self.is_checkpoint(at) or _every(at, self._job.train.eval_every)
+        return self.is_checkpoint(step) or _every(step, self._job.train.eval_every)
 
-    def owes_evaluation(self, at: int) -> bool:
+    def evaluation_pending(self, step: int) -> bool:
         """Whether the evaluation that follows a step was cut short."""
-        is_owed = self.is_evaluated(at) and not metrics.is_evaluated(self._metrics_path, at)
-        return at > 0 and _any_process(self.tells and is_owed)
+        is_owed = self.is_evaluated(step) and not metrics.is_evaluated(self._metrics_path, step)
+        return step > 0 and _any_process(self.is_main_process and is_owed)
 
-    def is_told_to_stop(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether to stop after the step under way."""
-        return _any_process(self._report.stops())
+        return _any_process(self._report.should_stop())
 
-    def evaluate(self, state: step.TrainState, at: int) -> tuple[bool, bool]:
+    def evaluate(self, state: train_step.TrainState, step: int) -> tuple[bool, bool]:
         """Scores the validation split.
 
         Returns:
@@ -231,8 +231,8 @@ class _Trainer:
         """
         job = self._job
 
-        def heed() -> None:
-            if self.is_told_to_stop():
+        def raise_if_stopping() -> None:
+            if self.is_stopping():
                 raise _StopError
 
         try:
@@ -244,44 +244,44 @@ class _Trainer:
                 batch_size=job.train.batch_size,
                 length=job.model.max_seq_len,
                 max_batches=job.train.eval_batches,
-                put=job.layout.rows,
-                before_batch=heed,
+                put=job.layout.shard_batch,
+                before_batch=raise_if_stopping,
             )
         except _StopError:
             return False, True
-        _require_finite("validation loss", scored.loss, at)
-        line = {"step": at, **metrics.describe_score(scored)}
-        self._tell(line, metrics.format_evaluation(line))
+        _require_finite("validation loss", scored.loss, step)
+        line = {"step": step, **metrics.describe_score(scored)}
+        self._log(line, metrics.format_evaluation(line))
         is_best, self._best = scored.loss < self._best, min(scored.loss, self._best)
         return is_best, False
 
-    def save(self, state: step.TrainState, at: int, *, latest: bool, best: bool) -> None:
+    def save(self, state: train_step.TrainState, step: int, *, latest: bool, best: bool) -> None:
         """Saves a step's weights, and in the background its state where training can resume from there.
 
         ``latest`` is pointed at the step by ``finish_save``, so that whatever it names can be resumed.
         """
         self.finish_save(wait=True)
-        self._job.require_same_directory()
-        with checkpoint.saving(at):
+        self._job.check_directory()
+        with checkpoint.saving(step):
             if latest:
                 self._store.save(state)
-            params = self._job.layout.fetch(state.params)
-            if self.tells:
-                self._writer.write(at, params, latest=False, best=best)
+            params = self._job.layout.to_host(state.params)
+            if self.is_main_process:
+                self._writer.write(step, params, latest=False, best=best)
         if latest:
-            self._saving = at
+            self._saving = step
 
     def finish_save(self, *, wait: bool) -> None:
         """Points ``latest`` at the step whose state was being saved, if that is complete or ``wait`` is set."""
         if self._saving is None or not (wait or self._store.is_complete()):
             return
-        at, self._saving = self._saving, None
-        with checkpoint.saving(at):
+        step, self._saving = self._saving, None
+        with checkpoint.saving(step):
             self._store.wait()
-            if self.tells:
-                self._writer.link_latest(at)
-        if self.tells:
-            self._report.saved(at)
+            if self.is_main_process:
+                self._writer.link_latest(step)
+        if self.is_main_process:
+            self._report.saved(step)
 
     def close(self) -> None:
         """Finishes a save under way and closes the store."""
@@ -290,12 +290,12 @@ class _Trainer:
         finally:
             self._store.close()
 
-    def _tell(self, line: dict[str, Any], text: str) -> None:
-        if self.tells:
-            self._job.require_same_directory()
+    def _log(self, line: dict[str, Any], text: str) -> None:
+        if self.is_main_process:
+            self._job.check_directory()
             metrics.append(self._metrics_path, line)
             self._report.metrics(line)
-            self._report.line(text)
+            self._report.log(text)
 
 
 def _every(number: int, interval: int) -> bool:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "model")
 
 _ROWS = PartitionSpec(("data", "fsdp"))
-_WHOLE = PartitionSpec()
+_REPLICATED = PartitionSpec()
 
 # By a parameter's last two names. Column-parallel layers are divided by what comes out of them, row-parallel ones
 # by what goes in, so that the pair exchanges once (Shoeybi et al., Megatron-LM, 2019). Embeddings are divided
@@ -29,13 +29,13 @@ _TABLE = {
     ("c_fc", "kernel"): PartitionSpec("fsdp", "model"),
     ("c_fc", "bias"): PartitionSpec("model"),
     ("c_proj", "kernel"): PartitionSpec("model", "fsdp"),
-    ("c_proj", "bias"): _WHOLE,
-    ("ln_1", "scale"): _WHOLE,
-    ("ln_1", "bias"): _WHOLE,
-    ("ln_2", "scale"): _WHOLE,
-    ("ln_2", "bias"): _WHOLE,
-    ("ln_f", "scale"): _WHOLE,
-    ("ln_f", "bias"): _WHOLE,
+    ("c_proj", "bias"): _REPLICATED,
+    ("ln_1", "scale"): _REPLICATED,
+    ("ln_1", "bias"): _REPLICATED,
+    ("ln_2", "scale"): _REPLICATED,
+    ("ln_2", "bias"): _REPLICATED,
+    ("ln_f", "scale"): _REPLICATED,
+    ("ln_f", "bias"): _REPLICATED,
 }
 
 
@@ -82,7 +82,7 @@ class Layout:
     mesh: Mesh
 
     @classmethod
-    def over(cls, sizes: dict[str, int]) -> "Layout":
+    def create(cls, sizes: dict[str, int]) -> "Layout":
         """Returns the layout over the first devices that the sizes need; over all, where there are many processes."""
         devices = jax.devices()[: math.prod(sizes.values())]
         if jax.process_count() > 1 and len(devices) < jax.device_count():
@@ -91,11 +91,11 @@ class Layout:
         return cls(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices))
 
     @property
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """Every device has all of it."""
-        return NamedSharding(self.mesh, _WHOLE)
+        return NamedSharding(self.mesh, _REPLICATED)
 
-    def of(self, tree: Any) -> Any:
+    def shardings_for(self, tree: Any) -> Any:
         """Returns the sharding of each array in a tree of parameters, or of state that has their shapes.
 
         Raises:
@@ -103,20 +103,20 @@ class Layout:
         """
         return jax.tree_util.tree_map_with_path(self._of_leaf, tree)
 
-    def rows(self, batch: np.ndarray) -> jax.Array:
+    def shard_batch(self, batch: np.ndarray) -> jax.Array:
         """Returns a batch with its rows divided over the devices; each process reads its own alone."""
-        spec = _ROWS if len(batch) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else _WHOLE
+        spec = _ROWS if len(batch) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else _REPLICATED
         return jax.make_array_from_callback(batch.shape, NamedSharding(self.mesh, spec), lambda index: batch[index])
 
-    def fetch(self, tree: Any) -> Any:
+    def to_host(self, tree: Any) -> Any:
         """Returns a tree of NumPy arrays, put together from all devices and processes."""
         if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
             return jax.device_get(tree)
-        return jax.device_get(jax.jit(lambda x: x, out_shardings=self.whole)(tree))
+        return jax.device_get(jax.jit(lambda x: x, out_shardings=self.replicated)(tree))
 
     def _of_leaf(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        spec = _TABLE[names[-2:]] if leaf.ndim else _WHOLE
+        spec = _TABLE[names[-2:]] if leaf.ndim else _REPLICATED
         for size, axes in zip(leaf.shape, spec, strict=False):
             divisor = math.prod(self.mesh.shape[axis] for axis in _as_tuple(axes))
             if size % divisor:

@@ -10,7 +10,7 @@ import fastjsonschema
 
 from hipgpt_jax import files
 from hipgpt_jax.evaluation import score
-from hipgpt_jax.training import step
+from hipgpt_jax.training import train_step
 
 _VALIDATION = "validation_loss"
 _validate = fastjsonschema.compile(
@@ -48,12 +48,12 @@ def best_loss(path: Path, last_step: int) -> float:
 def best_step(path: Path, last_step: int) -> int | None:
     """Returns the first step up to ``last_step`` that has the lowest validation loss; None where none was evaluated."""
     losses = _losses(path, last_step)
-    return min(losses, key=lambda at: (losses[at], at), default=None)
+    return min(losses, key=lambda step: (losses[step], step), default=None)
 
 
-def is_evaluated(path: Path, at: int) -> bool:
-    """Returns whether step ``at`` was evaluated."""
-    return at in _losses(path, at)
+def is_evaluated(path: Path, step: int) -> bool:
+    """Returns whether step ``step`` was evaluated."""
+    return step in _losses(path, step)
 
 
 def _losses(path: Path, last_step: int) -> dict[int, float]:
@@ -86,7 +86,7 @@ def _not_metrics(path: Path, number: int, line: bytes, error: ValueError) -> Val
     return ValueError(f"{path}:{number} is not a line of metrics ({error}): {shown!r}. Restore the line or delete it")
 
 
-def describe_step(measured: step.Metrics) -> dict[str, float]:
+def describe_step(measured: train_step.Metrics) -> dict[str, float]:
     """Returns the numbers of a step's line, apart from its number, learning rate and timing."""
     value = float(measured.loss)
     return {

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import peers, plain, table
 from hipgpt_jax import config, devices, training_config
 from hipgpt_jax.model import transformer
-from hipgpt_jax.training import mesh, optimizer, step
+from hipgpt_jax.training import mesh, optimizer, train_step
 
 OURS, PEER = "hipgpt_jax", "PyTorch"
 RATIOS_TO = (PEER,)
@@ -42,9 +42,9 @@ def steps(
 ) -> tuple[table.Request, list[float]]:
     """Returns a request that takes a step with each batch of ``[steps, B, T + 1]``, and the losses of the first run."""
     key = jax.random.key(0)
-    layout, adam = mesh.Layout.over({"data": 1, "fsdp": 1, "model": 1}), optimizer.make(train)
-    take = step.make(module, adam, train, key, layout)
-    state = step.init_on(layout, module, adam, key)
+    layout, adam = mesh.Layout.create({"data": 1, "fsdp": 1, "model": 1}), optimizer.make(train)
+    take = train_step.make_train_step(module, adam, train, key, layout)
+    state = train_step.init_sharded(layout, module, adam, key)
 
     def request() -> tuple[float, float]:
         nonlocal state
@@ -54,7 +54,7 @@ def steps(
         jax.block_until_ready(state)
         return tokens[:, :, 1:].size, time.perf_counter() - began
 
-    losses, probe = [], step.init_on(layout, module, adam, key)
+    losses, probe = [], train_step.init_sharded(layout, module, adam, key)
     for tokens_BT in tokens:
         probe, metrics = take(probe, tokens_BT)
         losses.append(float(metrics.loss))
@@ -84,8 +84,8 @@ def _peer(
 def _torch_step(torch: Any, model: config.ModelConfig, train: training_config.TrainConfig) -> Any:
     """Returns a step as nanoGPT takes it: one function of a batch ``[B, T + 1]`` that gives the loss."""
     functional, adam = torch.nn.functional, optimizer.make(train)
-    layout = mesh.Layout.over({"data": 1, "fsdp": 1, "model": 1})
-    start = step.init_on(layout, transformer.Transformer(model), adam, jax.random.key(0)).params
+    layout = mesh.Layout.create({"data": 1, "fsdp": 1, "model": 1})
+    start = train_step.init_sharded(layout, transformer.Transformer(model), adam, jax.random.key(0)).params
     params = peers.plain_params(start, torch)
     forward = plain.forward_of(model, params, torch)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, torch.nn.Parameter))

@@ -50,30 +50,30 @@ def fixed_random_bits() -> Iterator[None]:
         yield
 
 
-def init(model: transformer.Transformer, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def init_state(model: transformer.Transformer, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Returns the state before the first step."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.fold_in(key, _INIT_STREAM), tokens_BT, dropout=0.0)["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def shape_of(model: config.ModelConfig) -> Any:
+def param_shapes(model: config.ModelConfig) -> Any:
     """Returns the shapes of a model's parameters, without making them."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init_params = functools.partial(transformer.Transformer(model).init, dropout=0.0)
     return jax.eval_shape(init_params, numerics.key_of(0), tokens_BT)["params"]
 
 
-def init_on(
+def init_sharded(
     layout: mesh.Layout, model: transformer.Transformer, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """Returns the state before the first step, made where it lies: no device ever holds more than its part."""
-    make_state = functools.partial(init, model, optimizer)
-    shardings = layout.of(jax.eval_shape(make_state, key))
+    make_state = functools.partial(init_state, model, optimizer)
+    shardings = layout.shardings_for(jax.eval_shape(make_state, key))
     return jax.jit(make_state, out_shardings=shardings)(key)
 
 
-def make(
+def make_train_step(
     model: transformer.Transformer,
     optimizer: optax.GradientTransformation,
     train: training_config.TrainConfig,
@@ -129,5 +129,5 @@ def make(
         metrics = Metrics(value, accuracy, optax.tree.norm(gradients))
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    shardings = layout.of(jax.eval_shape(functools.partial(init, model, optimizer), key))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, layout.whole))
+    shardings = layout.shardings_for(jax.eval_shape(functools.partial(init_state, model, optimizer), key))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, layout.replicated))

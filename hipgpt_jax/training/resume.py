@@ -46,14 +46,14 @@ _validate = fastjsonschema.compile(
 )
 
 
-def begin(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
+def write_settings(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
     """Writes the settings of a new run, and the hardware and software that its last bits depend on."""
     value = {**_sections(model, train), "numerics": _numerics(), "extended": []}
     files.write_json(run_directory / directory.SETTINGS_NAME, value)
 
 
-def require_same(
-    run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig, *, at: int, extend: bool
+def check_settings(
+    run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig, *, step: int, extend: bool
 ) -> list[str]:
     """Compares the settings of a resumed run with those it was begun with.
 
@@ -61,7 +61,7 @@ def require_same(
         run_directory: The run.
         model: Shape of the model now.
         train: How it is to be trained now.
-        at: The step that it resumes from.
+        step: The step that it resumes from.
         extend: Whether the run may have more steps than it was begun with, which stretches the schedule.
 
     Returns:
@@ -90,10 +90,10 @@ def require_same(
             f"the run was begun {begun} --remat: its results will be equal within rounding, but not to the last bit"
         )
     notes += [
-        f"the run was extended to {change['to']} steps at step {change['at']}: steps {at + 1} to {change['at']} are "
+        f"the run was extended to {change['to']} steps at step {change['at']}: steps {step + 1} to {change['at']} are "
         f"taken again with the longer schedule, and give other weights than the first time"
         for change in old.get("extended", [])
-        if change["at"] > at
+        if change["at"] > step
     ]
     before = old["training"][_HORIZON]
     if before == train.steps:
@@ -109,7 +109,7 @@ def require_same(
         )
     if (run_directory / directory.LATEST_CONFIG).is_file():  # a newer version may have written it
         directory.read_checkpoint(run_directory.name, directory=run_directory)
-    return [*notes, _describe_extension(train, before, min(before, at))]
+    return [*notes, _describe_extension(train, before, min(before, step))]
 
 
 def _short(value: Any) -> str:
@@ -147,32 +147,32 @@ def _note_numerics(old: dict[str, Any]) -> list[str]:
     ]
 
 
-def _describe_extension(train: training_config.TrainConfig, before: int, at: int) -> str:
+def _describe_extension(train: training_config.TrainConfig, before: int, step: int) -> str:
     old_rate, new_rate = (
-        float(jnp.asarray(optimizer.learning_rate(dataclasses.replace(train, steps=steps))(at)))
+        float(jnp.asarray(optimizer.learning_rate(dataclasses.replace(train, steps=steps))(step)))
         for steps in (before, train.steps)
     )
     return (
         f"extended from {before} to {train.steps} steps: the schedule now ends at step {train.steps}, and after step "
-        f"{at} the learning rate is {new_rate:.3g} instead of {old_rate:.3g}"
+        f"{step} the learning rate is {new_rate:.3g} instead of {old_rate:.3g}"
     )
 
 
-def extend(run_directory: Path, train: training_config.TrainConfig, at: int) -> None:
+def extend(run_directory: Path, train: training_config.TrainConfig, step: int) -> None:
     """Writes down from which step on a run has more steps than it was begun with.
 
     Args:
         run_directory: The run.
         train: How it is to be trained now.
-        at: The step that it resumes from. What was written of later steps holds from there on.
+        step: The step that it resumes from. What was written of later steps holds from there on.
     """
     old = _read(run_directory)
     before, changes = old["training"][_HORIZON], old.get("extended", [])
-    if before == train.steps and all(change["at"] <= at for change in changes):
+    if before == train.steps and all(change["at"] <= step for change in changes):
         return
-    old["extended"] = [{**change, "at": min(change["at"], at)} for change in changes]
+    old["extended"] = [{**change, "at": min(change["at"], step)} for change in changes]
     if before != train.steps:
-        old["extended"].append({"at": at, "from": before, "to": train.steps})
+        old["extended"].append({"at": step, "from": before, "to": train.steps})
     old["training"][_HORIZON] = train.steps
     files.write_json(run_directory / directory.SETTINGS_NAME, old)
 
