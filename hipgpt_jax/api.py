@@ -43,7 +43,7 @@ class Stream:
     def _make(self, run: "Run", job: "samples.Job") -> Iterator[str]:
         for update in run.make([job]):
             if update.finish_reason is not None:
-                self.record = run.recorder.describe(update.sample)
+                self.record = run.recorder.build(update.sample)
             if update.text:
                 yield update.text
 
@@ -52,19 +52,19 @@ class Run:
     """A run that is loaded, to generate and to score.
 
     Attributes:
-        source: The run's files and the window it is read through.
+        files: The run's files, its tokenizer and its window.
         device: What it is computed on.
         recorder: Makes the records of its samples.
         load_seconds: From the program's start to the loaded weights.
     """
 
-    def __init__(self, found: loading.Source, device: devices.Device, origin: provenance.Origin) -> None:
+    def __init__(self, found: loading.RunFiles, device: devices.Device, origin: provenance.Invocation) -> None:
         """Loads the weights; JAX has been started on ``device``. ``load_run`` is the way in."""
         from hipgpt_jax.generation import sampler
         from hipgpt_jax.records import recorder
 
         model = found.checkpoint.model
-        self.source = found
+        self.files = found
         self.device = device
         params = weights.read(found.checkpoint.weights, model)
         attention = device.attention(found.decoding.dtype, model.head_dim)
@@ -116,9 +116,9 @@ class Run:
         if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Mapping)):
             raise TypeError(f"prompts must be a text, a Prompt or several: got {config.shortened(prompts)}")
         if isinstance(prompts, Iterator):
-            return self.records_of(self.jobs(self.source.ask_all(_distinct(prompts), *defaults)))
+            return self.records_of(self.jobs(self.files.resolve_all(_distinct(prompts), *defaults)))
         several = [_prompt(prompt, number) for number, prompt in enumerate(prompts, 1)]
-        return self.records_of(self.jobs(planning.Plan(self.source, several, *defaults)))
+        return self.records_of(self.jobs(planning.Plan(self.files, several, *defaults)))
 
     def stream(
         self,
@@ -147,7 +147,7 @@ class Run:
         if "num_samples" in more:
             raise TypeError("a stream is of one sample: give its index as sample, not num_samples")
         defaults = self._configs(settings, seed=seed, **more)
-        (asked,) = planning.Plan(self.source, [_prompt(prompt)], *defaults)
+        (asked,) = planning.Plan(self.files, [_prompt(prompt)], *defaults)
         return Stream(self, _job(asked, sample))
 
     def score(
@@ -172,8 +172,8 @@ class Run:
         if not isinstance(texts, Iterable) or isinstance(texts, (bytes, bytearray, Mapping)):
             raise TypeError(f"texts must be a text or a list of texts or of ids: got {config.shortened(texts)}")
         several = [self._ids_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        vocabulary = self.source.vocabulary
-        number = self.source.decoding.window_stride if stride is None else config.as_int(stride)
+        vocabulary = self.files.vocabulary
+        number = self.files.decoding.window_stride if stride is None else config.as_int(stride)
         if number is None:
             raise ValueError(f"stride must be an integer: got {config.shortened(stride)}")
         return [
@@ -182,7 +182,7 @@ class Run:
                 self._engine.params,
                 ids,
                 vocabulary=vocabulary,
-                window=self.source.window,
+                window=self.files.window,
                 stride=number,
             )
             for ids in several
@@ -201,17 +201,17 @@ class Run:
             raise TypeError(f"settings must be a SamplingConfig: got {config.shortened(settings)}")
         elif sampling:
             raise TypeError(f"settings and {next(iter(sampling))} are both given: give one of them")
-        return settings, config.GenerationConfig(**{"eos_id": self.source.checkpoint.eos_id, **values})
+        return settings, config.GenerationConfig(**{"eos_id": self.files.checkpoint.eos_id, **values})
 
     def _ids_of(self, text: Any) -> Sequence[int]:
         """Returns the ids to score; ``score.check_ids`` raises ValueError where they cannot be."""
         from hipgpt_jax.evaluation import score
 
         if isinstance(text, record.Record):
-            text = (*text.prompt_ids[-self.source.window :], *text.ids)
+            text = (*text.prompt_ids[-self.files.window :], *text.ids)
         elif isinstance(text, str):
-            text = self.source.vocabulary.encode(text)
-        return score.check_ids(text, self.source.vocabulary.vocab_size)
+            text = self.files.vocabulary.encode(text)
+        return score.check_ids(text, self.files.vocabulary.vocab_size)
 
     def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "score.Score":
         """Scores every token of a long text but the first, each once; ``score.Windows`` defines the context of each.
@@ -226,7 +226,7 @@ class Run:
         """
         from hipgpt_jax.evaluation import score
 
-        length = self.source.window
+        length = self.files.window
         found = score.evaluate(
             self._engine.module,
             self._engine.params,
@@ -238,7 +238,7 @@ class Run:
         )
         return score.check_finite(found)
 
-    def jobs(self, asked: Iterable[loading.Ask]) -> "Iterator[samples.Job]":
+    def jobs(self, asked: Iterable[loading.ResolvedPrompt]) -> "Iterator[samples.Job]":
         """Yields the samples of each prompt, prompt by prompt."""
         for ask in asked:
             for sample in range(ask.generation.num_samples) if ask.samples is None else ask.samples:
@@ -253,18 +253,18 @@ class Run:
         from hipgpt_jax.generation import samples
         from hipgpt_jax.records import replay
 
-        request = replay.request_of(recorded)
+        request = replay.request(recorded)
         self._engine.check(request)
-        if recorded.ids and max(recorded.ids) >= self.source.vocabulary.vocab_size:
-            raise ValueError(f"it has ids beyond the vocabulary's size {self.source.vocabulary.vocab_size}")
-        prompt = self.source.vocabulary.decode(recorded.prompt_ids)
+        if recorded.ids and max(recorded.ids) >= self.files.vocabulary.vocab_size:
+            raise ValueError(f"it has ids beyond the vocabulary's size {self.files.vocabulary.vocab_size}")
+        prompt = self.files.vocabulary.decode(recorded.prompt_ids)
         return samples.Job(id=recorded.id, prompt=prompt, request=replay.shortened(request, recorded))
 
     def compare(self, recorded: record.Record, found: record.Record) -> "comparison.Comparison":
         """Compares a record with the one that ``records_of`` yields for its job."""
         from hipgpt_jax.records import comparison
 
-        return comparison.Judge(self._engine, self.source.vocabulary).compare(recorded, found)
+        return comparison.Judge(self._engine, self.files.vocabulary).compare(recorded, found)
 
     def records_of(self, jobs: "Iterable[samples.Job]") -> Iterator[record.Record]:
         """Makes samples and yields their records, in order."""
@@ -272,7 +272,7 @@ class Run:
 
         for update in events.in_order(self.make(jobs)):
             if update.finish_reason is not None:
-                yield self.recorder.describe(update.sample)
+                yield self.recorder.build(update.sample)
 
     def make(self, jobs: "Iterable[samples.Job]", *, measure: bool = True) -> "Iterator[samples.Update]":
         """Yields the steps of samples as they are made; ``measure`` is needed for their records.
@@ -283,14 +283,14 @@ class Run:
         from hipgpt_jax.generation import samples
 
         try:
-            yield from samples.make(self._engine, self.source.vocabulary, jobs, measure=measure)
+            yield from samples.make(self._engine, self.files.vocabulary, jobs, measure=measure)
         except (MemoryError, RuntimeError) as error:
             # XLA raises a RuntimeError of its own, which begins so.
             if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
                 raise
-            width = self.source.decoding.width
+            width = self.files.decoding.width
             raise MemoryError(
-                f"too little memory for batch_size {width} (the width) and a window of {self.source.window}: "
+                f"too little memory for batch_size {width} (the width) and a window of {self.files.window}: "
                 f"give a smaller one ({error or type(error).__name__})"
             ) from error
 
@@ -328,14 +328,14 @@ def load_run(
             raise TypeError(f"{argument} is of the wrong type: got {config.shortened(value)}")
     if step is not None and not isinstance(step, str):
         step = config.require_int("step", step, 0, "a training step, or best")
-    origin = provenance.Origin()
+    origin = provenance.Invocation()
     found = loading.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
     started = devices.start(device, _LOG.info)
     compilation.check_cache(_LOG.warning)
     return Run(found, started, origin)
 
 
-def _job(ask: loading.Ask, sample: int) -> "samples.Job":
+def _job(ask: loading.ResolvedPrompt, sample: int) -> "samples.Job":
     from hipgpt_jax.generation import events, samples
 
     request = events.Request(prompt_ids=ask.prompt_ids, sample=sample, generation=ask.generation, sampling=ask.sampling)

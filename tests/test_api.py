@@ -220,7 +220,7 @@ def test_a_wrong_argument_is_refused_at_the_call_by_its_name(run: hipgpt_jax.Run
 
 
 def test_ids_may_be_arrays_of_any_integer_type(run: Any) -> None:
-    ids = run.source.vocabulary.encode("the king and his fool")
+    ids = run.files.vocabulary.encode("the king and his fool")
     (expected,) = run.score([ids])
     for array in (np.array(ids, np.uint16), np.array(ids, np.int64), tuple(map(np.int32, ids))):
         (scored,) = run.score([array])

@@ -213,7 +213,7 @@ def test_every_token_of_a_record_is_explained_by_the_recomputed_distribution(set
     """Also beyond the window: the context, the tokens seen and the uniform number are those of the draw."""
     prompts = ["ROMEO:", "What, is my master's boy a fool? " * 4]
     run = shipped()
-    judge = comparison.Judge(run._engine, run.source.vocabulary)
+    judge = comparison.Judge(run._engine, run.files.vocabulary)
     options = {"num_tokens": 45, "top_logprobs": 20, "seed": 3}
     for one in run.generate(prompts, config.SamplingConfig(**settings), **options):
         assert one.prompt_dropped > 0 or one.prompt == "ROMEO:"
@@ -271,13 +271,13 @@ def test_mutated_records_are_refused_in_one_line_or_judged() -> None:
     for seed in range(600):
         try:
             one = record.parse(records.mutated(value, random.Random(seed)), "it")
-            replay.decoding_of(one)
+            replay.decoding_config(one)
             job = shipped().job_of(one)
         except ValueError as error:
             refused.append(str(error))
             continue
         found = original if seed % 8 else next(shipped().records_of([job]))
-        assert set(replay.not_exercised(one)) <= vars(one.settings).keys() | {"seed"}
+        assert set(replay.unused_settings(one)) <= vars(one.settings).keys() | {"seed"}
         result = shipped().compare(one, found)
         confirmed += result.is_identical
         assert not result.is_rounding
@@ -302,7 +302,7 @@ def test_mutated_records_are_refused_in_one_line_or_judged() -> None:
 def test_settings_that_a_record_did_not_exercise(change: Callable[[Value], Any], expected: set[str]) -> None:
     value = json.loads(made())
     change(value)
-    assert set(replay.not_exercised(record.parse(json.dumps(value).encode(), "it"))) == expected
+    assert set(replay.unused_settings(record.parse(json.dumps(value).encode(), "it"))) == expected
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])

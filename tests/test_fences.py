@@ -19,7 +19,7 @@ DATA = Path(__file__).parent / "data"
 RECORDS = list(record.read(DATA / "records.jsonl"))
 GROUPS = {
     f"{decoding.width}-{decoding.window_stride}-{decoding.dtype}": (decoding, list(group))
-    for decoding, group in itertools.groupby(RECORDS, replay.decoding_of)
+    for decoding, group in itertools.groupby(RECORDS, replay.decoding_config)
 }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -252,3 +253,34 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None
         files.write_text(tmp_path / name, name)
         assert (tmp_path / name).read_text() == name
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_lines_are_read_with_their_numbers_and_only_a_torn_one_is_marked(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for end, last in ((b"", []), (b'{"b":2}', [(4, False)]), (b'{"b":', [(4, True)]), (b"x\n", [(4, False)])):
+        path.write_bytes(b'{"a":1}\n\n \t\r\n' + end)
+        assert [(line.number, line.is_torn) for line in files.read_jsonl(path)] == [(1, False), *last]
+    path.write_bytes(b"1" * 100)
+    with pytest.raises(ValueError, match=r"a\.jsonl line 1 is longer than 0 MiB"):
+        list(files.read_jsonl(path, 99))
+    with pytest.raises(FileNotFoundError):
+        list(files.read_jsonl(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"n": 1.0}, r"^a\.json is not a valid thing: thing\.n must be integer$"),
+        ({}, "thing has no 'n'$"),
+        ({"n": 1, "x" * 10**5: 2}, r"thing has an unknown field 'x+\.\.\.x+'$"),
+        ([], "thing must be object$"),
+    ],
+)
+def test_a_violation_of_a_schema_is_named_by_its_field(value: object, message: str) -> None:
+    schema = files.Schema(
+        "thing",
+        {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}, "additionalProperties": False},
+    )
+    schema.check({"n": 1}, "a.json")
+    with pytest.raises(ValueError, match=message):
+        schema.check(files.parse_json(json.dumps(value)), "a.json")

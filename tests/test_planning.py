@@ -28,15 +28,17 @@ class Many:
 
 
 @pytest.fixture(scope="module")
-def found() -> loading.Source:
+def found() -> loading.RunFiles:
     return loading.open_run("shakespeare", None, config.DecodingConfig())
 
 
-def plan_of(found: loading.Source, several: Any, out: writer.Output | None = None, **generation: Any) -> planning.Plan:
+def plan_of(
+    found: loading.RunFiles, several: Any, out: writer.RecordFile | None = None, **generation: Any
+) -> planning.Plan:
     return planning.Plan(found, several, SAMPLING, config.GenerationConfig(**generation), out)
 
 
-def record_of(found: loading.Source, prompt: prompts.Prompt, sample: int, **generation: Any) -> Any:
+def record_of(found: loading.RunFiles, prompt: prompts.Prompt, sample: int, **generation: Any) -> Any:
     """Returns a record that a plan with these settings takes for its own."""
     asked = config.GenerationConfig(**generation)
     base = records.make_record()
@@ -47,8 +49,8 @@ def record_of(found: loading.Source, prompt: prompts.Prompt, sample: int, **gene
     )
 
 
-def test_a_billion_samples_are_counted_by_arithmetic(found: loading.Source, tmp_path: Path) -> None:
-    out = writer.Output(tmp_path / "a.jsonl")
+def test_a_billion_samples_are_counted_by_arithmetic(found: loading.RunFiles, tmp_path: Path) -> None:
+    out = writer.RecordFile(tmp_path / "a.jsonl")
     began = time.process_time()
     tracemalloc.start()
     plan = plan_of(found, [prompts.Prompt(text="ROMEO:")], out, num_samples=10**9)
@@ -63,7 +65,7 @@ def test_a_billion_samples_are_counted_by_arithmetic(found: loading.Source, tmp_
     assert time.process_time() - began < 5
 
 
-def test_memory_does_not_grow_with_the_prompts(found: loading.Source) -> None:
+def test_memory_does_not_grow_with_the_prompts(found: loading.RunFiles) -> None:
     peaks = []
     for number in (100, 10_000):
         tracemalloc.start()
@@ -75,13 +77,13 @@ def test_memory_does_not_grow_with_the_prompts(found: loading.Source) -> None:
     assert peaks[1] - peaks[0] < 80 * 10_000  # 4 kB for each, when all were resolved first
 
 
-def test_finished_samples_are_not_planned_again(found: loading.Source, tmp_path: Path) -> None:
+def test_finished_samples_are_not_planned_again(found: loading.RunFiles, tmp_path: Path) -> None:
     one, other = prompts.Prompt(text="ROMEO:"), prompts.Prompt(text="JULIET:")
-    out = writer.Output(tmp_path / "a.jsonl")
+    out = writer.RecordFile(tmp_path / "a.jsonl")
     for sample in (0, 1, 4):
         out.append(record_of(found, one, sample, num_samples=6))
     out.close()
-    again = writer.Output(tmp_path / "a.jsonl")
+    again = writer.RecordFile(tmp_path / "a.jsonl")
     plan = plan_of(found, [one, other, one], again, num_samples=6)
     assert (plan.prompts, plan.repeated, plan.samples, plan.left) == (3, 1, 12, 9)
     asked = [(each.prompt, list(each.samples or ())) for each in plan]
@@ -105,7 +107,7 @@ def test_finished_samples_are_not_planned_again(found: loading.Source, tmp_path:
     ],
 )
 def test_a_prompt_anywhere_is_checked_before_the_first_is_generated_from(
-    found: loading.Source, several: list[prompts.Prompt], generation: dict[str, Any], message: str
+    found: loading.RunFiles, several: list[prompts.Prompt], generation: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan_of(found, several, **generation)

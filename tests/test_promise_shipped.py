@@ -80,12 +80,12 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
         return facts_of(self, told, rows)
 
     monkeypatch.setattr(lane.Lane, "_facts", listen)
-    (ask,) = wide.source.ask_all(
+    (ask,) = wide.files.resolve_all(
         [hipgpt_jax.Prompt(text=PROMPTS[0])],
         config.SamplingConfig(),
         config.GenerationConfig(num_tokens=25),
     )
-    others = wide.source.ask_all(
+    others = wide.files.resolve_all(
         [hipgpt_jax.Prompt(text=text) for text in PROMPTS],
         config.SamplingConfig(temperature=0.4, top_k=0),
         config.GenerationConfig(num_tokens=60, seed=9),

@@ -166,10 +166,10 @@ def test_one_bad_line_spoils_only_itself(call: Run, made: list[dict[str, Any]]) 
         "identical  first sample 0: 40 tokens",
         "not tried  line 2: it is not JSON: Expecting property name enclosed in double quotes at column 2",
         "not tried  line 3: it is not JSON: key 'seed' appears twice",
-        "not tried  line 4: it is not a whole record: record.ids[0] must be integer",
+        "not tried  line 4: it is not a valid record: record.ids[0] must be integer",
         "not tried  first sample 0: decode_width must be at most 4096 to be replayed: got 65536. Choose another "
         "batch_size for the replay",
-        "not tried  line 6: it is not a whole record: record.settings.window must be integer",
+        "not tried  line 6: it is not a valid record: record.settings.window must be integer",
         "not tried  first sample 0: max_seq_len must be at most the run's own 32 (its learned positions): got 99",
         "identical  first sample 1: 40 tokens",
         "identical  second sample 0: 40 tokens",
@@ -232,7 +232,7 @@ def test_another_config_is_said(call: Run, made: list[dict[str, Any]]) -> None:
 
 def test_a_torn_last_line_is_said(call: Run, made: list[dict[str, Any]]) -> None:
     path = Path(write("b.jsonl", made[:2]))
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
     result = call("replay", "b.jsonl")
     assert "b.jsonl: skipped an incomplete last line" in result.err
     assert result.out.splitlines()[-1].startswith("1 of 1 identical")

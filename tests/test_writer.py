@@ -18,12 +18,17 @@ from hypothesis import strategies as st
 from hipgpt_jax.records import record, writer
 
 
-def fill(path: Path, *made: record.Record, **how: Any) -> writer.Output:
-    out = writer.Output(path, **how)
+def fill(path: Path, *made: record.Record, **how: Any) -> writer.RecordFile:
+    out = writer.RecordFile(path, **how)
     for one in made:
         out.append(one)
     out.close()
     return out
+
+
+def fingerprints(made: record.Record) -> tuple[writer.Fingerprint, writer.Fingerprint]:
+    own = writer.prompt_fingerprint(made.prompt, made.seed, vars(made.settings))
+    return own, writer.shared_fingerprint(made.settings, made.run, made.numerics)
 
 
 def samples_in(path: Path) -> list[int]:
@@ -33,9 +38,10 @@ def samples_in(path: Path) -> list[int]:
 def test_lines_are_appended_and_known_again(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = [records.make_record(sample=i) for i in range(2)]
-    assert len(fill(path, *first).done) == 0
+    assert len(fill(path, *first).finished) == 0
     again = fill(path, records.make_record(sample=2, id="q"))
-    assert (len(again.done), list(again.done.missing("p1", 3)), list(again.done.missing("q", 2))) == (2, [2], [0, 1])
+    found = again.finished
+    assert (len(found), list(found.missing("p1", 3)), list(found.missing("q", 2))) == (2, [2], [0, 1])
     assert list(record.read(path)) == [*first, records.make_record(sample=2, id="q")]
 
 
@@ -56,7 +62,7 @@ def test_a_file_that_got_no_record_is_not_left_behind(tmp_path: Path) -> None:
 def test_overwriting_spares_the_old_records_when_the_new_one_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0))
-    out = writer.Output(path, overwrite=True)
+    out = writer.RecordFile(path, overwrite=True)
     with pytest.raises(ValueError, match="not JSON compliant"):
         out.append(records.make_record(logprobs=(float("nan"), -1.0)))
     out.close()
@@ -82,7 +88,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
     for cut in range(start + 1, len(whole), 97):
         path.write_bytes(whole[:cut])
         out = fill(path, records.make_record(sample=1))
-        assert (len(out.done), list(out.done.missing("p1", 2)), out.dropped) == (1, [1], cut - start)
+        assert (len(out.finished), list(out.finished.missing("p1", 2)), out.dropped) == (1, [1], cut - start)
         assert path.read_bytes() == whole
 
 
@@ -95,29 +101,30 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
         (records.make_record().to_json() + "\nand a note", "line 2 is not a record: use another --output"),
         ((records.make_record().to_json() + "\n") * 2, "line 2 repeats sample 0 of p1"),
         (records.make_record().to_json().replace('"schema":1', '"schema":2') + "\n", "has schema 2"),
-        ('{"schema":1,"contract":1}\n', r"line 1 is not a whole record: KeyError\('id'\)"),
-        (records.make_record().to_json().replace('"sample":0', '"sample":[]') + "\n", "line 1 is not a whole record"),
+        ('{"schema":1}', "line 1 has contract None"),
+        ('{"schema":1,"contract":1}\n', "line 1 is not a valid record: record has no 'id'"),
+        (records.make_record().to_json().replace('"sample":0', '"sample":[]') + "\n", "line 1 is not a valid record"),
     ],
 )
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        writer.Output(path)
+        writer.RecordFile(path)
     assert path.read_text() == content
 
 
 @pytest.mark.parametrize("name", ["none/a.jsonl", "."])
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(OSError, match=r"--output .* cannot be written: (No such file|Is a directory)"):
-        writer.Output(tmp_path / name)
+        writer.RecordFile(tmp_path / name)
 
 
 def test_two_may_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    out = writer.Output(path)
+    out = writer.RecordFile(path)
     with pytest.raises(ValueError, match="is being written by another process"):
-        writer.Output(path)
+        writer.RecordFile(path)
     out.append(records.make_record())
     out.close()
     assert samples_in(path) == [0]
@@ -126,26 +133,26 @@ def test_two_may_not_write_one_file(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record())
-    out = writer.Output(path)
-    value = json.loads(records.make_record().to_json())
-    own, shared = writer.own_basis(value), writer.shared_basis(value)
-    out.require_same("p1", own)
-    out.require_same("another", {**own, "seed": 8})
-    out.require_shared(shared)
+    out = writer.RecordFile(path)
+    own, shared = fingerprints(records.make_record())
+    out.check_prompt("p1", own)
+    out.check_prompt("another", {**own, "seed": 8})
+    out.check_shared(shared)
     said = "made by other settings: {} .* in sample 0 of p1, .* now"
     for name, other in {"seed": 8, "temperature": 0.5, "stop": ["x"], "prompt": "Not to be"}.items():
         with pytest.raises(ValueError, match=said.format(name)):
-            out.require_same("p1", {**own, name: other})
+            out.check_prompt("p1", {**own, name: other})
     changes = {"window": 9, "weights": "0" * 64, "decode_width": 2, "environment": ["jax_enable_x64=True"]}
     for name, other in changes.items():
         with pytest.raises(ValueError, match=said.format(name)):
-            out.require_shared({**shared, name: other})
+            out.check_shared({**shared, name: other})
     out.close()
 
 
-def test_every_setting_of_a_record_is_in_one_basis_or_the_other() -> None:
+def test_every_setting_of_a_record_is_in_one_fingerprint_or_the_other() -> None:
     value = json.loads(records.make_record().to_json())
-    known = {*writer.own_basis(value), *writer.shared_basis(value)}
+    own, shared = fingerprints(records.make_record())
+    known = {*own, *shared}
     assert known >= set(value["settings"])
     assert known >= set(value["numerics"]) - {"machine", "processor", "instruction_sets", "cores"}
 
@@ -153,10 +160,10 @@ def test_every_setting_of_a_record_is_in_one_basis_or_the_other() -> None:
 def test_a_prompt_whose_records_were_made_by_several_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0), records.make_record(sample=1, seed=8))
-    out = writer.Output(path)
+    out = writer.RecordFile(path)
     assert out.seeds == {7, 8}
     with pytest.raises(ValueError, match="other settings: seed 8 in sample 1 of p1, 7 now"):
-        out.require_same("p1", writer.own_basis(json.loads(records.make_record().to_json())))
+        out.check_prompt("p1", fingerprints(records.make_record())[0])
     out.close()
 
 
@@ -190,19 +197,19 @@ def test_overwriting_replaces_files_of_records_alone(tmp_path: Path) -> None:
     for content in ("all of my work\n", '{"prompt":"ROMEO:"}\n', '{"schema":1}', " "):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"--overwrite replaces files of records, and .* does not begin with one"):
-            writer.Output(path, overwrite=True)
+            writer.RecordFile(path, overwrite=True)
         assert path.read_text() == content
     path.write_text("")
     fill(path, records.make_record(), overwrite=True)
     assert samples_in(path) == [0]
 
 
-@pytest.mark.parametrize("content", ['{"schema":1}', '{"schema":', "{", '{"schema":1,"contr', "no record"])
+@pytest.mark.parametrize("content", ['{"schema":', "{", '{"schema":1,"contr', "no record"])
 def test_a_file_that_may_be_somebody_elses_is_not_cut(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="line 1 is not a record: use another --output"):
-        writer.Output(path)
+        writer.RecordFile(path)
     assert path.read_text() == content
 
 
@@ -211,7 +218,7 @@ def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     fill(path, records.make_record(sample=0))
     path.write_bytes(path.read_bytes().rstrip())
     out = fill(path, records.make_record(sample=1))
-    assert (len(out.done), out.dropped) == (1, 0)
+    assert (len(out.finished), out.dropped) == (1, 0)
     assert samples_in(path) == [0, 1]
 
 
@@ -221,7 +228,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     line = len(records.make_record().to_json()) + 1
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    out = writer.Output(path)
+    out = writer.RecordFile(path)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5 * line // 2, before[1]))
         out.append(records.make_record(sample=0))
@@ -238,7 +245,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_device_is_written_to_as_it_is() -> None:
-    out = writer.Output(Path("/dev/full"))
+    out = writer.RecordFile(Path("/dev/full"))
     with pytest.raises(OSError, match="No space left"):
         out.append(records.make_record())
     out.close()
@@ -250,7 +257,7 @@ def test_a_reader_that_goes_away_is_noticed(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     command = [sys.executable, "-c", "import sys; open(sys.argv[1]).read(10)", str(pipe)]
     with subprocess.Popen(command) as reader:
-        out = writer.Output(pipe)
+        out = writer.RecordFile(pipe)
         with pytest.raises(BrokenPipeError):
             [out.append(records.make_record()) for _ in range(1000)]
         out.close()

@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _evaluate() -> None:
-    origin = provenance.Origin(argv=provenance.arguments("hipgpt-evaluate", sys.argv))
+    origin = provenance.Invocation(argv=provenance.arguments("hipgpt-evaluate", sys.argv))
     run_name = program.required(_RUN_NAME)
     _check_flags()
     output = _check_output()
@@ -137,7 +137,7 @@ def _check_output() -> Path | None:
     return path
 
 
-def _read_prompts(source: loading.Source) -> list[prompts.Prompt]:
+def _read_prompts(source: loading.RunFiles) -> list[prompts.Prompt]:
     texts = list(program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value))
     prompts.check_unique(texts)
     if any(one.generation or one.sampling for one in texts):
@@ -178,7 +178,7 @@ class _Text:
     end_id: int | None
 
 
-def _read_text(source: loading.Source) -> _Text:
+def _read_text(source: loading.RunFiles) -> _Text:
     """Reads the text of ``--data-path``, or the data of the run."""
     if _DATA_PATH.value is None:
         return _read_run_data(source)
@@ -197,7 +197,7 @@ def _read_text(source: loading.Source) -> _Text:
     return _Text(name=name, ids=ids, end_id=end_id)
 
 
-def _read_run_data(source: loading.Source) -> _Text:
+def _read_run_data(source: loading.RunFiles) -> _Text:
     root = source.checkpoint.directory
     if not (root / manifest.MANIFEST_NAME).is_file():
         raise FileNotFoundError(
@@ -237,9 +237,9 @@ def _line(run: api.Run, text: prompts.Prompt, scored: "score.TextScore", stride:
         "ranks": [None, *scored.ranks.tolist()],
         # JSON has no infinity, which a perplexity may be.
         **{name: value if math.isfinite(value) else None for name, value in _figures(scored.score).items()},
-        "window": run.source.window,
+        "window": run.files.window,
         "stride": stride,
-        **run.recorder.about(),
+        **run.recorder.common_fields(),
     }
 
 

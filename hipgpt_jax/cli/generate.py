@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _generate() -> None:
-    origin = provenance.Origin(argv=provenance.arguments("hipgpt-generate", sys.argv))
+    origin = provenance.Invocation(argv=provenance.arguments("hipgpt-generate", sys.argv))
     run_name = program.required(_RUN_NAME)
     decoding = flags.build(config.DecodingConfig, FLAGS)
     sampling = flags.build(config.SamplingConfig, FLAGS)
@@ -76,7 +76,7 @@ def _generate() -> None:
     if FLAGS.eos_id is None:
         generation = dataclasses.replace(generation, eos_id=checkpoint.eos_id)
     with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value, inputs=[_PROMPTS_FILE.value]) as out:
-        records = out if isinstance(out, writer.Output) else None
+        records = out if isinstance(out, writer.RecordFile) else None
         if FLAGS.seed == -1:
             generation = dataclasses.replace(generation, seed=_draw_seed(records))
         plan = planning.Plan(source, prompts, sampling, generation, records)
@@ -88,7 +88,7 @@ def _generate() -> None:
         run = api.Run(source, device, origin)
         shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)
         if records:
-            records.require_shared(run.recorder.shared_basis())
+            records.check_shared(run.recorder.shared_fingerprint())
             program.outlive_stdout(matters=shows_text)
         writing.write(run, plan, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
 
@@ -104,7 +104,7 @@ def _check_flags(generation: config.GenerationConfig) -> None:
         program.require_stdout("the text")
 
 
-def _draw_seed(records: writer.Output | None) -> int:
+def _draw_seed(records: writer.RecordFile | None) -> int:
     """Returns the seed for ``--seed -1``: that of the records in the output, so that a command can be repeated."""
     seeds = records.seeds if records else set()
     if not seeds:

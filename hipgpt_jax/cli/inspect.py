@@ -39,11 +39,14 @@ def _inspect() -> None:
         is_ours=lambda path: outputs.begins_with(path, page.MARKER),
     )
     made = page.Page(_TITLE.value or records.name)
-    for sample in record.read(records):
-        made.add(sample)
+    is_torn = False
+    for line in record.lines(records):
+        if is_torn := line.is_torn:
+            break
+        made.add(record.parse(line.text, f"{records} line {line.number}"))
     if not made.samples:
         raise ValueError(f"{records} has no complete record")
-    if record.is_torn(records):
+    if is_torn:
         program.note(f"{records}: skipped an incomplete last line")
     size = 0
     with files.writing(target) as file:

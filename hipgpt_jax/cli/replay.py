@@ -110,8 +110,6 @@ def _replay() -> None:
     if chosen is not None and not chosen:
         raise ValueError("--ids names no id")
     _check(path, chosen)
-    if record.is_torn(path):
-        program.note(f"{path}: skipped an incomplete last line")
     device = program.start_device(_DEVICE.value)
     tally = _Tally()
     load = functools.lru_cache(maxsize=2)(_load)
@@ -130,9 +128,12 @@ def _check(path: Path, chosen: set[str] | None) -> None:
     """Reads the whole file once, so that an unknown id or a file of something else is an error before JAX starts."""
     ids: set[str] = set()
     first_error = None
-    for number, line in record.lines(path):
+    is_torn = False
+    for line in record.lines(path):
+        if is_torn := line.is_torn:
+            break
         try:
-            ids.add(record.parse(line, f"{path} line {number}").id)
+            ids.add(record.parse(line.text, f"{path} line {line.number}").id)
         except ValueError as error:
             first_error = first_error or error
     if not ids:
@@ -140,21 +141,25 @@ def _check(path: Path, chosen: set[str] | None) -> None:
     if unknown := sorted((chosen or set()) - ids):
         known = ", ".join(_shown(one) for one in sorted(ids)[:20])
         raise ValueError(f"{path} has no record of the id {_shown(unknown[0])!r}. Ids: {known}")
+    if is_torn:
+        program.note(f"{path}: skipped an incomplete last line")
 
 
 def _entries(path: Path, chosen: set[str] | None) -> Iterator[_Entry]:
     """Yields the lines of the file; one that is not a record may be of any id, so it is never skipped."""
-    for number, line in record.lines(path):
+    for line in record.lines(path):
+        if line.is_torn:
+            return
         try:
-            one = record.parse(line, "it")
+            one = record.parse(line.text, "it")
         except ValueError as error:
-            yield _Entry(f"line {number}", problem=str(error))
+            yield _Entry(f"line {line.number}", problem=str(error))
             continue
         if chosen is not None and one.id not in chosen:
             continue
         name = f"{_shown(one.id)} sample {one.sample}"
         try:
-            yield _Entry(name, one, replay.decoding_of(one, _BATCH_SIZE.value))
+            yield _Entry(name, one, replay.decoding_config(one, _BATCH_SIZE.value))
         except ValueError as error:
             yield _Entry(name, problem=str(error))
 
@@ -191,7 +196,7 @@ def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[
             refused.clear()
             entry = waiting.popleft()
             assert entry.recorded is not None
-            yield _judged(tally, entry.name, run.compare(entry.recorded, found), run.source.vocabulary)
+            yield _judged(tally, entry.name, run.compare(entry.recorded, found), run.files.vocabulary)
     except (ArithmeticError, MemoryError, RuntimeError) as error:
         refused += [_not_tried(tally, entry, error) for entry in (*waiting, *entries)]
     yield from refused
@@ -208,7 +213,7 @@ def _load(named: record.Run, decoding: config.DecodingConfig, device: devices.De
     ):
         if old != new:
             raise ValueError(f"other {what}: sha256 {old} in the record, {new} in {files.directory}")
-    return api.Run(found, device, provenance.Origin())
+    return api.Run(found, device, provenance.Invocation())
 
 
 def _not_tried(tally: _Tally, entry: _Entry, problem: Exception | str) -> str:
@@ -222,7 +227,7 @@ def _judged(tally: _Tally, name: str, result: "comparison.Comparison", vocabular
     if result.is_identical:
         tally.counts["identical"] += 1
         tally.logprob_error = max(tally.logprob_error, result.logprob_error)
-        tally.not_exercised.update(replay.not_exercised(old))
+        tally.not_exercised.update(replay.unused_settings(old))
         error = "" if old.error is None else f", then the same error: {_shown(old.error)}"
         return f"identical  {name}: {len(old.ids)} tokens{error}"
     tally.counts["differs"] += 1

@@ -25,7 +25,7 @@ _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 @contextlib.contextmanager
 def open_output(
     name: str | None, *, overwrite: bool, inputs: Iterable[str | None]
-) -> Iterator[writer.Output | TextIO | None]:
+) -> Iterator[writer.RecordFile | TextIO | None]:
     """Opens the file that ``--output`` names.
 
     Args:
@@ -42,7 +42,7 @@ def open_output(
     for path in filter(None, inputs):
         if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
             raise ValueError(f"--output {name} is a file that this command reads: use another --output")
-    out = writer.Output(Path(name), overwrite=overwrite)
+    out = writer.RecordFile(Path(name), overwrite=overwrite)
     try:
         if out.dropped:
             program.note(f"{name}: dropped a torn last line of {out.dropped} bytes, left by a command that was killed")
@@ -69,7 +69,7 @@ def is_stdout(name: str) -> bool:
 def write(
     run: api.Run,
     plan: "planning.Plan",
-    out: writer.Output | TextIO | None,
+    out: writer.RecordFile | TextIO | None,
     *,
     shows_text: bool,
     stream: bool,
@@ -87,14 +87,14 @@ def write(
     """
     from hipgpt_jax.generation import events
 
-    if isinstance(out, writer.Output):
+    if isinstance(out, writer.RecordFile):
         if plan.left < plan.samples:
             program.note(f"{out.path} has {plan.samples - plan.left} of the samples: {plan.left} are left")
         if plan.repeated:
             program.note(
                 f"{plan.repeated} prompts repeat an earlier one: their samples would be the same and are made once"
             )
-    clock, cut = _Clock(load=run.load_seconds, programs=compilation.Compilations()), _Cut(run.source.window)
+    clock, cut = _Clock(load=run.load_seconds, programs=compilation.Compilations()), _Cut(run.files.window)
     with _progress(plan.left, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
         jobs = run.jobs(cut.noted(plan))
         updates = _recorded(run, run.make(jobs, measure=out is not None), out, clock, advance)
@@ -117,7 +117,7 @@ class _Cut:
         self.count = 0
         self._window = window
 
-    def noted(self, plan: "planning.Plan") -> "Iterator[loading.Ask]":
+    def noted(self, plan: "planning.Plan") -> "Iterator[loading.ResolvedPrompt]":
         """Yields the prompts of a plan and counts those that are too long."""
         for one in plan:
             if len(one.prompt_ids) > self._window:
@@ -171,7 +171,7 @@ class _Clock:
 def _recorded(
     run: api.Run,
     updates: "Iterable[samples.Update]",
-    out: writer.Output | TextIO | None,
+    out: writer.RecordFile | TextIO | None,
     clock: _Clock,
     advance: Callable[[_Clock], None],
 ) -> "Iterator[samples.Update]":
@@ -179,8 +179,8 @@ def _recorded(
     for update in updates:
         clock.count(update)
         if update.finish_reason is not None and out is not None:
-            made = run.recorder.describe(update.sample)
-            if isinstance(out, writer.Output):
+            made = run.recorder.build(update.sample)
+            if isinstance(out, writer.RecordFile):
                 out.append(made)
             else:
                 out.flush()

@@ -192,7 +192,7 @@ class Judge:
         key = sampling.sample_key(sampling.key_words(recorded.seed, recorded.prompt_ids, recorded.sample))
         uniform = float(sampling.uniform(key, jax.numpy.uint32(place)))
         logits_V = self._logits(ids[start : start + self._engine.window])[length - start - 1]
-        return rounding.Draw(logits_V, seen_V, replay.sampling_of(recorded), uniform, tolerance)
+        return rounding.Draw(logits_V, seen_V, recorded.settings.configs()[2], uniform, tolerance)
 
     def _logits(self, ids: tuple[int, ...]) -> np.ndarray:
         """Returns the logits ``[T, V]`` after each of some ids; those computed last are kept."""
@@ -205,7 +205,7 @@ class Judge:
 
     def _retell(self, recorded: record.Record) -> samples.Sample:
         """Returns the sample that the recorded ids make, with the text and the end that follow from them."""
-        request = replay.request_of(recorded)
+        request = replay.request(recorded)
         dictated = _Dictated(recorded.ids, self._engine.limit(request))
         job = samples.Job(id=recorded.id, prompt=recorded.prompt, request=request)
         *_, last = samples.make(dictated, self._vocabulary, [job], measure=True)

@@ -47,13 +47,13 @@ class Versions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What a record says of the program that made it.
+class Invocation:
+    """The command that makes records.
 
     Attributes:
-        argv: Its command line, as ``arguments`` gives it; empty from Python.
-        started: When it started, in UTC.
-        clock: ``time.perf_counter`` of then.
+        argv: Command line, as returned by ``arguments``; empty from Python.
+        started: Start of the command in UTC.
+        clock: ``time.perf_counter`` at the start.
     """
 
     argv: tuple[str, ...] = ()

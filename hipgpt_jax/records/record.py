@@ -1,48 +1,40 @@
-"""The record of a sample: one line of JSON that says what was made, of what, how and by what.
+"""The record of a sample: one line of JSON with the sample, the settings, and the programs and files it depends on.
 
-``record.schema.json`` beside this file is its JSON Schema; a line is written and read by it.
+``record.schema.json`` is its JSON Schema.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
-import os
-import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastjsonschema
-
-from hipgpt_jax import files
+from hipgpt_jax import config, files
 from hipgpt_jax.records import provenance
 
 SCHEMA = 1
 CONTRACT = 1
-MAX_LINE_BYTES = 1 << 28  # a record of a prompt of 10 MB has 28 MB
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 40
+_PER_TOKEN = ("tokens", "logprobs", "ranks", "margins", "gaps", "top_logprobs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that was asked for, resolved: no default is left out.
+    """All settings of a sample, with defaults resolved.
 
     Attributes:
-        num_tokens: New tokens at most.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Candidates kept; 0 keeps all.
-        top_p: Share of the probability kept; 1 keeps all.
-        repetition_penalty: Penalty on tokens in the prompt and the output; 1 is none.
+        num_tokens: Maximum number of new tokens.
+        temperature: Divisor of the logits; 0 takes the most likely token.
+        top_k: Number of candidates kept; 0 keeps all.
+        top_p: Probability mass kept; 1 keeps all.
+        repetition_penalty: Penalty on tokens of the prompt and the output; 1 is neutral.
         eos_id: Token that ends the sample; -1 for none.
         stop: Strings that end the sample.
-        window: Tokens the model saw at most, ``W``.
-        window_stride: Tokens dropped at a time once the window was full.
-        overflow: What happened then: ``roll``, ``stop`` or ``error``.
-        top_logprobs: Alternatives recorded with each token.
+        window: Maximum number of tokens that the model sees, ``W``.
+        window_stride: Tokens dropped at a time once the window is full.
+        overflow: Rule for a full window: ``roll``, ``stop`` or ``error``.
+        top_logprobs: Number of alternatives recorded per token.
     """
 
     num_tokens: int
@@ -57,10 +49,39 @@ class Settings:
     overflow: str
     top_logprobs: int
 
+    @classmethod
+    def of(
+        cls,
+        decoding: config.DecodingConfig,
+        generation: config.GenerationConfig,
+        sampling: config.SamplingConfig,
+        window: int,
+    ) -> "Settings":
+        """Returns the settings in three configurations and the window that ``decoding`` resolves to."""
+        values = {**vars(decoding), **vars(generation), **vars(sampling), "window": window}
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+    def configs(self) -> tuple[config.DecodingConfig, config.GenerationConfig, config.SamplingConfig]:
+        """Returns the configurations with these settings; fields that settings do not have keep their defaults.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+
+        def values(kind: type) -> dict[str, Any]:
+            names = {field.name for field in dataclasses.fields(kind)}
+            return {name: value for name, value in vars(self).items() if name in names}
+
+        return (
+            config.DecodingConfig(**values(config.DecodingConfig)),
+            config.GenerationConfig(**values(config.GenerationConfig)),
+            config.SamplingConfig(**values(config.SamplingConfig)),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The run that the sample was drawn from.
+    """The run that generated the sample.
 
     Attributes:
         name: Name of the run.
@@ -79,20 +100,20 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """What the arithmetic was done by; the same tokens are promised where these are the same.
+    """Hardware and settings that affect the arithmetic. Where they are equal, so are the tokens.
 
     Attributes:
-        platform: As JAX names it: ``cpu``, ``gpu``, ``cuda`` or ``rocm``.
-        device_kind: As JAX names it.
-        machine: Architecture of the processor.
-        processor: Its model name.
-        instruction_sets: Its vector extensions. The last bits of a log-probability depend on them.
-        cores: CPU cores that the process could use.
+        platform: JAX platform: ``cpu``, ``gpu``, ``cuda`` or ``rocm``.
+        device_kind: Device name given by JAX.
+        machine: Processor architecture.
+        processor: Processor model.
+        instruction_sets: Vector extensions; the last bits of a log-probability depend on them.
+        cores: CPU cores available to the process.
         dtype: Type of the arithmetic.
-        attention: Implementation of a prompt's attention, ``xla`` or ``cudnn``.
-        decode_width: Rows decoded side by side, ``--batch_size``.
-        xla_flags: ``XLA_FLAGS``, paths cut to their last name.
-        environment: Settings of JAX and of GPU libraries that can change a number and are not at their defaults.
+        attention: Implementation of attention over the prompt, ``xla`` or ``cudnn``.
+        decode_width: Slots of the decode step, ``--batch_size``.
+        xla_flags: ``XLA_FLAGS``, with paths cut to file names.
+        environment: Settings of JAX and of GPU libraries that can change a number, if not at their defaults.
     """
 
     platform: str
@@ -110,11 +131,11 @@ class Numerics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Wall-clock seconds.
+    """Wall-clock times in seconds.
 
     Attributes:
-        load: From the program's start to the loaded model.
-        first_token: From the sample's start to its first token; None where it has none.
+        load: From program start until the model is loaded.
+        first_token: From the sample's start to its first token; None without tokens.
         total: From the sample's start to its end.
     """
 
@@ -125,39 +146,38 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    r"""One sample. Lists of numbers have an element for each id of ``ids``.
+    r"""A sample and everything needed to generate it again. Per-token lists have one element per id of ``ids``.
 
     Attributes:
-        id: Of the prompt: the one given with it, else a digest of it.
+        id: Id of the prompt: the one given with it, or a digest of it.
         sample: Index among the samples of the prompt, from 0.
-        seed: Of the random numbers, with the prompt's ids and the sample's index.
-        prompt: The prompt's text.
-        prompt_ids: All of its ids.
-        prompt_dropped: How many of the first of them were beyond the window and not read.
-        ids: The ids drawn, in order; the end token and those of a stop string too.
-        tokens: The text that each id completed. A character spread over ids stands with the last of
-            them, the end token has none.
-        text: The text made: ``tokens`` joined, cut before the stop string.
-        finish_reason: ``length`` (of ``num_tokens``, or of the window), ``eos``, ``stop`` or ``error``.
-        stop: The stop string found, or None.
-        error: Why the sample could not be made or finished, or None.
-        logprobs: Log-probability of each id in nats: of the untruncated distribution at temperature 1,
-            before penalty, top-k and top-p.
-        ranks: Place of each id in that distribution's order; 1 is the likeliest.
-        margins: How far the uniform number was from the nearest boundary that would have changed the
-            token, or ``top_p`` from where a nucleus of a candidate more or fewer would have; in [0, 1],
-            where 1 is the value if nothing would have. At temperature 0, the gap of the two best logits.
-        gaps: How far the token's logit, after the penalty, was from that of its nearer neighbour in the
-            order of candidates, with which it would have changed places.
-        top_logprobs: For each id, the likeliest tokens at its place as (id, log-probability, text), or
-            None where none were asked for. Bytes that are no text by themselves are written ``\xNN``.
-        settings: What was asked for.
-        run: What the sample was drawn from.
-        numerics: What the arithmetic was done by.
-        versions: Versions of program and libraries.
-        argv: The command line, paths cut to their last name; empty from Python.
-        started: When the program started, in UTC, ISO 8601.
-        timings: How long it took.
+        seed: Seed of the random numbers.
+        prompt: Text of the prompt.
+        prompt_ids: Token ids of the prompt.
+        prompt_dropped: Number of leading prompt ids beyond the window, which the model did not see.
+        ids: Generated token ids in order, including the end token and the tokens of a stop string.
+        tokens: Text completed by each id. A character of several tokens belongs to the last of them; the end token
+            has no text.
+        text: Generated text: ``tokens`` joined, cut before the stop string.
+        finish_reason: ``length`` (``num_tokens`` or the window is exhausted), ``eos``, ``stop`` or ``error``.
+        stop: Stop string found, or None.
+        error: Reason for which the sample could not be finished, or None.
+        logprobs: Log-probability of each id in nats, in the distribution at temperature 1 before penalty, top-k and
+            top-p.
+        ranks: Rank of each id in that distribution; 1 is the most likely.
+        margins: Distance of the uniform number from the nearest value that would have changed the token, or of
+            ``top_p`` from the nearest value that would have changed the nucleus so that the token changes; in [0, 1],
+            1 if there is no such value. At temperature 0, the difference of the two largest logits.
+        gaps: Distance of the token's logit, after the penalty, to the nearest other candidate's.
+        top_logprobs: Most likely tokens at each position as (id, log-probability, text), or None if not requested.
+            Bytes that are not text by themselves are written ``\xNN``.
+        settings: Settings of the sample.
+        run: The run that generated it.
+        numerics: Hardware and settings that affect the arithmetic.
+        versions: Versions of the program and its libraries.
+        argv: Command line, with paths cut to file names; empty from Python.
+        started: Start of the program in UTC, ISO 8601.
+        timings: Times in seconds.
     """
 
     id: str
@@ -186,11 +206,9 @@ class Record:
     timings: Timings
 
     def to_json(self) -> str:
-        """Returns the record as one line of JSON, without its line end."""
+        """Returns the record as one line of JSON, without a line feed."""
         value: dict[str, Any] = {"schema": SCHEMA, "contract": CONTRACT}
-        for field in dataclasses.fields(self):
-            part = getattr(self, field.name)
-            value[field.name] = vars(part) if field.name in _PARTS else part
+        value |= {name: vars(part) if name in _PARTS else part for name, part in vars(self).items()}
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -204,24 +222,23 @@ _PARTS: dict[str, type] = {
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Yields the records of a file; ``lines`` says which lines are skipped.
+    """Yields the records of a file, except a torn last line.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is not a record of this schema and contract; the message has its number.
+        FileNotFoundError: The file does not exist.
+        ValueError: A line is not a record of this schema and contract.
     """
-    for number, line in lines(path):
-        yield parse(line, f"{path} line {number}")
+    for line in lines(path):
+        if not line.is_torn:
+            yield parse(line.text, f"{path} line {line.number}")
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines of a file with their numbers, from 1.
-
-    Blank lines are skipped, and so is a last line without its line feed, which a kill has cut short.
+def lines(path: Path) -> Iterator[files.JsonLine]:
+    """Yields the lines of a record file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is a directory, a pipe or a device, or a line is longer than ``MAX_LINE_BYTES``.
+        FileNotFoundError: The file does not exist.
+        ValueError: The path is not a regular file, or a line is too long.
     """
     if not path.exists():
         raise FileNotFoundError(f"record file not found: {path}")
@@ -229,94 +246,58 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path} is a directory: give a record file in it")
     if not path.is_file():
         raise ValueError(f"{path} is a pipe or a device, and records are read more than once: write them to a file")
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(MAX_LINE_BYTES + 1)
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{path} line {number} is longer than {MAX_LINE_BYTES >> 20} MiB, the limit for a record"
-                )
-            if not line.endswith(b"\n"):
-                return
-            if line.strip():
-                yield number, line
+    yield from files.read_jsonl(path)
 
 
-def parse(line: bytes, place: str) -> Record:
-    """Reads a record.
+def parse(line: bytes, source: str) -> Record:
+    """Parses a line of a record file.
 
     Args:
-        line: One line of a record file.
-        place: Name of the line, with which the message of an error begins.
+        line: The line.
+        source: Name of the line, for error messages.
 
     Raises:
-        ValueError: It is not a record of this schema and contract.
+        ValueError: The line is not a record of this schema and contract.
     """
-    value = parse_object(line, place)
-    try:
-        _validate()(value)
-    except fastjsonschema.JsonSchemaValueException as error:
-        raise ValueError(f"{place} is not a whole record: {_violation(error)}") from error
-    del value["schema"], value["contract"]
-    lengths = {name: len(value[name]) for name in ("tokens", "logprobs", "ranks", "margins", "gaps")}
-    if value["top_logprobs"] is not None:
-        lengths["top_logprobs"] = len(value["top_logprobs"])
-    for name, length in lengths.items():
-        if length != len(value["ids"]):
-            raise ValueError(f"{place} is not a whole record: it has {len(value['ids'])} ids and {length} {name}")
-    for name, part in _PARTS.items():
-        value[name] = part(**{key: _frozen(one) for key, one in value[name].items()})
-    return Record(**{name: _frozen(one) for name, one in value.items()})
-
-
-def parse_object(line: bytes, place: str) -> dict[str, Any]:
-    """Reads the JSON object of a record's line; raises ValueError where it has another schema or contract."""
     try:
         value = files.parse_json(line.strip())
     except ValueError as error:
-        # A line is always line 1 of itself, which beside its number in the file would confuse.
-        raise ValueError(f"{place} is not JSON: {str(error).replace(' line 1 ', ' ')}") from error
+        # The line number within the line is always 1 and would be confused with the one in the file.
+        raise ValueError(f"{source} is not JSON: {str(error).replace(' line 1 ', ' ')}") from error
     if not isinstance(value, dict) or type(value.get("schema")) is not int:
-        raise ValueError(f"{place} is not a record: it has no schema number")
-    for key, own in (("schema", SCHEMA), ("contract", CONTRACT)):
-        if type(value.get(key)) is not int or value[key] != own:
-            versions = value.get("versions")
-            made_by = versions.get("hipgpt_jax") if isinstance(versions, dict) else None
+        raise ValueError(f"{source} is not a record: it has no schema number")
+    _check_version(value, source)
+    _schema().check(value, source)
+    del value["schema"], value["contract"]
+    for name in _PER_TOKEN:
+        if value[name] is not None and len(value[name]) != len(value["ids"]):
             raise ValueError(
-                f"{place} has {key} {_shown(value.get(key))}: this version reads {key} {own}. Use the version of "
-                f"hipgpt_jax that wrote it ({_shown(made_by)[1:-1] if isinstance(made_by, str) else 'unknown'})"
+                f"{source} is not a valid record: it has {len(value['ids'])} ids and {len(value[name])} {name}"
             )
-    return value
+    for name, part in _PARTS.items():
+        value[name] = part(**{key: _frozen(item) for key, item in value[name].items()})
+    return Record(**{name: _frozen(item) for name, item in value.items()})
 
 
-def _violation(error: fastjsonschema.JsonSchemaValueException) -> str:
-    """Returns the violation of the schema in a few words, without the values at fault, which may be long."""
-    name = (error.name or "data").replace("data", "record", 1)
-    if error.rule == "required":
-        missing = next(key for key in error.rule_definition or () if key not in (error.value or {}))
-        return f"{name} has no {missing!r}"
-    if error.rule == "additionalProperties":
-        known = (error.definition or {}).get("properties", {})
-        return f"{name} has an unknown field {_shown(next(key for key in error.value or () if key not in known))}"
-    return error.message.replace("data", "record", 1)
-
-
-def _shown(value: Any) -> str:
-    """Returns the ``repr`` of a value from a file, at most about 40 characters of it."""
-    return _SHORT.repr(value)
-
-
-def is_torn(path: Path) -> bool:
-    """Returns whether the last line of a file of at least one byte lacks its end."""
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
+def _check_version(value: dict[str, Any], source: str) -> None:
+    """Raises ValueError if a record has another schema or contract."""
+    for key, expected in (("schema", SCHEMA), ("contract", CONTRACT)):
+        if type(value.get(key)) is not int or value[key] != expected:
+            versions = value.get("versions")
+            writer = versions.get("hipgpt_jax") if isinstance(versions, dict) else None
+            writer = config.shortened(writer)[1:-1] if isinstance(writer, str) else "unknown"
+            raise ValueError(
+                f"{source} has {key} {config.shortened(value.get(key))}: this version reads {key} {expected}. "
+                f"Use the version of hipgpt_jax that wrote it ({writer})"
+            )
 
 
 @functools.cache
-def _validate() -> Any:
-    return fastjsonschema.compile(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+def _schema() -> files.Schema:
+    return files.Schema("record", json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple(map(_frozen, value)) if value and isinstance(value[0], list) else tuple(value)

@@ -1,133 +1,164 @@
-"""The file that records are appended to: whole lines, resumable, all made by the same settings."""
+"""The file that records are appended to: resumable, and consistent in its settings."""
 
+import bisect
+import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hipgpt_jax import config, files
 from hipgpt_jax.records import record
 
-# The beginning of every record. A file that begins so may be appended to and replaced; any other belongs to someone.
+# The beginning of every record. Only a file that begins so is cut or replaced; any other is somebody else's.
 _BEGINNING = re.compile(rb'(?:\xef\xbb\xbf)?\{\s*"schema"\s*:\s*\d+\s*,\s*"contract"\s*:')
 _PREFIX = b'{"schema":'
-_BLOCK = 1024  # bits of one integer
-_ENDS = 2 * config.MAX_SAMPLES
-_FLOATS = ("temperature", "top_p", "repetition_penalty")
+_MAX_FOREIGN_LINE = 1 << 20  # a file of something else may be one line of gigabytes
+
+Fingerprint = dict[str, Any]
+
+
+def prompt_fingerprint(prompt: str, seed: int, settings: Mapping[str, Any]) -> Fingerprint:
+    """Returns all inputs of a prompt's samples that may differ from those of another prompt in the same file.
+
+    Args:
+        prompt: Text of the prompt.
+        seed: Seed.
+        settings: Values of ``record.Settings`` by name.
+    """
+    integers = ("num_tokens", "top_k", "eos_id", "top_logprobs")
+    floats = ("temperature", "top_p", "repetition_penalty")
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        **{name: settings[name] for name in integers},
+        **{name: float(settings[name]) for name in floats},
+        "stop": list(settings["stop"]),
+    }
+
+
+def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: record.Numerics) -> Fingerprint:
+    """Returns all inputs of samples that are the same throughout a file.
+
+    Versions and the processor are not among them, so that a file may be resumed after an upgrade.
+    """
+    names = ("platform", "device_kind", "dtype", "attention", "decode_width", "xla_flags")
+    return {
+        **{name: getattr(settings, name) for name in ("window", "window_stride", "overflow")},
+        "weights": run.weights_sha256,
+        "tokenizer": run.tokenizer_sha256,
+        **{name: getattr(numerics, name) for name in names},
+        "environment": list(numerics.environment),
+    }
+
+
+@dataclasses.dataclass(slots=True)
+class _Finished:
+    """Finished samples of one prompt.
+
+    Attributes:
+        fingerprint: Hash of the prompt's fingerprint.
+        edges: Ascending starts and ends, in turn, of the ranges of finished samples.
+        is_mixed: Whether the samples have different fingerprints.
+    """
+
+    fingerprint: int
+    edges: list[int] = dataclasses.field(default_factory=list)
+    is_mixed: bool = False
 
 
 class Samples:
-    """Set of finished samples, in about 130 bytes per prompt id and, after a gap, one bit per sample.
+    """Set of finished samples, in about 300 bytes per prompt and 70 per gap.
 
-    Per id it holds the number of samples that are finished from 0 on, and a hash of their basis. Ids and bases are
-    compared by 64 bits of their hashes: two of 10^6 ids are taken for equal with probability 3e-8.
+    Ids and fingerprints are compared by 64-bit hashes. Among 10^6 ids two are confused with probability 3e-8.
     """
 
     def __init__(self) -> None:
-        self._of_ids: dict[int, int] = {}  # hash of the basis and number, in one integer: a tuple takes 100 bytes more
-        self._bits: dict[int, dict[int, int]] = {}  # of each id with a gap, by block
-        self._mixed: set[int] = set()
+        self._prompts: dict[int, _Finished] = {}
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def __contains__(self, prompt_id: str) -> bool:
-        """Returns whether a sample of the prompt is in the set."""
-        return hash(prompt_id) in self._of_ids
+        """Returns whether the set has a sample of the prompt."""
+        return hash(prompt_id) in self._prompts
 
-    def add(self, prompt_id: str, sample: int, basis: str) -> bool:
-        """Adds a sample, and returns whether it is new."""
-        key = hash(prompt_id)
-        found, end = divmod(self._of_ids.get(key, hash(basis) * _ENDS), _ENDS)
-        if found != hash(basis):
-            self._mixed.add(key)
-        bits = self._bits.get(key, {})
-        if sample < end or _has(bits, sample):
+    def add(self, prompt_id: str, sample: int, fingerprint: str) -> bool:
+        """Adds a sample and returns whether it is new."""
+        finished = self._prompts.setdefault(hash(prompt_id), _Finished(hash(fingerprint)))
+        finished.is_mixed |= finished.fingerprint != hash(fingerprint)
+        edges = finished.edges
+        place = bisect.bisect_right(edges, sample)
+        if place % 2:
             return False
-        if sample == end:
-            end += 1
-            while _has(bits, end):
-                end += 1
-            for block in [block for block in bits if (block + 1) * _BLOCK <= end]:
-                del bits[block]
-        else:
-            block, place = divmod(sample, _BLOCK)
-            self._bits.setdefault(key, bits)[block] = bits.get(block, 0) | 1 << place
-        self._of_ids[key] = found * _ENDS + end
+        # The new range [sample, sample + 1) is merged with a range that ends or begins beside it.
+        before = place > 0 and edges[place - 1] == sample
+        after = place < len(edges) and edges[place] == sample + 1
+        edges[place - before : place + after] = [sample] * (not before) + [sample + 1] * (not after)
         self._size += 1
         return True
 
     def missing(self, prompt_id: str, number: int, first: int = 0) -> Iterator[int]:
-        """Yields the samples of a prompt, from ``first`` to the one before ``number``, that are not in the set."""
-        bits = self._bits.get(hash(prompt_id), {})
-        wanted = range(max(first, self._end(prompt_id)), number)
-        return (sample for sample in wanted if not _has(bits, sample)) if bits else iter(wanted)
+        """Yields the samples from ``first`` to ``number - 1`` of a prompt that are not in the set."""
+        for start, end in self._ranges(prompt_id):
+            yield from range(first, min(start, number))
+            first = max(first, end)
+        yield from range(first, number)
 
     def count(self, prompt_id: str, number: int) -> int:
         """Returns how many of the first ``number`` samples of a prompt are in the set."""
-        end = min(number, self._end(prompt_id))
-        beyond = 0
-        for block, bits in self._bits.get(hash(prompt_id), {}).items():
-            low, high = (min(max(0, limit - block * _BLOCK), _BLOCK) for limit in (end, number))
-            beyond += (bits >> low & (1 << max(0, high - low)) - 1).bit_count()
-        return end + beyond
+        return sum(max(0, min(end, number) - start) for start, end in self._ranges(prompt_id))
 
-    def differs(self, prompt_id: str, basis: str) -> bool:
-        """Returns whether the set has samples of a prompt that were made from another basis."""
-        key = hash(prompt_id)
-        return key in self._mixed or self._of_ids.get(key, hash(basis) * _ENDS) // _ENDS != hash(basis)
+    def differs(self, prompt_id: str, fingerprint: str) -> bool:
+        """Returns whether the set has samples of a prompt with another fingerprint."""
+        finished = self._prompts.get(hash(prompt_id))
+        return finished is not None and (finished.is_mixed or finished.fingerprint != hash(fingerprint))
 
-    def _end(self, prompt_id: str) -> int:
-        return self._of_ids.get(hash(prompt_id), 0) % _ENDS
+    def _ranges(self, prompt_id: str) -> list[tuple[int, int]]:
+        finished = self._prompts.get(hash(prompt_id))
+        edges = finished.edges if finished else []
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _has(bits: dict[int, int], sample: int) -> int:
-    return bits.get(sample // _BLOCK, 0) >> sample % _BLOCK & 1
-
-
-class Output:
+class RecordFile:
     """A record file, open for appending and locked against other writers.
 
-    A line is appended by one write, and cut off again where the disk had no room for all of it. So a
-    kill at any moment leaves whole lines and at most one torn last line, which the next opening drops.
+    Each line is appended by one write, and removed again if the disk is full. So after a kill at any moment the file
+    has whole lines and at most one torn last line, which is dropped when the file is next opened.
 
     Attributes:
-        path: The file.
-        done: The samples that are in the file.
-        dropped: Bytes of a torn last line that were dropped at the opening.
-        seeds: Up to two of the seeds of the records in the file.
+        path: Path of the file.
+        finished: Samples in the file.
+        dropped: Size in bytes of the torn last line that was dropped on opening.
+        seeds: Up to two of the seeds in the file.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
-        """Opens the file and reads what is finished, without writing to it except to drop a torn last line.
+        """Opens the file and reads its records. Nothing is written, except to repair the last line.
 
         Args:
-            path: The file; it is created if it does not exist. A device or a pipe is written to as it is.
+            path: Path of the file, created if it does not exist. Devices and pipes are allowed.
             overwrite: Whether the first record appended replaces the records in the file.
 
         Raises:
-            OSError: It cannot be written.
-            ValueError: Another process is writing it, or it holds something other than records.
+            OSError: The file cannot be written.
+            ValueError: Another process writes the file, or it holds something other than records.
         """
         self.path = path
-        self.done = Samples()
+        self.finished = Samples()
         self.dropped = 0
         self.seeds: set[int] = set()
-        self._shared: dict[str, str] = {}  # each way the records were made, and the name of a sample made so
+        self._shared: dict[str, str] = {}  # a sample for each shared fingerprint
         try:
             self._target = files.destination(path)
             self._is_new = not self._target.exists()
             self._file = os.open(self._target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # ValueError: a NUL in the name; RuntimeError: links in a loop
+        # ValueError: the name has a NUL character. RuntimeError: links form a loop.
+        except (OSError, ValueError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise OSError(f"--output {path} cannot be written: {reason}") from error
         self._replace = overwrite
@@ -136,21 +167,21 @@ class Output:
             if self._is_regular:
                 self._lock()
                 if overwrite:
-                    self._require_own()
+                    self._check_replaceable()
                 else:
                     self._read()
         except BaseException:
-            self._forget()
+            self._remove_if_unused()
             os.close(self._file)
             raise
 
-    def append(self, found: record.Record) -> None:
+    def append(self, new: record.Record) -> None:
         """Appends a record.
 
         Raises:
-            OSError: The disk has no room; the file is whole up to the line before.
+            OSError: The disk is full; the file still ends with the line before.
         """
-        line = found.to_json().encode() + b"\n"
+        line = new.to_json().encode() + b"\n"
         if self._replace and self._is_regular:
             os.ftruncate(self._file, 0)
         self._replace = False
@@ -160,7 +191,7 @@ class Output:
             while written < len(line) and (count := os.write(self._file, line[written:])):
                 written += count
                 if self._is_regular:
-                    break  # a short write is a full disk; a pipe may take a line in parts
+                    break  # a short write means a full disk; a pipe may take a line in parts
         except OSError as error:
             if not self._is_regular:
                 raise
@@ -168,48 +199,39 @@ class Output:
         if written < len(line):
             os.ftruncate(self._file, start)
             raise OSError(
-                f"{self.path}: no room for sample {found.sample} of {found.id} ({reason}). The file is whole; "
-                f"make room and run the same command again to go on"
+                f"{self.path}: no room for sample {new.sample} of {new.id} ({reason}). The file is whole; "
+                f"make room and run the same command again to resume"
             )
 
     def close(self) -> None:
-        """Flushes the file to disk and closes it; one that was created here and got no record is removed."""
+        """Flushes the file to disk and closes it. A file that was created here and got no record is removed."""
         try:
             if self._is_regular:
-                self._forget()
+                self._remove_if_unused()
                 os.fsync(self._file)
         except OSError as error:
             raise OSError(f"{self.path} could not be flushed to disk: {error.strerror}") from error
         finally:
             os.close(self._file)
 
-    def require_shared(self, expected: dict[str, Any]) -> None:
-        """Raises ValueError where a record in the file was not made by this run, on this platform, in this window.
-
-        Args:
-            expected: ``shared_basis`` of the records to be made.
-        """
+    def check_shared(self, expected: Fingerprint) -> None:
+        """Raises ValueError if the file has a record with another shared fingerprint."""
         for found, sample in self._shared.items():
-            self._require_equal(json.loads(found), expected, sample)
+            self._check_equal(json.loads(found), expected, sample)
 
-    def require_same(self, prompt_id: str, expected: dict[str, Any]) -> None:
-        """Raises ValueError where a record of a prompt in the file was made by other settings.
-
-        Args:
-            prompt_id: The prompt's id; the file need not have it.
-            expected: ``own_basis`` of the records to be made.
-        """
-        if not self.done.differs(prompt_id, _words(expected)):
+    def check_prompt(self, prompt_id: str, expected: Fingerprint) -> None:
+        """Raises ValueError if the file has a record of the prompt with another prompt fingerprint."""
+        if not self.finished.differs(prompt_id, _encode(expected)):
             return
-        for _, value in self._lines():  # to say which setting it is; only its hash is kept
-            if value["id"] == prompt_id:
-                self._require_equal(own_basis(value), expected, f"sample {value['sample']} of {prompt_id}")
+        for _, one in self._records():  # only hashes are kept, so the file is read again to name the setting
+            if one.id == prompt_id:
+                self._check_equal(_prompt_fingerprint_of(one), expected, f"sample {one.sample} of {prompt_id}")
 
-    def _require_equal(self, old: dict[str, Any], new: dict[str, Any], sample: str) -> None:
-        for name in (name for name in {**old, **new} if old.get(name) != new.get(name)):
+    def _check_equal(self, old: Fingerprint, new: Fingerprint, sample: str) -> None:
+        for name in (name for name in old if old[name] != new[name]):
             raise ValueError(
-                f"{self.path} was made by other settings: {name} {config.shortened(old.get(name))} in {sample}, "
-                f"{config.shortened(new.get(name))} now. Repeat its settings, use another --output, or --overwrite"
+                f"{self.path} was made by other settings: {name} {config.shortened(old[name])} in {sample}, "
+                f"{config.shortened(new[name])} now. Repeat its settings, use another --output, or --overwrite"
             )
 
     def _lock(self) -> None:
@@ -220,100 +242,53 @@ class Output:
                 f"{self.path} is being written by another process: wait, or use another --output"
             ) from error
         except OSError:
-            return  # a file system without locks is no reason to stop
+            return  # some file systems have no locks
 
-    def _forget(self) -> None:
-        """Removes a file that was created here and has no record."""
+    def _remove_if_unused(self) -> None:
         if self._is_new and self._is_regular and os.fstat(self._file).st_size == 0:
             self._target.unlink(missing_ok=True)
 
-    def _require_own(self) -> None:
+    def _begins_with_record(self) -> bool:
         with self._target.open("rb") as file:
-            head = file.read(200)
-        if head and not _BEGINNING.match(head):
+            return _BEGINNING.match(file.read(200)) is not None
+
+    def _check_replaceable(self) -> None:
+        if self._target.stat().st_size and not self._begins_with_record():
             raise ValueError(
                 f"--overwrite replaces files of records, and {self.path} does not begin with one: "
                 f"use another --output, or remove the file"
             )
 
     def _read(self) -> None:
-        for place, value in self._lines():
-            try:
-                prompt_id, sample, seed = value["id"], value["sample"], value["seed"]
-                own, shared = _words(own_basis(value)), _words(shared_basis(value))
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise ValueError(f"{place} is not a whole record: {error!r}") from error
-            if not isinstance(prompt_id, str) or type(sample) is not int or not 0 <= sample < config.MAX_SAMPLES:
-                found = config.shortened((prompt_id, sample))
-                raise ValueError(f"{place} is not a whole record: its id and sample are {found}")
-            if not self.done.add(prompt_id, sample, own):
-                raise ValueError(
-                    f"{place} repeats sample {sample} of {prompt_id}: use another --output, or --overwrite"
-                )
-            self._shared.setdefault(shared, f"sample {sample} of {prompt_id}")
-            if len(self.seeds) < 2 and type(seed) is int:
-                self.seeds.add(seed)
+        for source, one in self._records():
+            sample = f"sample {one.sample} of {one.id}"
+            if not self.finished.add(one.id, one.sample, _encode(_prompt_fingerprint_of(one))):
+                raise ValueError(f"{source} repeats {sample}: use another --output, or --overwrite")
+            self._shared.setdefault(_encode(shared_fingerprint(one.settings, one.run, one.numerics)), sample)
+            if len(self.seeds) < 2:
+                self.seeds.add(one.seed)
 
-    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields the records of the file and their places, and cuts off a torn last line."""
-        end = 0
-        with self._target.open("rb") as file:
-            is_own = bool(_BEGINNING.match(file.peek(200)[:200]))
-            for number in itertools.count(1):
-                # Any other file may be one line of gigabytes, which is not read to refuse it.
-                line = file.readline(record.MAX_LINE_BYTES + 1 if is_own else 1 << 20)
-                if not line:
-                    return
-                place = f"{self.path} line {number}"
-                if len(line) > record.MAX_LINE_BYTES:
-                    raise ValueError(f"{place} is longer than {record.MAX_LINE_BYTES >> 20} MiB: use another --output")
-                if not line.endswith(b"\n"):
-                    yield from self._torn(line, place, end, is_own=is_own)
-                    return
-                end += len(line)
-                if line.strip():
-                    yield place, record.parse_object(line, place)
-                    is_own = True
-
-    def _torn(self, line: bytes, place: str, end: int, *, is_own: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields a last line that lacks only its line feed, and adds that; drops one that was cut elsewhere."""
-        if not is_own or not line.startswith(_PREFIX[: len(line)]):
-            raise ValueError(f"{place} is not a record: use another --output, or --overwrite")
-        try:
-            record.parse(line, place)
-        except ValueError:
-            self.dropped = len(line)
-            os.ftruncate(self._file, end)
-        else:
+    def _records(self) -> Iterator[tuple[str, record.Record]]:
+        """Yields each line's name and record, drops a torn last line and adds a missing line feed."""
+        is_ours = self._begins_with_record()
+        line = None
+        for line in files.read_jsonl(self._target, *(() if is_ours else (_MAX_FOREIGN_LINE,))):
+            source = f"{self.path} line {line.number}"
+            if line.is_torn:
+                if not is_ours or not line.text.startswith(_PREFIX[: len(line.text)]):
+                    raise ValueError(f"{source} is not a record: use another --output, or --overwrite")
+                self.dropped = len(line.text)
+                os.ftruncate(self._file, self._target.stat().st_size - self.dropped)
+                return
+            yield source, record.parse(line.text, source)
+            is_ours = True
+        if line is not None and not line.text.endswith(b"\n"):
             os.write(self._file, b"\n")
-            yield place, record.parse_object(line, place)
 
 
-def own_basis(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the tokens of a prompt's samples follow from and another prompt's may not, of a record's JSON."""
-    settings = value["settings"]
-    names = ("num_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "eos_id", "stop", "top_logprobs")
-    found = {"prompt": value["prompt"], "seed": value["seed"], **{name: settings[name] for name in names}}
-    return {**found, **{name: float(found[name]) for name in _FLOATS}, "stop": list(found["stop"])}
+def _prompt_fingerprint_of(one: record.Record) -> Fingerprint:
+    return prompt_fingerprint(one.prompt, one.seed, vars(one.settings))
 
 
-def shared_basis(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the tokens of all samples in a file follow from, of a record's JSON.
-
-    Versions and the processor are not in it: a file may be resumed after an upgrade, and its records name both.
-    """
-    settings, run, numerics = value["settings"], value["run"], value["numerics"]
-    return {
-        **{name: settings[name] for name in ("window", "window_stride", "overflow")},
-        "weights": run["weights_sha256"],
-        "tokenizer": run["tokenizer_sha256"],
-        **{
-            name: numerics[name]
-            for name in ("platform", "device_kind", "dtype", "attention", "decode_width", "xla_flags")
-        },
-        "environment": list(numerics["environment"]),
-    }
-
-
-def _words(basis: dict[str, Any]) -> str:
-    return json.dumps(basis, sort_keys=True)
+def _encode(fingerprint: Fingerprint) -> str:
+    return json.dumps(fingerprint, sort_keys=True)

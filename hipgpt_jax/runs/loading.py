@@ -1,4 +1,4 @@
-"""A run opened for generation: its files verified on disk, its tokenizer, and prompts resolved with it."""
+"""A run opened for generation: its verified files, its tokenizer, and prompts resolved with them."""
 
 import dataclasses
 import os
@@ -9,18 +9,20 @@ from hipgpt_jax import config
 from hipgpt_jax.runs import directory
 from hipgpt_jax.text import prompts, tokenizer
 
+EMPTY_PROMPT = "the prompt is empty: it must hold at least one token"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask:
+class ResolvedPrompt:
     """A tokenized prompt with all of its settings.
 
     Attributes:
-        id: Of the prompt.
-        prompt: Its text, decoded from its ids.
-        prompt_ids: Its ids.
+        id: Id of the prompt.
+        prompt: Text, decoded from the ids.
+        prompt_ids: Token ids.
         generation: Number, length and ends of its samples.
-        sampling: How their tokens are chosen.
-        samples: Indices of the samples to make; None makes all of them.
+        sampling: Sampling settings.
+        samples: Indices of the samples to generate; None for all.
     """
 
     id: str
@@ -32,13 +34,13 @@ class Ask:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """A run whose files are whole.
+class RunFiles:
+    """A run with verified files.
 
     Attributes:
         checkpoint: The step and its files.
-        vocabulary: Its tokenizer.
-        decoding: Window, stride, overflow rule and width.
+        vocabulary: Tokenizer of the run.
+        decoding: Window, stride, overflow rule, width and type of the arithmetic.
     """
 
     checkpoint: directory.Checkpoint
@@ -47,28 +49,30 @@ class Source:
 
     @property
     def window(self) -> int:
-        """Tokens the model sees at most, ``W``."""
+        """Maximum number of tokens that the model sees, ``W``."""
         return self.decoding.resolve_window(self.checkpoint.model)
 
-    def ask(self, prompt: prompts.Prompt, sampling: config.SamplingConfig, generation: config.GenerationConfig) -> Ask:
+    def resolve(
+        self, prompt: prompts.Prompt, sampling: config.SamplingConfig, generation: config.GenerationConfig
+    ) -> ResolvedPrompt:
         """Tokenizes a prompt and resolves its settings.
 
         Args:
             prompt: The prompt.
-            sampling: The defaults for settings that it does not have.
-            generation: Likewise.
+            sampling: Defaults of settings that the prompt does not have.
+            generation: Defaults, likewise.
 
         Raises:
-            ValueError: The prompt is empty, its end token is not in the vocabulary, or its samples
-                cannot fit the window where overflow is an error.
+            ValueError: The prompt is empty, its end token is not in the vocabulary, or its samples do not fit the
+                window although ``overflow`` is ``error``.
         """
         ids = tuple(self.vocabulary.encode(prompt.text))
         if not ids:
-            raise ValueError("the prompt is empty: it must hold at least one token")
+            raise ValueError(EMPTY_PROMPT)
         generation = dataclasses.replace(generation, **prompt.generation) if prompt.generation else generation
         generation.check_vocabulary(self.vocabulary.vocab_size)
         self.decoding.check_fits(self.window, len(ids), generation.num_tokens)
-        return Ask(
+        return ResolvedPrompt(
             id=prompt.name,
             prompt=self.vocabulary.decode(ids),
             prompt_ids=ids,
@@ -76,37 +80,37 @@ class Source:
             sampling=dataclasses.replace(sampling, **prompt.sampling) if prompt.sampling else sampling,
         )
 
-    def ask_all(
-        self, several: Iterable[prompts.Prompt], sampling: config.SamplingConfig, generation: config.GenerationConfig
-    ) -> Iterator[Ask]:
-        """Yields what ``ask`` returns for each prompt, as it is taken; an error names the prompt."""
-        for number, prompt in enumerate(several, 1):
+    def resolve_all(
+        self, requested: Iterable[prompts.Prompt], sampling: config.SamplingConfig, generation: config.GenerationConfig
+    ) -> Iterator[ResolvedPrompt]:
+        """Resolves prompts as they are taken; an error names the prompt."""
+        for number, prompt in enumerate(requested, 1):
             try:
-                yield self.ask(prompt, sampling, generation)
+                yield self.resolve(prompt, sampling, generation)
             except ValueError as error:
-                raise ValueError(f"{prompt_name(prompt, number)}: {error}") from error
+                raise ValueError(f"{describe(prompt, number)}: {error}") from error
 
 
-def prompt_name(prompt: prompts.Prompt, number: int) -> str:
+def describe(prompt: prompts.Prompt, number: int) -> str:
+    """Returns where a prompt comes from and its id, for error messages."""
     return f"{prompt.location or f'prompt {number}'} ({prompt.name})"
 
 
-def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig, where: Path | None = None) -> Source:
-    """Finds a run, verifies the digests of its files and reads its tokenizer.
+def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig, path: Path | None = None) -> RunFiles:
+    """Finds a run, verifies the digests of its files and loads its tokenizer.
 
     Args:
         name: Name of the run.
-        step: Training step, or ``best``; None takes the latest.
-        decoding: Window, stride, overflow rule and width.
-        where: The run's directory; None finds it by the name.
+        step: Training step, or ``best``; None for the latest.
+        decoding: Window, stride, overflow rule, width and type of the arithmetic.
+        path: Directory of the run; None finds it by name.
 
     Raises:
-        FileNotFoundError: There is no such run, step or file.
-        ValueError: A file is not the one that the config names, or ``decoding`` does not fit the model.
+        FileNotFoundError: The run, the step or a file does not exist.
+        ValueError: A file is not the one named by the config, or ``decoding`` does not fit the model.
     """
-    checkpoint = directory.read_checkpoint(name, step, where)
-    window = decoding.resolve_window(checkpoint.model)
-    _require_memory(decoding.width, window, checkpoint.model.vocab_size)
+    checkpoint = directory.read_checkpoint(name, step, path)
+    _check_memory(decoding.width, decoding.resolve_window(checkpoint.model), checkpoint.model.vocab_size)
     checkpoint.verify()
     vocabulary = tokenizer.Tokenizer.load(checkpoint.tokenizer)
     if vocabulary.vocab_size != checkpoint.model.vocab_size:
@@ -114,12 +118,12 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
             f"{checkpoint.tokenizer} has {vocabulary.vocab_size} ids: the model in its config needs "
             f"{checkpoint.model.vocab_size}. Restore the tokenizer that the run was trained with"
         )
-    return Source(checkpoint=checkpoint, vocabulary=vocabulary, decoding=decoding)
+    return RunFiles(checkpoint=checkpoint, vocabulary=vocabulary, decoding=decoding)
 
 
-def _require_memory(width: int, window: int, vocab_size: int) -> None:
-    """Raises ValueError where the smallest part of a batch's state takes more memory than the machine has."""
-    needed = width * (5 * vocab_size + 4 * window)  # float32 logits and a byte for each token seen; the context's ids
+def _check_memory(width: int, window: int, vocab_size: int) -> None:
+    """Raises ValueError if the smallest part of the decode state exceeds the machine's memory."""
+    needed = width * (5 * vocab_size + 4 * window)  # float32 logits, one byte per seen token, ids of the context
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise ValueError(

@@ -30,7 +30,9 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     device = devices.start("cpu", lambda line: None)
     narrow, wide = (
         api.Run(
-            loading.open_run("run", None, config.DecodingConfig(width=width), directory), device, provenance.Origin()
+            loading.open_run("run", None, config.DecodingConfig(width=width), directory),
+            device,
+            provenance.Invocation(),
         )
         for width in (1, _WIDTH)
     )
@@ -66,14 +68,14 @@ def write_run(model: config.ModelConfig, directory: Path) -> None:
 
 def _make(run: api.Run, num_tokens: int, path: Path | None) -> table.Request:
     generation = config.GenerationConfig(num_tokens=num_tokens, num_samples=_SAMPLES)
-    asked = list(run.source.ask_all([prompts.Prompt(text="mana tovi")], config.SamplingConfig(), generation))
+    asked = list(run.files.resolve_all([prompts.Prompt(text="mana tovi")], config.SamplingConfig(), generation))
 
     def request() -> tuple[float, float]:
         began = time.perf_counter()
-        out = writer.Output(path, overwrite=True) if path else None
+        out = writer.RecordFile(path, overwrite=True) if path else None
         for update in run.make(run.jobs(asked), measure=out is not None):
             if out and update.finish_reason:
-                out.append(run.recorder.describe(update.sample))
+                out.append(run.recorder.build(update.sample))
         if out:
             out.close()
         return _SAMPLES * num_tokens, time.perf_counter() - began
