@@ -175,7 +175,7 @@ def test_a_directory_that_is_no_run_is_left_alone(run, work: Path) -> None:
     (work / "checkpoints/mine").mkdir(parents=True)
     (work / "checkpoints/mine/thesis.txt").write_text("years of work")
     result = run(*TINY, "--run-name", "mine", "--steps", "1")
-    assert "exists and is no run" in result.err
+    assert "contains files that no run writes, such as thesis.txt: " in result.err
     assert (work / "checkpoints/mine/thesis.txt").exists()
 
 
@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(run, work: Path) -> None:
         (("--mesh", "data=16"), "mesh data=16 needs 16 devices: JAX has 8"),
         (("--mesh", "rows=2"), "mesh must be such as data=4,model=2"),
         (("--mesh", "model=3"), r"mesh .* divides h_0.attn.c_proj.kernel of shape \(16, 16\) by 3: 16 does not"),
-        (("--extend",), "--extend goes with --resume"),
+        (("--extend",), "--extend needs --resume"),
         (("--num_processes", "2"), "--coordinator, --num_processes and --process_id go together"),
         (("--tokenizer-path", "none.json"), "tokenizer not found: none.json"),
     ],

@@ -72,9 +72,9 @@ def damage(path: Path) -> None:
         (lambda run: shutil.rmtree(run / "train_state"), ("--resume",), "has weights of step 4 but no training state"),
         (lambda run: damage(run / "train_state/2/sha256.json") or damage(run / "train_state/4/default/d/5c1e"),
          ("--resume",), "cannot be resumed: the training state of step 4 is damaged"),
-        (lambda run: (run / "thesis.txt").touch(), ("--reset",), "it holds thesis.txt"),
-        (lambda run: (run / "train_state/2/thesis.txt").touch(), ("--reset",), "it holds train_state/2/thesis.txt"),
-        (lambda run: (run.parent / ".mine.old").touch(), ("--reset",), r"\.mine\.old is in the way"),
+        (lambda run: (run / "thesis.txt").touch(), ("--reset",), "that no run writes, such as thesis.txt"),
+        (lambda run: (run / "train_state/2/thesis.txt").touch(), ("--reset",), "such as train_state/2/thesis.txt"),
+        (lambda run: (run.parent / ".mine.old").touch(), ("--reset",), r"\.mine\.old exists"),
         (lambda run: (run / "best_config.json").mkdir(), ("--resume",), "best_config.json is not a file"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The log, progress bars and samples of ``hipgpt-train``, and the signals that stop it."""
+"""Log lines, progress bars and text samples of ``hipgpt-train``, and the signals that stop it."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @contextlib.contextmanager
 def preparing() -> Iterator[Callable[[int, int, str], None]]:
-    """Progress of preparing the text: a bar on a terminal, otherwise a line per minute."""
+    """Yields a callback for the progress of tokenising: a bar on a terminal, otherwise a line per minute."""
     from rich import progress
 
     terminal = _console()
@@ -57,17 +57,13 @@ def _lines(clock: Callable[[], float]) -> Callable[[int, int, str], None]:
 
 
 def note(line: str) -> None:
-    """Writes a fact to stderr; a terminal or a pipe that is gone ends nothing."""
+    """Writes a line to stderr, even if the terminal or the pipe is gone."""
     with contextlib.suppress(OSError):
         program.note(line)
 
 
 class Log:
-    """The log lines on stdout. Where they cannot be written, training stops at the next step and saves.
-
-    Attributes:
-        failed: Whether a line could not be written.
-    """
+    """Log lines on stdout. If one cannot be written, training saves and stops after the current step."""
 
     def __init__(self) -> None:
         self._error: OSError | None = None
@@ -78,7 +74,7 @@ class Log:
         return self._error is not None
 
     def write(self, text: str) -> None:
-        """Writes a line, unless one before it could not be written."""
+        """Writes a line, unless an earlier one failed."""
         if self._error is not None:
             return
         try:
@@ -86,12 +82,12 @@ class Log:
         except OSError as error:
             self._error = error
             note(f"stdout cannot be written ({error.strerror}): stopping after this step")
-            # What print has kept back would fail again at exit.
+            # The rest of the buffer would fail again at exit.
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def raise_error(self) -> None:
-        """Raises what kept a line from being written, after the run was saved: the exit code must not say success."""
+        """Raises the error of the failed line, after the run is saved: the exit code must not be 0."""
         if isinstance(self._error, BrokenPipeError):
             raise self._error
         if self._error is not None:
@@ -99,7 +95,7 @@ class Log:
 
 
 class _Terminal:
-    """stderr for the progress bar; writing to a terminal that is gone does nothing."""
+    """stderr for the progress bar; writes to a terminal that is gone are ignored."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -119,24 +115,24 @@ class _Terminal:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether SIGTERM, SIGHUP or Ctrl-C came; a second one stops at once.
+    """Yields a function that returns whether SIGTERM, SIGHUP or Ctrl-C was received; a second one stops at once.
 
-    SIGHUP is left alone where it is ignored, as under ``nohup``.
+    SIGHUP stays ignored if it was, as under ``nohup``.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         del frame
-        if came and number != signal.SIGHUP:  # a terminal that closes may send several
+        if received and number != signal.SIGHUP:  # a closing terminal may send several
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        came.append(number)
-        note("stopping after this step; once more to stop at once, without saving")
+        received.append(number)
+        note("stopping after this step; repeat to stop at once, without saving")
 
     numbers = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -144,7 +140,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def reporting(job: "loop.Job", log: Log, stops: Callable[[], bool], resume_at: int | None) -> Iterator["loop.Report"]:
-    """Log lines on stdout, and a progress bar on stderr where that is a terminal."""
+    """Yields callbacks for log lines on stdout and a progress bar on stderr, if that is a terminal."""
     from rich import progress
 
     from hipgpt_jax.training import loop
@@ -182,7 +178,7 @@ def _console() -> "console.Console":
 
 @contextlib.contextmanager
 def _events(job: "loop.Job", resume_at: int | None) -> Iterator["tensorboard.EventFile | None"]:
-    """TensorBoard's file, where it was asked for; the steps that a resumed run takes again replace the old ones."""
+    """Yields the file of ``--tensorboard``; steps that a resumed run repeats replace the old ones."""
     import jax
 
     from hipgpt_jax.training import tensorboard
@@ -198,7 +194,7 @@ def _events(job: "loop.Job", resume_at: int | None) -> Iterator["tensorboard.Eve
 def _sampling(
     job: "loop.Job", line: Callable[[str], None], board: "tensorboard.EventFile | None"
 ) -> Callable[[int, Any], None]:
-    """Writes a sample of text from the parameters of a step; one sampler serves all steps, and compiles once."""
+    """Returns a function that writes a text sample from parameters. One sampler serves all steps and compiles once."""
     vocabulary = tokenizer.Tokenizer.load(job.directory / manifest.TOKENIZER_NAME)
     engines: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""The start of a training run: new, resumed or replaced, locked and checked before anything is changed."""
+"""Start of a training run: new, resumed or replaced; locked and checked before anything is changed."""
 
 import contextlib
 import errno
@@ -18,13 +18,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_flags(train: training_config.TrainConfig) -> None:
-    """Raises ValueError for flags that contradict one another or would end the run at their first use."""
+    """Raises ValueError for flags that contradict each other or would fail only later."""
     if train_flags.RESET.value and train_flags.RESUME.value:
-        raise ValueError("--reset starts the run again and --resume goes on with it: give one of them")
+        raise ValueError("--reset replaces the run and --resume continues it: give one of them")
     if train_flags.EXTEND.value and not train_flags.RESUME.value:
-        raise ValueError("--extend goes with --resume: it makes a run longer than it was begun")
+        raise ValueError("--extend needs --resume: it extends a run beyond its original --steps")
     if train_flags.RESUME.value and train_flags.RUN_NAME.value is None:
-        raise ValueError("--resume needs --run-name, the run to go on with")
+        raise ValueError("--resume needs --run-name, the run to continue")
     if train_flags.RUN_NAME.value is not None:
         directory.check_new_name(train_flags.RUN_NAME.value, train.steps)
     if train.sample_every:
@@ -37,13 +37,13 @@ def check_flags(train: training_config.TrainConfig) -> None:
 
 @contextlib.contextmanager
 def open_run() -> Iterator["Start"]:
-    """Yields the run that the flags name, locked until the block ends.
+    """Yields the run that the flags describe, locked until the end of the block.
 
-    Where the block raises before a new run has its first checkpoint, the run that it replaced is restored.
+    If the block raises before a new run has its first checkpoint, the run that it replaced is restored.
 
     Raises:
-        ValueError: Another process trains the run, it cannot be begun or resumed as the flags ask, or its data or
-            training states are not what they should be.
+        ValueError: Another process trains the run, the flags do not allow to start or resume it, or its data or
+            training states are invalid.
         OSError: Its directory cannot be written, or there is nothing to resume.
     """
     with _lock() as (run_directory, held):
@@ -56,13 +56,13 @@ def open_run() -> Iterator["Start"]:
         except BaseException as error:
             start.undo()
             if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
-                raise OSError(f"{run_directory} cannot be written: {error.strerror}. Make room") from error
+                raise OSError(f"{run_directory} cannot be written: {error.strerror}. Free some space") from error
             raise
 
 
 @contextlib.contextmanager
 def _lock() -> Iterator[tuple[Path, lock.Lock]]:
-    """Yields the run's directory and its lock; a run without a name gets one that no other has."""
+    """Yields the run's directory and its lock; a run without a name gets a unique one."""
     if train_flags.RUN_NAME.value is not None:
         run_directory = directory.CHECKPOINTS / train_flags.RUN_NAME.value
         with lock.Lock(run_directory) as held:
@@ -82,12 +82,12 @@ def _lock() -> Iterator[tuple[Path, lock.Lock]]:
 
 
 class Start:
-    """A run that is locked, and was checked against the flags.
+    """A run that is locked and has passed the checks.
 
     Attributes:
         directory: The run's directory.
         held: Its lock.
-        resume_at: Step of the training state that it resumes from; None begins at the first step.
+        resume_at: Step of the training state to resume from; None starts at the first step.
     """
 
     def __init__(self, run_directory: Path, held: lock.Lock) -> None:
@@ -108,7 +108,7 @@ class Start:
             fresh.mkdir(exist_ok=True)
             reset.remove_temporaries(fresh)
         except OSError as error:
-            raise OSError(f"{fresh}, where the data is prepared, cannot be made: {error.strerror}") from error
+            raise OSError(f"{fresh}, where the data is prepared, cannot be created: {error.strerror}") from error
         try:
             with train_report.preparing() as progress:
                 data = preparation.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
@@ -121,7 +121,7 @@ class Start:
         self.held.lock_directory(self.directory)
 
     def begin(self, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
-        """Writes the settings of a new run, or compares those of a resumed one with its own."""
+        """Writes the settings of a new run, or checks the flags against those of a resumed one."""
         from hipgpt_jax.training import resume
 
         if not train_flags.RESUME.value:
@@ -134,16 +134,16 @@ class Start:
         resume.extend(self.directory, train, at)
 
     def saved(self, at: int) -> None:
-        """Deletes the run that this one replaced, as soon as this one has a checkpoint."""
+        """Deletes the run that this one replaced; called when this one has a checkpoint."""
         if problem := reset.finish(self.directory):
-            train_report.note(f"step {at} is saved, but the run before --reset could not be deleted: {problem}")
+            train_report.note(f"step {at} is saved, but the replaced run could not be deleted: {problem}")
 
     def undo(self) -> None:
-        """Restores the run that this one replaced, where this one has no checkpoint yet."""
+        """Restores the run that this one replaced, if this one has no checkpoint yet."""
         try:
             line = reset.recover(self.directory)
         except (OSError, ValueError) as error:
-            line = f"the run before --reset could not be moved back: {error}"
+            line = f"the replaced run could not be restored: {error}"
         if line:
             train_report.note(line)
 
@@ -157,16 +157,16 @@ class Start:
         if here.is_dir():
             if other := reset.find_foreign(here):
                 raise ValueError(
-                    f"{here} exists and is no run, or not only that: it holds {other.relative_to(here)}. Give another "
-                    f"--run-name, or move that elsewhere"
+                    f"{here} contains files that no run writes, such as {other.relative_to(here)}: move them, or give "
+                    f"another --run-name"
                 )
             if not is_begun and not reset.is_leftover(here):
-                raise ValueError(f"{here} exists and is no run: give another --run-name")
+                raise ValueError(f"{here} exists and is not a run: give another --run-name")
             if os.path.ismount(os.path.realpath(here)):
                 raise ValueError(f"{here} is a mount point, which cannot be replaced: mount the directory above it")
             reset.check_writable(here)
         if os.path.lexists(old := directory.beside(here, "old")):
-            raise ValueError(f"{old} is in the way, where --reset keeps a run until the new one is saved: move it away")
+            raise ValueError(f"{old} exists, where --reset keeps the old run until the new one is saved: move it away")
         reset.check_outside(here, _files())
 
     def _check_resumed(self) -> None:
@@ -177,28 +177,30 @@ class Start:
         if (here / manifest.MANIFEST_NAME).is_file():
             missing = [path for path in train_flags.DATA_PATH.value if not Path(path).exists()]
             if missing:
-                train_report.note(f"{missing[0]} is not there to be compared: resuming with the run's own tokens")
+                train_report.note(
+                    f"{missing[0]} does not exist and is not compared: resuming with the run's own tokens"
+                )
             else:
                 preparation.check_same_data(here, **_sources())
         _check_prompt(here)
         self.resume_at, lines = states.find_intact(here)
         if self.resume_at is None:
             self._check_unsaved()
-            lines = ["no training state was saved yet: beginning at the first step"]
+            lines = ["no training state was saved yet: starting at the first step"]
         for line in lines:
             train_report.note(line)
         reset.remove_temporaries(here)
         reset.remove(directory.beside(here, "new"))
 
     def _check_unsaved(self) -> None:
-        """Raises ValueError where the run had a training state: ``latest`` names a step only when that is complete."""
+        """Raises ValueError if the run has lost its training state: ``latest`` exists only if there was one."""
         here = self.directory
         if os.path.lexists(here / directory.LATEST_CONFIG):
             steps = directory.steps(here)
             raise ValueError(
                 f"run {here.name!r} has weights{f' of step {steps[-1]}' if steps else ''} but no training state with "
                 f"digests in {here / directory.TRAIN_STATE_NAME}: it cannot be resumed. Restore that from a copy, or "
-                f"start again with --reset"
+                f"replace the run with --reset"
             )
 
 
@@ -207,12 +209,12 @@ def _check_prompt(where: Path) -> None:
         vocabulary = tokenizer.Tokenizer.load(where / manifest.TOKENIZER_NAME)
         if not vocabulary.encode(train_flags.SAMPLE_PROMPT.value):
             raise ValueError(
-                f"--sample-prompt {train_flags.SAMPLE_PROMPT.value!r} has no token in the run's vocabulary"
+                f"--sample-prompt {train_flags.SAMPLE_PROMPT.value!r} has no tokens in the run's vocabulary"
             )
 
 
 def _sources() -> dict[str, Any]:
-    """The arguments of ``preparation.prepare`` and ``preparation.check_same_data``."""
+    """Returns the arguments of ``preparation.prepare`` and ``preparation.check_same_data``."""
     given = train_flags.TOKENIZER_PATH.value
     return {
         "sources": [Path(path) for path in train_flags.DATA_PATH.value],
@@ -223,7 +225,7 @@ def _sources() -> dict[str, Any]:
 
 
 def _files() -> list[Path]:
-    """The files that a new run is made from."""
+    """Returns the input files of a new run."""
     sources = _sources()
     given = [file.path for file in documents.find(sources["sources"])]
     return given if sources["tokenizer_path"] is None else [*given, sources["tokenizer_path"]]
