@@ -247,7 +247,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    found = re.search(r"stopped and saved at step (\d+); to go on: hipgpt-train (.*) --resume", err)
+    found = re.search(r"stopped and saved at step (\d+); to resume: hipgpt-train (.*) --resume", err)
     assert found is not None
     assert 0 < int(found[1]) < 1000
     resumed = programs.spawn("train", *found[2].split(), "--resume", cwd=work)
@@ -273,7 +273,7 @@ def test_an_evaluation_that_a_stop_cuts_short_is_made_when_the_run_goes_on(
         with monkeypatch.context() as patch:
             patch.setattr(train_report, "stopping", lambda told=told: told)
             stopped = run(*flags, "--run-name", "part", *resume)
-        assert f"stopped and saved at step {at}; to go on:" in stopped.err
+        assert f"stopped and saved at step {at}; to resume:" in stopped.err
         resume = ("--resume",)
     assert len(metrics(work, "part")) == len(metrics(work, "whole")) - 1
     assert "done: hipgpt-generate" in run(*flags, "--run-name", "part", "--resume").err

@@ -62,9 +62,7 @@ def _train() -> None:
         rows = train.batch_size // train.grad_accum
         sizes = mesh.parse(train_flags.MESH.value, batch_size=rows, available=jax.device_count())
         layout = mesh.Layout.create(sizes)
-        layout.shardings_for(
-            train_step.param_shapes(model)
-        )  # raises for a mesh that does not fit, before anything is written
+        layout.shardings_for(train_step.param_shapes(model))  # a mesh that does not fit is an error before any write
         if is_distributed and jax.process_index() == 0:
             start = stack.enter_context(train_start.open_run())
         _run(train, start, device, layout)
@@ -105,17 +103,15 @@ def _run(
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
         check_directory=start.held.check_directory if start else lambda: None,
     )
-    log = train_report.Log()
-    with train_report.stopping() as stops, train_report.reporting(job, log, stops, resume_at) as report:
+    with train_report.stopping() as should_stop, train_report.reporting(job, should_stop, resume_at) as report:
         if start:
             report = dataclasses.replace(report, saved=start.saved)
         result = loop.train(job, report, resume_step=resume_at)
     if start:
         if result.completed:
-            train_report.note(f"done: {shlex.join(['hipgpt-generate', '--run-name', run])} --prompt TEXT")
+            program.note(f"done: {shlex.join(['hipgpt-generate', '--run-name', run])} --prompt TEXT")
         else:
-            train_report.note(f"stopped and saved at step {result.step}; to go on: {train_flags.resume_command(run)}")
-    log.raise_error()
+            program.note(f"stopped and saved at step {result.step}; to resume: {train_flags.resume_command(run)}")
 
 
 def _note_warmup(train: training_config.TrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import signal
 import sys
 import time
@@ -51,47 +50,9 @@ def _lines(clock: Callable[[], float]) -> Callable[[int, int, str], None]:
         nonlocal written
         if clock() - written >= _SECONDS_BETWEEN_LINES:
             written = clock()
-            note(f"{what} the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+            program.note(f"{what} the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
 
     return progress
-
-
-def note(line: str) -> None:
-    """Writes a line to stderr, even if the terminal or the pipe is gone."""
-    with contextlib.suppress(OSError):
-        program.note(line)
-
-
-class Log:
-    """Log lines on stdout. If one cannot be written, training saves and stops after the current step."""
-
-    def __init__(self) -> None:
-        self._error: OSError | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether a line could not be written."""
-        return self._error is not None
-
-    def write(self, text: str) -> None:
-        """Writes a line, unless an earlier one failed."""
-        if self._error is not None:
-            return
-        try:
-            print(text, flush=True)
-        except OSError as error:
-            self._error = error
-            note(f"stdout cannot be written ({error.strerror}): stopping after this step")
-            # The rest of the buffer would fail again at exit.
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-    def raise_error(self) -> None:
-        """Raises the error of the failed line, after the run is saved: the exit code must not be 0."""
-        if isinstance(self._error, BrokenPipeError):
-            raise self._error
-        if self._error is not None:
-            raise OSError(f"stdout could not be written: {self._error.strerror}") from self._error
 
 
 class _Terminal:
@@ -127,7 +88,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         received.append(number)
-        note("stopping after this step; repeat to stop at once, without saving")
+        program.note("stopping after this step; repeat to stop at once, without saving")
 
     numbers = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in numbers}
@@ -139,7 +100,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def reporting(job: "loop.Job", log: Log, stops: Callable[[], bool], resume_at: int | None) -> Iterator["loop.Report"]:
+def reporting(job: "loop.Job", should_stop: Callable[[], bool], resume_at: int | None) -> Iterator["loop.Report"]:
     """Yields callbacks for log lines on stdout and a progress bar on stderr, if that is a terminal."""
     from rich import progress
 
@@ -154,18 +115,18 @@ def reporting(job: "loop.Job", log: Log, stops: Callable[[], bool], resume_at: i
     )
     terminal = _console()
     bar = progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal)
-    if terminal.is_terminal and sys.stdout is not None and sys.stdout.isatty():  # on one screen a line moves the bar
-        line = functools.partial(terminal.print, soft_wrap=True, markup=False, highlight=False)
+    if terminal.is_terminal and sys.stdout.isatty():  # on the same screen, a line must move the bar
+        log = functools.partial(terminal.print, soft_wrap=True, markup=False, highlight=False)
     else:
-        line = log.write
+        log = functools.partial(print, flush=True)
     with bar, _events(job, resume_at) as events:
         task = bar.add_task("train", total=job.train.steps, loss=float("nan"), rate=0.0)
         yield loop.Report(
-            log=line,
+            log=log,
             progress=lambda step, loss, rate: bar.update(task, completed=step, loss=loss, rate=rate),
             metrics=events.append if events else lambda line: None,
-            sample=_sampling(job, line, events),
-            should_stop=lambda: stops() or log.failed,
+            sample=_sampling(job, log, events),
+            should_stop=should_stop,
         )
 
 
@@ -192,7 +153,7 @@ def _events(job: "loop.Job", resume_at: int | None) -> Iterator["tensorboard.Eve
 
 
 def _sampling(
-    job: "loop.Job", line: Callable[[str], None], board: "tensorboard.EventFile | None"
+    job: "loop.Job", log: Callable[[str], None], event_file: "tensorboard.EventFile | None"
 ) -> Callable[[int, Any], None]:
     """Returns a function that writes a text sample from parameters. One sampler serves all steps and compiles once."""
     vocabulary = tokenizer.Tokenizer.load(job.directory / manifest.TOKENIZER_NAME)
@@ -212,8 +173,8 @@ def _sampling(
         )
         ids = [event.token for event in engines[0].run([request]) if event.token is not None]
         text = vocabulary.decode([*request.prompt_ids, *ids])
-        line(f"[Step {at}] Sample: {text!r}")
-        if board:
-            board.text(at, text)
+        log(f"[Step {at}] Sample: {text!r}")
+        if event_file:
+            event_file.text(at, text)
 
     return sample

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hipgpt_jax import config, training_config
-from hipgpt_jax.cli import train_flags, train_report
+from hipgpt_jax.cli import program, train_flags, train_report
 from hipgpt_jax.runs import directory, lock, reset, states
 from hipgpt_jax.text import documents, manifest, preparation, tokenizer
 
@@ -48,7 +48,7 @@ def open_run() -> Iterator["Start"]:
     """
     with _lock() as (run_directory, held):
         if line := reset.recover(run_directory):
-            train_report.note(line)
+            program.note(line)
             held.lock_directory(run_directory)
         start = Start(run_directory, held)
         try:
@@ -111,7 +111,7 @@ class Start:
             raise OSError(f"{fresh}, where the data is prepared, cannot be created: {error.strerror}") from error
         try:
             with train_report.preparing() as progress:
-                data = preparation.prepare(fresh, **_sources(), progress=progress, note=train_report.note)
+                data = preparation.prepare(fresh, **_sources(), progress=progress, note=program.note)
             data.check_length(train_flags.FLAGS.seq)
             _check_prompt(fresh)
         except BaseException:
@@ -129,14 +129,14 @@ class Start:
             return
         at = self.resume_at or 0
         for line in resume.check_settings(self.directory, model, train, step=at, extend=train_flags.EXTEND.value):
-            train_report.note(line)
+            program.note(line)
         states.set_damaged_aside(self.directory, self.resume_at)
         resume.extend(self.directory, train, at)
 
     def saved(self, at: int) -> None:
         """Deletes the run that this one replaced; called when this one has a checkpoint."""
         if problem := reset.finish(self.directory):
-            train_report.note(f"step {at} is saved, but the replaced run could not be deleted: {problem}")
+            program.note(f"step {at} is saved, but the replaced run could not be deleted: {problem}")
 
     def undo(self) -> None:
         """Restores the run that this one replaced, if this one has no checkpoint yet."""
@@ -145,7 +145,7 @@ class Start:
         except (OSError, ValueError) as error:
             line = f"the replaced run could not be restored: {error}"
         if line:
-            train_report.note(line)
+            program.note(line)
 
     def _check_new(self) -> None:
         here = self.directory
@@ -177,9 +177,7 @@ class Start:
         if (here / manifest.MANIFEST_NAME).is_file():
             missing = [path for path in train_flags.DATA_PATH.value if not Path(path).exists()]
             if missing:
-                train_report.note(
-                    f"{missing[0]} does not exist and is not compared: resuming with the run's own tokens"
-                )
+                program.note(f"{missing[0]} does not exist and is not compared: resuming with the run's own tokens")
             else:
                 preparation.check_same_data(here, **_sources())
         _check_prompt(here)
@@ -188,7 +186,7 @@ class Start:
             self._check_unsaved()
             lines = ["no training state was saved yet: starting at the first step"]
         for line in lines:
-            train_report.note(line)
+            program.note(line)
         reset.remove_temporaries(here)
         reset.remove(directory.beside(here, "new"))
 
