@@ -105,8 +105,8 @@ def test_a_figure_replaces_an_older_figure_and_nothing_else(call: Run) -> None:
         (("checkpoints/bare", "--output", "b.svg"), r"run 'bare' has no metrics: checkpoints/bare/metrics\.jsonl not"),
         (("..x", "--output", "b.svg"), "run name must be a plain name"),
         (("own", "checkpoints/own", "--output", "b.svg"), "--run-name must name each run once: got own, checkpoints/"),
-        (("broken", "--output", "b.svg"), r"checkpoints/broken/metrics\.jsonl:1 is not a line of metrics"),
-        (("empty", "--output", "b.svg"), r"checkpoints/empty/metrics\.jsonl holds no whole line of metrics yet"),
+        (("broken", "--output", "b.svg"), r"checkpoints/broken/metrics\.jsonl line 1 is not JSON"),
+        (("empty", "--output", "b.svg"), r"checkpoints/empty/metrics\.jsonl has no complete line of metrics yet"),
         (("own", "--output", "b.pdf"), r"--output must end in \.png or \.svg: got 'b\.pdf'"),
         (("own", "--output", "none/b.svg"), "--output none/b.svg cannot be written: there is no directory none"),
         (("own", "--output", "d.svg"), r"--output d\.svg is a directory"),
@@ -116,7 +116,7 @@ def test_a_figure_replaces_an_older_figure_and_nothing_else(call: Run) -> None:
             ("own", "--output", "b.svg", "--metrics", ""),
             "--metrics must name each panel once, and at least one: got ''",
         ),
-        (("own", "silent", "--output", "b.svg", "--unit", "byte"), "run 'silent' has no evaluation line"),
+        (("own", "silent", "--output", "b.svg", "--unit", "byte"), "run 'silent' was not evaluated"),
         (("own", "--output", "b.svg", "--unit", "word"), "--unit must be one of byte, token: got 'word'"),
         (("own", "--output", "b.svg", "--smooth", "0"), "--smooth must be a positive integer: got '0'"),
         (("own", "--output", "b.svg", "--frob"), "Unknown command line flag 'frob'"),
@@ -148,12 +148,12 @@ def test_a_title_may_hold_what_svg_cannot(call: Run) -> None:
     xml.etree.ElementTree.parse("a.svg")
 
 
-def test_nats_a_byte_are_needed_for_the_loss_alone(call: Run) -> None:
+def test_nats_per_byte_are_needed_for_the_loss_alone(call: Run) -> None:
     result = call("own", "silent", "--output", "a.svg", "--unit", "byte", "--metrics", "learning_rate")
     assert result.code == 0, result.err
 
 
-def test_where_matplotlib_is_missing_the_command_that_installs_it_is_told(
+def test_without_matplotlib_the_error_has_the_command_that_installs_it(
     call: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -66,54 +66,54 @@ def test_the_values_are_those_of_the_lines(run: curves.Run) -> None:
     assert run.validation("learning_rate", "byte") == ((), ())
 
 
-def test_nats_a_byte_are_the_unit_where_every_run_tells_them(run: curves.Run, tmp_path: Path) -> None:
+def test_nats_per_byte_are_the_unit_if_all_runs_were_evaluated(run: curves.Run, tmp_path: Path) -> None:
     silent = curves.read(write(tmp_path / "b.jsonl", [LINES[0]]), "silent")
     assert curves.choose_unit([run, run], None) == "byte"
     assert curves.choose_unit([run, silent], None) == "token"
     assert curves.choose_unit([run], "token") == "token"
-    with pytest.raises(ValueError, match=r"run 'silent' has no evaluation line .*\(--unit token\)"):
+    with pytest.raises(ValueError, match=r"run 'silent' was not evaluated, .*\(--unit token\)"):
         curves.choose_unit([run, silent], "byte")
 
 
-def test_the_shipped_run_says_what_its_readme_says() -> None:
+def test_the_shipped_run_has_the_loss_of_its_readme() -> None:
     shipped = curves.read(SHAKESPEARE, "shakespeare")
     assert round(shipped.validation("loss", "byte").values[-1], 3) == 1.494
     assert len(shipped.training("loss", "byte").steps) == 40
 
 
-def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_skipped(tmp_path: Path) -> None:
     torn = curves.read(write(tmp_path / "a.jsonl", LINES[:2], end='{"step": 30, "loss": 2.'), "a")
     assert torn.training("loss", "token").steps == (10, 20)
-    assert torn.torn
-    assert not curves.read(write(tmp_path / "b.jsonl", LINES[:2]), "b").torn
+    assert torn.is_torn
+    assert not curves.read(write(tmp_path / "b.jsonl", LINES[:2]), "b").is_torn
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"step": 1, "loss": 2}\n{"step": 2, "lo\n{"step": 3, "loss": 2}\n', r":2 is not a line of metrics: "),
-        ('{"loss": 2}\n{"step": 3}\n', r":1 is not a line of metrics: it holds no step: '\{\"loss\": 2\}'"),
-        ('{"step": 1, "loss": 2}\n[1]\n', r":2 is not a line of metrics: it holds no step: '\[1\]'"),
-        ('{"step": true, "loss": 2}\n', r":1 is not a line of metrics: it holds no step"),
-        ('{"step": 1, "loss": "2"}\n', r":1 is not a line of metrics: its loss must be a finite number: got '2'"),
-        ('{"step": 1, "loss": NaN}\n', r":1 .*its loss must be a finite number: got nan"),
-        ('{"step": 1, "loss": 1e999}\n', r":1 .*its loss must be a finite number: got inf"),
-        ('{"step": 2, "loss": 2}\n{"step": 1, "loss": 2}\n', r":2 .*its loss of step 1 follows step 2"),
-        ('{"step": 2, "loss": 2}\n{"step": 2, "loss": 2}\n', r":2 .*its loss of step 2 follows step 2"),
-        ("\n\n", r":1 is not a line of metrics: "),
-        ("", r" holds no whole line of metrics yet"),
-        ('{"step": 1, "lo', r" holds no whole line of metrics yet"),
-        ('{"step": 1}\n', r" holds no whole line of metrics yet"),
+        ('{"step": 1, "loss": 2}\n{"step": 2, "lo\n{"step": 3, "loss": 2}\n', " line 2 is not JSON: "),
+        ('{"loss": 2}\n{"step": 3}\n', " line 1 is not a valid line of metrics: .* has no 'step'"),
+        ('{"step": 1, "loss": 2}\n[1]\n', " line 2 is not a valid line of metrics: "),
+        ('{"step": true, "loss": 2}\n', r" line 1 is not a valid line of metrics: .*step must be integer"),
+        ('{"step": 1, "loss": "2"}\n', r" line 1 is not a valid line of metrics: .*loss must be number"),
+        ('{"step": 1, "loss": NaN}\n', " line 1 is not JSON: NaN is not a JSON number"),
+        ('{"step": 1, "loss": 1e999}\n', " line 1 is not JSON: the number 1e999 is too large"),
+        ('{"step": 2, "loss": 2}\n{"step": 1, "loss": 2}\n', " line 2: loss of step 1 follows step 2"),
+        ('{"step": 2, "loss": 2}\n{"step": 2, "loss": 2}\n', " line 2: loss of step 2 follows step 2"),
+        ("\n\n", " has no complete line of metrics yet"),
+        ("", " has no complete line of metrics yet"),
+        ('{"step": 1, "lo', " has no complete line of metrics yet"),
+        ('{"step": 1}\n', " has no complete line of metrics yet"),
     ],
 )
-def test_a_corrupt_file_is_told_by_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_file_is_named_by_its_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path)) + message):
         curves.read(path, "a")
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"run 'a' has no metrics: .*metrics\.jsonl not found"):
         curves.read(tmp_path / "metrics.jsonl", "a")
 

@@ -38,23 +38,23 @@ def _inspect() -> None:
         kind="page of hipgpt-inspect",
         is_ours=lambda path: outputs.begins_with(path, page.MARKER),
     )
-    made = page.Page(_TITLE.value or records.name)
+    document = page.Page(_TITLE.value or records.name)
     is_torn = False
     for line in record.lines(records):
         if is_torn := line.is_torn:
             break
-        made.add(record.parse(line.text, f"{records} line {line.number}"))
-    if not made.samples:
+        document.add(record.parse(line.text, f"{records} line {line.number}"))
+    if not document.samples:
         raise ValueError(f"{records} has no complete record")
     if is_torn:
         program.note(f"{records}: skipped an incomplete last line")
     size = 0
     with files.writing(target) as file:
-        for piece in made.html():
+        for piece in document.html():
             size += len(piece)
             file.write(piece)
-    made_of = f"{page.count(made.samples, 'sample')} of {page.count(made.prompts, 'prompt')}"
-    program.note(f"{target}: {made_of}, {size / 1e6:.1f} MB")
+    contents = f"{page.count(document.samples, 'sample')} of {page.count(document.prompts, 'prompt')}"
+    program.note(f"{target}: {contents}, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _read(words: list[str]) -> list[curves.Run]:
     for word, run_directory, name in zip(words, directories, names, strict=True):
         path = run_directory / directory.METRICS_NAME
         runs.append(curves.read(path, program.printable(name if names.count(name) == 1 else word)))
-        if runs[-1].torn:
+        if runs[-1].is_torn:
             program.note(f"{path}: skipped an incomplete last line")
     return runs
 
