@@ -290,8 +290,8 @@ class Run:
                 raise
             width = self.files.decoding.width
             raise MemoryError(
-                f"too little memory for batch_size {width} (the width) and a window of {self.files.window}: "
-                f"give a smaller one ({error or type(error).__name__})"
+                f"width must be smaller: {width} slots and a window of {self.files.window} tokens exceed the memory "
+                f"({error or type(error).__name__})"
             ) from error
 
 

@@ -1,33 +1,33 @@
-"""Model, sampling, decoding and generation settings: frozen, validated dataclasses. ``training_config`` is training's.
+"""Settings of models, sampling, decoding and generation: frozen, validated dataclasses with all defaults.
 
-Every default in the package stands here, once. Nothing here imports JAX, so the command line can
-refuse a bad flag before the slow imports begin.
+``training_config`` has those of training. Nothing here imports JAX, so that programs reject a wrong flag before the
+slow imports. An error message begins with the name of the field; programs replace it by the flag's.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 import operator
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 DTYPES = ("float32", "bfloat16")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+OVERFLOW_RULES = ("roll", "stop", "error")
+MAX_SEED = 2**32 - 1
+MAX_SAMPLES = 2**32  # a sample's index is one 32-bit word of its random key
+MAX_ALTERNATIVES = 20
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-# Far beyond any model that was trained, and small enough that what is computed of them takes no time.
-_LARGEST = {
-    "vocab_size": 2**24,
-    "max_seq_len": 2**24,
-    "embed_dim": 2**16,
-    "num_heads": 2**16,
-    "ff_hidden_dim": 2**20,
-    "num_layers": 2**10,
-}
+
+_T = TypeVar("_T")
+# A function of a field's name and value. It returns the value in the type that is stored, or raises ValueError.
+_Rule = Callable[[str, Any], Any]
+Rules = Mapping[str, Callable[[Any], Any]]
 
 
 def as_int(value: Any) -> int | None:
-    """Returns an integer of any type, NumPy's and JAX's scalars among them, as Python's; None for anything else.
+    """Returns an integer of any type, such as a NumPy or JAX scalar, as Python's; None for anything else.
 
     >>> as_int(3), as_int(3.0), as_int(True)
     (3, None, None)
@@ -43,16 +43,29 @@ def as_int(value: Any) -> int | None:
         return None
 
 
-def require_int(name: str, value: object, low: int, meaning: str) -> int:
-    """Returns a value as a Python integer; raises ValueError where it is no integer of at least ``low``."""
+def require_int(name: str, value: object, low: int, meaning: str, high: int | None = None) -> int:
+    """Returns a value as a Python integer.
+
+    Args:
+        name: Name of the field, for the error message.
+        value: The value.
+        low: Least value allowed.
+        meaning: Meaning of the field, for the error message.
+        high: Largest value allowed; None for no limit.
+
+    Raises:
+        ValueError: The value is not an integer in this range.
+    """
     number = as_int(value)
     if number is None or number < low:
         raise ValueError(f"{name} must be an integer of at least {low} ({meaning}): got {shortened(value)}")
+    if high is not None and number > high:
+        raise ValueError(f"{name} must be at most {high} ({meaning}): got {shortened(number)}")
     return number
 
 
 def require_number(name: str, value: Any) -> float:
-    """Returns a real number of any type as a Python float; raises ValueError for anything else, text and bool too."""
+    """Returns a real number of any type as a Python float; raises ValueError for anything else, such as a bool."""
     if type(value) is float:
         return value
     if getattr(value, "shape", None) == ():  # a scalar of NumPy or JAX
@@ -65,23 +78,40 @@ def require_number(name: str, value: Any) -> float:
         raise ValueError(f"{name} is too large for float64") from error
 
 
-def shortened(value: object) -> str:
-    """Returns ``repr(value)`` for a message, cut in its middle where it is long."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]}...{text[-17:]}"
+def require_finite(name: str, value: float, meaning: str) -> None:
+    """Raises ValueError if a number is infinite or NaN."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number ({meaning}): got {value}")
 
 
 def require_text(name: str, value: object) -> None:
-    """Raises ValueError where a value is no text of at least one character that UTF-8 can hold."""
-    if not isinstance(value, str) or not value or _SURROGATE.search(value):
+    """Raises ValueError if a value is not a non-empty string that can be encoded in UTF-8."""
+    if not isinstance(value, str) or not value or any("\ud800" <= char <= "\udfff" for char in value):
         raise ValueError(f"{name} must be a text of at least one character, in UTF-8: got {value!r}")
+
+
+def require_token(name: str, token_id: int, vocab_size: int) -> None:
+    """Raises ValueError if a token id is neither -1 (none) nor below ``vocab_size``."""
+    if token_id >= vocab_size:
+        raise ValueError(f"{name} must be -1 or below the vocabulary's size {vocab_size}: got {token_id}")
+
+
+def require_dtype(value: object) -> None:
+    """Raises ValueError if a value is not one of ``DTYPES``."""
+    _choice(DTYPES)("dtype", value)
+
+
+def shortened(value: object) -> str:
+    """Returns ``repr(value)`` for an error message, cut in the middle if it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}...{text[-17:]}"
 
 
 def valid_text(text: str) -> str:
     r"""Returns text with U+FFFD in place of what UTF-8 cannot represent: undecodable bytes, lone surrogates.
 
     Python decodes command lines with the error handler ``surrogateescape``, so bytes that are not UTF-8 arrive as
-    surrogates. They are read as those of a file are.
+    surrogates. They are decoded here as in a file.
 
     >>> valid_text("caf\udcc3\udca9 \udcff")
     'café \ufffd'
@@ -90,33 +120,84 @@ def valid_text(text: str) -> str:
     return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
 
 
-def require_finite(name: str, value: float, meaning: str) -> None:
-    """Raises ValueError where a number is infinite or not a number."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number ({meaning}): got {value}")
+def _integer(low: int, meaning: str, high: int | None = None) -> _Rule:
+    return lambda name, value: require_int(name, value, low, meaning, high)
 
 
-def require_token(name: str, token_id: int, vocab_size: int) -> None:
-    """Raises ValueError where an id is neither -1, which is none, nor in a vocabulary."""
-    if token_id >= vocab_size:
-        raise ValueError(f"{name} must be -1 or below the vocabulary's size {vocab_size}: got {token_id}")
+def _optional(rule: _Rule) -> _Rule:
+    return lambda name, value: None if value is None else rule(name, value)
 
 
-def require_dtype(value: object) -> None:
-    """Raises ValueError where a value is no type of ``DTYPES``."""
-    if value not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}: got {value!r}")
+def _choice(choices: tuple[str, ...]) -> _Rule:
+    def rule(name: str, value: Any) -> Any:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}: got {value!r}")
+        return value
+
+    return rule
+
+
+def _temperature(name: str, value: Any) -> float:
+    number = require_number(name, value)
+    require_finite(name, number, "0 takes the most likely token, 1 is neutral")
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0 (0 takes the most likely token): got {number}")
+    return number
+
+
+def _top_p(name: str, value: Any) -> float:
+    number = require_number(name, value)
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1 (1 keeps every token): got {number}")
+    return number
+
+
+def _repetition_penalty(name: str, value: Any) -> float:
+    number = require_number(name, value)
+    require_finite(name, number, "1 is neutral")
+    if not 1e-6 <= number <= 1e6:  # beyond that, float32 logits overflow
+        raise ValueError(f"{name} must be above 0, from 1e-6 to 1e6 (1 is neutral): got {number}")
+    return number
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (tuple, list)):
+        raise ValueError(f"{name} must be a text or a list of texts: got {shortened(value)}")
+    for text in texts:
+        require_text(name, text)
+    return tuple(map(str, texts))
+
+
+def _field(default: _T, rule: _Rule) -> _T:
+    """Returns a dataclass field with a default and the rule for its value."""
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+def _size(default: int, high: int) -> int:
+    # The limits are far beyond any trained model, and computing with sizes within them takes no time.
+    return _field(default, _integer(1, "a size of the model", high))
+
+
+def _validate(config: Any) -> None:
+    """Replaces the fields of a frozen dataclass under construction by what their rules return."""
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, field.metadata["rule"](field.name, getattr(config, field.name)))
+
+
+def _rules(kind: type) -> Rules:
+    return {field.name: functools.partial(field.metadata["rule"], field.name) for field in dataclasses.fields(kind)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a GPT-2 model; the names are the keys of a run's config file.
+    """Shape of a GPT-2 model. The names are the keys of a run's config file.
 
     Attributes:
         vocab_size: Number of token ids, ``V``; at most 2**24.
-        max_seq_len: Number of learned positions, the longest context the model can see; at most 2**24.
+        max_seq_len: Number of learned positions, the longest context; at most 2**24.
         embed_dim: Width of the residual stream, ``D``; a multiple of ``num_heads``, at most 2**16.
-        num_heads: Attention heads, ``N``.
+        num_heads: Attention heads, ``N``; at most 2**16.
         ff_hidden_dim: Width of the feed-forward layer, ``F``; at most 2**20.
         num_layers: Transformer blocks, ``L``; at most 2**10.
 
@@ -127,26 +208,20 @@ class ModelConfig:
     32
     """
 
-    vocab_size: int = 5000
-    max_seq_len: int = 32
-    embed_dim: int = 128
-    num_heads: int = 4
-    ff_hidden_dim: int = 256
-    num_layers: int = 2
+    vocab_size: int = _size(5000, 2**24)
+    max_seq_len: int = _size(32, 2**24)
+    embed_dim: int = _size(128, 2**16)
+    num_heads: int = _size(4, 2**16)
+    ff_hidden_dim: int = _size(256, 2**20)
+    num_layers: int = _size(2, 2**10)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            require_int(field.name, value := getattr(self, field.name), 1, "a size of the model")
-            if value > _LARGEST[field.name]:
-                raise ValueError(
-                    f"{field.name} must be at most {_LARGEST[field.name]} (a size of the model): got {value}"
-                )
+        _validate(self)
         if self.embed_dim % self.num_heads:
             divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             raise ValueError(
-                f"embed_dim must be a multiple of num_heads: got {self.embed_dim} "
-                f"and {self.num_heads}, remainder {self.embed_dim % self.num_heads}. "
-                f"Choose num_heads from {divisors}"
+                f"embed_dim must be a multiple of num_heads: got {self.embed_dim} and {self.num_heads}, "
+                f"remainder {self.embed_dim % self.num_heads}. Choose num_heads from {divisors}"
             )
 
     @property
@@ -157,67 +232,57 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen from the logits.
+    """Choice of the next token from the logits.
 
-    The order of operations is fixed: repetition penalty, temperature, top-k, top-p, draw. Each
-    setting has a neutral value at which its operation is an exact identity.
+    The order of operations is fixed: repetition penalty, temperature, top-k, top-p, draw. Each setting has a neutral
+    value, at which its operation is an exact identity.
 
     Attributes:
-        temperature: Divides the logits; at least 0. 0 always takes the most likely token; 1 is neutral.
-        top_k: Keeps exactly the ``top_k`` most likely tokens; 0, or more than the vocabulary, keeps all.
-        top_p: Keeps the smallest set of most likely tokens whose probability reaches it; in (0, 1],
-            1 keeps all.
-        repetition_penalty: Divides positive and multiplies negative logits of every token already in
-            the prompt or the output, once for each distinct token; from 1e-6 to 1e6, 1 is neutral.
+        temperature: Divisor of the logits; at least 0. 0 always takes the most likely token; 1 is neutral.
+        top_k: Number of most likely tokens kept, exactly; 0, or more than the vocabulary, keeps all.
+        top_p: Probability that the smallest set of most likely tokens must reach; in (0, 1], 1 keeps all.
+        repetition_penalty: Divisor of positive and factor of negative logits of every token in the prompt or the
+            output, applied once per distinct token; from 1e-6 to 1e6, 1 is neutral.
 
     Raises:
-        ValueError: A value is out of its range, infinite or not a number.
+        ValueError: A value is out of range, infinite or NaN.
     """
 
-    temperature: float = 1.0
-    top_k: int = 5
-    top_p: float = 0.9
-    repetition_penalty: float = 1.1
+    temperature: float = _field(1.0, _temperature)
+    top_k: int = _field(5, _integer(0, "0 keeps every token"))
+    top_p: float = _field(0.9, _top_p)
+    repetition_penalty: float = _field(1.1, _repetition_penalty)
 
     def __post_init__(self) -> None:
-        _apply(SAMPLING_RULES, self)
-
-
-OVERFLOW_RULES = ("roll", "stop", "error")
-MAX_SEED = 2**32 - 1
-MAX_SAMPLES = 2**32  # a sample's index is one 32-bit word of its random key
-MAX_ALTERNATIVES = 20
+        _validate(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """How far and through which window text is generated. Changing one of these compiles again.
+    """Window and arithmetic of the decode step. Changing any of these compiles again.
 
     Attributes:
-        window: Tokens the model sees at most, ``W``; None takes the model's ``max_seq_len``.
-        window_stride: Tokens dropped at a time once the window is full, in ``[1, window]``. 1 is the
-            exact sliding window; ``N`` recomputes the window only every ``N`` tokens.
-        overflow: What happens when the window is full: ``roll`` slides it, ``stop`` ends the sample,
-            ``error`` refuses a request that could not fit.
-        width: Rows of the compiled decode step, the decode width; rows never affect each other.
-        dtype: Type of the arithmetic and of the KV cache, one of ``DTYPES``; softmax, LayerNorm's
-            statistics, the logits and all of sampling are float32 in either.
+        window: Maximum number of tokens that the model sees, ``W``; None takes the model's ``max_seq_len``.
+        window_stride: Tokens dropped at a time once the window is full, in ``[1, window]``. 1 is the exact sliding
+            window; ``N`` recomputes the window only every ``N`` tokens.
+        overflow: Rule for a full window: ``roll`` slides it, ``stop`` ends the sample, ``error`` refuses a request that
+            would overflow it.
+        width: Batch size of the decode step, its number of slots; slots never affect each other.
+        dtype: Type of the arithmetic and of the KV cache, one of ``DTYPES``. Softmax, the statistics of LayerNorm, the
+            logits and sampling are always float32.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of range.
     """
 
-    window: int | None = None
-    window_stride: int = 1
-    overflow: str = "roll"
-    width: int = 1
-    dtype: str = "float32"
+    window: int | None = _field(None, _optional(_integer(1, "tokens that the model may see")))
+    window_stride: int = _field(1, _integer(1, "tokens dropped at a time, 1 is exact"))
+    overflow: str = _field("roll", _choice(OVERFLOW_RULES))
+    width: int = _field(1, _integer(1, "samples decoded side by side"))
+    dtype: str = _field("float32", _choice(DTYPES))
 
     def __post_init__(self) -> None:
-        _apply(_DECODING_RULES, self)
-        if self.overflow not in OVERFLOW_RULES:
-            raise ValueError(f"overflow must be one of {', '.join(OVERFLOW_RULES)}: got {self.overflow!r}")
-        require_dtype(self.dtype)
+        _validate(self)
 
     def resolve_window(self, model: ModelConfig) -> int:
         """Returns the window ``W`` for ``model``.
@@ -228,19 +293,19 @@ class DecodingConfig:
         window = model.max_seq_len if self.window is None else self.window
         if window > model.max_seq_len:
             raise ValueError(
-                f"max_seq_len must be at most the run's own {model.max_seq_len} (its learned positions): got {window}"
+                f"window must be at most the run's own {model.max_seq_len} (its learned positions): got {window}"
             )
         if self.window_stride > window:
             raise ValueError(f"window_stride must be at most the window of {window} tokens: got {self.window_stride}")
         return window
 
     def check_fits(self, window: int, prompt_tokens: int, num_tokens: int) -> None:
-        """Raises ValueError where overflow is an error and a sample would overflow ``window``."""
+        """Raises ValueError if ``overflow`` is ``error`` and a sample would overflow ``window``."""
         needed = prompt_tokens + num_tokens - 1
         if self.overflow == "error" and num_tokens and needed > window:
             raise ValueError(
                 f"a prompt of {prompt_tokens} tokens and {num_tokens} new ones need a window of {needed}: "
-                f"it holds {window}. Ask for fewer tokens, or use --overflow=roll"
+                f"it holds {window}. Ask for fewer tokens, or set overflow to roll"
             )
 
 
@@ -249,134 +314,34 @@ class GenerationConfig:
     """Number, length and ends of the samples of a prompt.
 
     Attributes:
-        num_tokens: New tokens for each sample; at least 0.
-        num_samples: Samples for each prompt; from 1 to 2**32.
-        seed: In ``[0, 2**32)``; with the prompt's ids, the sample's index and the token's index it is
-            all that the random numbers depend on.
+        num_tokens: Maximum number of new tokens per sample; at least 0.
+        num_samples: Samples per prompt; from 1 to 2**32.
+        seed: Seed in ``[0, 2**32)``. The random numbers depend on it, on the prompt's ids, and on the indices of the
+            sample and the token.
         eos_id: Token that ends a sample and is not part of its text; -1 for none.
-        stop: Strings that end a sample where its text comes to hold one; the text is cut before it. A single string
-            and a list are accepted too.
-        top_logprobs: Alternatives recorded with each token, the likeliest ones; at most 20.
+        stop: Strings that end a sample when its text contains one; the text is cut before it. A single string and a
+            list are accepted too.
+        top_logprobs: Number of most likely alternatives recorded per token; at most 20.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of range.
     """
 
-    num_tokens: int = 50
-    num_samples: int = 1
-    seed: int = 0
-    eos_id: int = -1
-    stop: tuple[str, ...] = ()
-    top_logprobs: int = 0
+    num_tokens: int = _field(50, _integer(0, "new tokens to generate"))
+    num_samples: int = _field(1, _integer(1, "samples per prompt", MAX_SAMPLES))
+    seed: int = _field(0, _integer(0, "a 32-bit number", MAX_SEED))
+    eos_id: int = _field(-1, _integer(-1, "-1 disables it"))
+    stop: tuple[str, ...] = _field((), _texts)
+    top_logprobs: int = _field(0, _integer(0, "alternatives recorded per token", MAX_ALTERNATIVES))
 
     def __post_init__(self) -> None:
-        _apply(GENERATION_RULES, self)
+        _validate(self)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError where ``eos_id`` is no token of a vocabulary of ``vocab_size``."""
+        """Raises ValueError if ``eos_id`` is not in a vocabulary of ``vocab_size``."""
         require_token("eos_id", self.eos_id, vocab_size)
 
 
-# The rule of each setting: a function that returns a value in the type that is stored, and raises ValueError for one
-# that is no good. A prompts file has few settings per line but may have millions of lines, so each is checked alone.
-Rules = Mapping[str, Callable[[Any], Any]]
-
-
-def _temperature(value: Any) -> float:
-    number = require_number("temperature (temp)", value)
-    require_finite("temp", number, "0 takes the most likely token, 1 is neutral")
-    if number < 0:
-        raise ValueError(f"temp must be at least 0 (0 takes the most likely token): got {number}")
-    return number
-
-
-def _top_k(value: Any) -> int:
-    return require_int("top_k", value, 0, "0 keeps every token")
-
-
-def _top_p(value: Any) -> float:
-    number = require_number("top_p", value)
-    if not 0 < number <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1 (1 keeps every token): got {number}")
-    return number
-
-
-def _repetition_penalty(value: Any) -> float:
-    number = require_number("repetition_penalty (rep_penalty)", value)
-    require_finite("rep_penalty", number, "1 is neutral")
-    if not 1e-6 <= number <= 1e6:  # beyond that, float32 logits overflow
-        raise ValueError(f"rep_penalty must be above 0, from 1e-6 to 1e6 (1 is neutral): got {number}")
-    return number
-
-
-def _num_tokens(value: Any) -> int:
-    return require_int("num_tokens", value, 0, "new tokens to generate")
-
-
-def _num_samples(value: Any) -> int:
-    number = require_int("num_samples", value, 1, "samples for each prompt")
-    if number > MAX_SAMPLES:
-        raise ValueError(f"num_samples must be at most {MAX_SAMPLES} (32 bits): got {number}")
-    return number
-
-
-def _seed(value: Any) -> int:
-    number = require_int("seed", value, 0, "the same seed gives the same tokens")
-    if number > MAX_SEED:
-        raise ValueError(f"seed must be at most {MAX_SEED} (32 bits): got {number}")
-    return number
-
-
-def _eos_id(value: Any) -> int:
-    return require_int("eos_id", value, -1, "-1 disables it")
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, (tuple, list)):
-        raise ValueError(f"stop must be a text or a list of texts: got {shortened(value)}")
-    for text in texts:
-        require_text("stop", text)
-    return tuple(map(str, texts))
-
-
-def _top_logprobs(value: Any) -> int:
-    number = require_int("top_logprobs", value, 0, "alternatives recorded with each token")
-    if number > MAX_ALTERNATIVES:
-        raise ValueError(f"top_logprobs must be at most {MAX_ALTERNATIVES}: got {number}")
-    return number
-
-
-def _window(value: Any) -> int | None:
-    return None if value is None else require_int("max_seq_len", value, 1, "the window, tokens the model may see")
-
-
-def _window_stride(value: Any) -> int:
-    return require_int("window_stride", value, 1, "tokens dropped at a time, 1 is exact")
-
-
-def _width(value: Any) -> int:
-    return require_int("batch_size", value, 1, "the width, rows decoded side by side")
-
-
-SAMPLING_RULES: Rules = {
-    "temperature": _temperature,
-    "top_k": _top_k,
-    "top_p": _top_p,
-    "repetition_penalty": _repetition_penalty,
-}
-GENERATION_RULES: Rules = {
-    "num_tokens": _num_tokens,
-    "num_samples": _num_samples,
-    "seed": _seed,
-    "eos_id": _eos_id,
-    "stop": _stop,
-    "top_logprobs": _top_logprobs,
-}
-_DECODING_RULES: Rules = {"window": _window, "window_stride": _window_stride, "width": _width}
-
-
-def _apply(rules: Rules, config: Any) -> None:
-    """Replaces fields of a frozen dataclass, while it is being made, by what their rules return."""
-    for name, rule in rules.items():
-        object.__setattr__(config, name, rule(getattr(config, name)))
+# Rules of single settings. A prompts file has few settings per line but may have millions of lines.
+SAMPLING_RULES = _rules(SamplingConfig)
+GENERATION_RULES = _rules(GenerationConfig)

@@ -91,7 +91,7 @@ def test_prompts_may_have_settings_of_their_own(run: hipgpt_jax.Run) -> None:
     assert [one.ids for one in run.records(iter(prompts), num_tokens=12)] == [plain.ids, greedy.ids]
     with pytest.raises(ValueError, match=r"prompt 2 \(.*\): the prompt is empty"):
         run.generate(["fine", ""])
-    with pytest.raises(ValueError, match="temp must be at least 0"):
+    with pytest.raises(ValueError, match="temperature must be at least 0"):
         run.generate([hipgpt_jax.Prompt(text="a", sampling={"temperature": -1.0})])
 
 

@@ -16,38 +16,38 @@ INF, NAN = float("inf"), float("nan")
 MAX_SEED = 4_294_967_295
 MODEL = config.ModelConfig(vocab_size=300, max_seq_len=8, embed_dim=16, num_heads=2, ff_hidden_dim=24, num_layers=1)
 
-# Integers by their lowest value, with the name that the user gave them.
+# Integers by their lowest value.
 INTEGERS = [
-    (config.ModelConfig, "vocab_size", 1, "vocab_size"),
-    (config.ModelConfig, "max_seq_len", 1, "max_seq_len"),
-    (config.ModelConfig, "num_heads", 1, "num_heads"),
-    (config.ModelConfig, "ff_hidden_dim", 1, "ff_hidden_dim"),
-    (config.ModelConfig, "num_layers", 1, "num_layers"),
-    (config.SamplingConfig, "top_k", 0, "top_k"),
-    (config.DecodingConfig, "window", 1, "max_seq_len"),
-    (config.DecodingConfig, "window_stride", 1, "window_stride"),
-    (config.DecodingConfig, "width", 1, "batch_size"),
-    (config.GenerationConfig, "num_tokens", 0, "num_tokens"),
-    (config.GenerationConfig, "num_samples", 1, "num_samples"),
-    (config.GenerationConfig, "seed", 0, "seed"),
-    (config.GenerationConfig, "eos_id", -1, "eos_id"),
-    (training_config.TrainConfig, "batch_size", 1, "batch_size"),
-    (training_config.TrainConfig, "steps", 1, "steps"),
-    (training_config.TrainConfig, "warmup_steps", 0, "warmup_steps"),
-    (training_config.TrainConfig, "seed", 0, "seed"),
-    (training_config.TrainConfig, "log_every", 1, "log_every"),
-    (training_config.TrainConfig, "eval_every", 0, "eval_every"),
-    (training_config.TrainConfig, "eval_batches", 0, "eval_batches"),
-    (training_config.TrainConfig, "ckpt_every", 0, "ckpt_every"),
-    (training_config.TrainConfig, "keep_last", 1, "keep_last"),
+    (config.ModelConfig, "vocab_size", 1),
+    (config.ModelConfig, "max_seq_len", 1),
+    (config.ModelConfig, "num_heads", 1),
+    (config.ModelConfig, "ff_hidden_dim", 1),
+    (config.ModelConfig, "num_layers", 1),
+    (config.SamplingConfig, "top_k", 0),
+    (config.DecodingConfig, "window", 1),
+    (config.DecodingConfig, "window_stride", 1),
+    (config.DecodingConfig, "width", 1),
+    (config.GenerationConfig, "num_tokens", 0),
+    (config.GenerationConfig, "num_samples", 1),
+    (config.GenerationConfig, "seed", 0),
+    (config.GenerationConfig, "eos_id", -1),
+    (training_config.TrainConfig, "batch_size", 1),
+    (training_config.TrainConfig, "steps", 1),
+    (training_config.TrainConfig, "warmup_steps", 0),
+    (training_config.TrainConfig, "seed", 0),
+    (training_config.TrainConfig, "log_every", 1),
+    (training_config.TrainConfig, "eval_every", 0),
+    (training_config.TrainConfig, "eval_batches", 0),
+    (training_config.TrainConfig, "ckpt_every", 0),
+    (training_config.TrainConfig, "keep_last", 1),
 ]
 
 
-@pytest.mark.parametrize(("kind", "field", "low", "name"), INTEGERS)
-def test_an_integer_has_a_lowest_value(kind: Any, field: str, low: int, name: str) -> None:
+@pytest.mark.parametrize(("kind", "field", "low"), INTEGERS)
+def test_an_integer_has_a_lowest_value(kind: Any, field: str, low: int) -> None:
     assert getattr(kind(**{field: low}), field) == low
     for wrong in (low - 1, low - 1000, float(low), 1.5, NAN, INF, True, "4"):
-        with pytest.raises(ValueError, match=rf"^{name} must be an integer of at least {low} .*got {wrong!r}$"):
+        with pytest.raises(ValueError, match=rf"^{field} must be an integer of at least {low} .*got {wrong!r}$"):
             kind(**{field: wrong})
 
 
@@ -97,24 +97,28 @@ def test_the_edge_of_a_range_belongs_to_it(kind: Any, values: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("kind", "values", "text"),
     [
-        (config.SamplingConfig, {"temperature": -0.1}, "temp must be at least 0 (0 takes the most likely token)"),
-        (config.SamplingConfig, {"temperature": NAN}, "temp must be a finite number"),
-        (config.SamplingConfig, {"temperature": INF}, "temp must be a finite number"),
-        (config.SamplingConfig, {"temperature": -INF}, "temp must be a finite number"),
+        (
+            config.SamplingConfig,
+            {"temperature": -0.1},
+            "temperature must be at least 0 (0 takes the most likely token)",
+        ),
+        (config.SamplingConfig, {"temperature": NAN}, "temperature must be a finite number"),
+        (config.SamplingConfig, {"temperature": INF}, "temperature must be a finite number"),
+        (config.SamplingConfig, {"temperature": -INF}, "temperature must be a finite number"),
         (config.SamplingConfig, {"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         (config.SamplingConfig, {"top_p": -0.1}, "got -0.1"),
         (config.SamplingConfig, {"top_p": 1.0000001}, "got 1.0000001"),
         (config.SamplingConfig, {"top_p": NAN}, "top_p must be above 0 and at most 1 (1 keeps every token): got nan"),
         (config.SamplingConfig, {"top_p": INF}, "got inf"),
-        (config.SamplingConfig, {"repetition_penalty": 0.0}, "rep_penalty must be above 0, from 1e-6 to 1e6"),
+        (config.SamplingConfig, {"repetition_penalty": 0.0}, "repetition_penalty must be above 0, from 1e-6 to 1e6"),
         (config.SamplingConfig, {"repetition_penalty": 9e-7}, "(1 is neutral): got 9e-07"),
         (config.SamplingConfig, {"repetition_penalty": 1.1e6}, "(1 is neutral): got 1100000.0"),
-        (config.SamplingConfig, {"repetition_penalty": -1.0}, "rep_penalty must be above 0"),
-        (config.SamplingConfig, {"repetition_penalty": NAN}, "rep_penalty must be a finite number"),
-        (config.SamplingConfig, {"repetition_penalty": INF}, "rep_penalty must be a finite number"),
+        (config.SamplingConfig, {"repetition_penalty": -1.0}, "repetition_penalty must be above 0"),
+        (config.SamplingConfig, {"repetition_penalty": NAN}, "repetition_penalty must be a finite number"),
+        (config.SamplingConfig, {"repetition_penalty": INF}, "repetition_penalty must be a finite number"),
         (config.DecodingConfig, {"overflow": "wrap"}, "overflow must be one of roll, stop, error: got 'wrap'"),
         (config.DecodingConfig, {"dtype": "float16"}, "dtype must be one of float32, bfloat16: got 'float16'"),
-        (config.GenerationConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (32 bits): got 4294967296"),
+        (config.GenerationConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (a 32-bit number): got"),
         (
             training_config.TrainConfig,
             {"seed": MAX_SEED + 1},
@@ -176,7 +180,7 @@ def test_the_window_is_the_models_own_or_smaller() -> None:
     assert config.DecodingConfig().resolve_window(MODEL) == 8
     assert config.DecodingConfig(window=8).resolve_window(MODEL) == 8
     assert config.DecodingConfig(window=1).resolve_window(MODEL) == 1
-    with pytest.raises(ValueError, match=r"max_seq_len must be at most the run's own 8 .*: got 9"):
+    with pytest.raises(ValueError, match=r"window must be at most the run's own 8 .*: got 9"):
         config.DecodingConfig(window=9).resolve_window(MODEL)
 
 
@@ -207,22 +211,3 @@ def test_the_documented_defaults() -> None:
     assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1, (), 0)
     assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1, "float32")
     assert training_config.TrainConfig().batch_size == 4
-
-
-KINDS = [
-    config.ModelConfig,
-    config.SamplingConfig,
-    config.DecodingConfig,
-    config.GenerationConfig,
-    training_config.TrainConfig,
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_config_is_a_value(kind: Any) -> None:
-    assert hash(kind()) == hash(kind())
-    assert kind() == kind()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(kind(), dataclasses.fields(kind)[0].name, 7)
-    with pytest.raises(TypeError):
-        kind(7)

@@ -115,5 +115,5 @@ def test_a_prompt_anywhere_is_checked_before_the_first_is_generated_from(
 
 @pytest.mark.parametrize("width", [10**9, 10**30])
 def test_a_batch_that_no_memory_holds_is_refused_by_name(width: int) -> None:
-    with pytest.raises(ValueError, match=r"batch_size 1000.* needs at least .* GiB of memory"):
+    with pytest.raises(ValueError, match=r"width must be smaller: 1000.* slots need at least .* GiB of memory"):
         loading.open_run("shakespeare", None, config.DecodingConfig(width=width))

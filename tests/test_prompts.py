@@ -79,7 +79,7 @@ def test_a_name_follows_from_the_line_and_not_from_its_place(tmp_path: Path) -> 
             "line 1: not JSON: the number 10000000000000000... has 401 digits",
         ),
         (b'{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', "line 3: id 'x' is that of line 1 too"),
-        (b'{"prompt": "a", "temp": -1}', "line 1: temp must be at least 0"),
+        (b'{"prompt": "a", "temp": -1}', "line 1: temperature must be at least 0"),
         (b'{"prompt": "a", "temp": "hot"}', "line 1: temp.* must be a number: got 'hot'"),
         (b'{"prompt": "a", "temp": NaN}', "line 1: not JSON: NaN is not a JSON number"),
         (b'{"prompt": "a", "top_k": 1.5}', "line 1: top_k must be an integer"),

@@ -170,7 +170,7 @@ def test_one_bad_line_spoils_only_itself(call: Run, made: list[dict[str, Any]]) 
         "not tried  first sample 0: decode_width must be at most 4096 to be replayed: got 65536. Choose another "
         "batch_size for the replay",
         "not tried  line 6: it is not a valid record: record.settings.window must be integer",
-        "not tried  first sample 0: max_seq_len must be at most the run's own 32 (its learned positions): got 99",
+        "not tried  first sample 0: window must be at most the run's own 32 (its learned positions): got 99",
         "identical  first sample 1: 40 tokens",
         "identical  second sample 0: 40 tokens",
     ]
@@ -269,8 +269,8 @@ def test_a_run_that_is_gone_or_damaged_is_told_and_one_elsewhere_is_found(
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_ids": []}, "the prompt is empty"),
     ({"prompt_ids": [300]}, "the prompt's ids must be"),
-    ({"settings": {"repetition_penalty": 1e9}}, "rep_penalty must be"),
-    ({"settings": {"window": 33}}, "max_seq_len must be at most the run's own 32"),
+    ({"settings": {"repetition_penalty": 1e9}}, "repetition_penalty must be"),
+    ({"settings": {"window": 33}}, "window must be at most the run's own 32"),
     ({"settings": {"eos_id": 300}}, "eos_id must be -1 or below"),
     ({"run": {"name": "../x"}}, "must be a plain name"),
     ({"ids": [99999, *[1] * 39]}, "it has ids beyond the vocabulary's size 300"),

@@ -114,7 +114,7 @@ def test_refused_requests(narrow: sampler.Sampler) -> None:
         list(narrow.run([fakes.request(())]))
     with pytest.raises(ValueError, match="eos_id must be -1 or below the vocabulary's size 150: got 150"):
         list(narrow.run([fakes.request(eos_id=MODEL.vocab_size)]))
-    with pytest.raises(ValueError, match="max_seq_len must be at most the run's own 16"):
+    with pytest.raises(ValueError, match="window must be at most the run's own 16"):
         fakes.make_sampler(window=MODEL.max_seq_len + 1)
     with pytest.raises(ValueError, match="window_stride must be at most the window of 11 tokens: got 12"):
         fakes.make_sampler(window_stride=WINDOW + 1)

@@ -127,6 +127,6 @@ def _check_memory(width: int, window: int, vocab_size: int) -> None:
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise ValueError(
-            f"batch_size {config.shortened(width)} (the width) needs at least {needed / 2**30:.3g} GiB of memory, and "
-            f"this machine has {present / 2**30:.3g}: give a smaller one"
+            f"width must be smaller: {config.shortened(width)} slots need at least {needed / 2**30:.3g} GiB of memory, "
+            f"and this machine has {present / 2**30:.3g}"
         )
