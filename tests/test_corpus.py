@@ -1,4 +1,4 @@
-"""A text read in pieces is the text, and its tokens are the text's tokens."""
+"""Pieces of a text have the text's bytes and tokens."""
 
 import gzip
 import hashlib
@@ -22,7 +22,7 @@ SETTINGS = settings(deadline=None, derandomize=True, database=None)
 # ideographic space, a line separator, next line.
 BLANKS = [" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \t ", "\u3000", "\u2028", "\x85", "\xa0", "\v\f"]
 WORDS = ["a", "be", "king", "it's", "1602", "!?", "don't.", "naïve", "要生存", "🙂", "x=1;", "'", "\u200b", "\ufffd"]
-# Words and blanks alternate, so a chunk that can hold a blank, a word and a blank holds a place to cut.
+# Words and blanks alternate, so a piece with a blank, a word and a blank has a place to cut.
 MIXTURES = st.lists(st.tuples(st.sampled_from(BLANKS), st.sampled_from(WORDS)), min_size=1).map(
     lambda pairs: "".join(blank + word for blank, word in pairs)
 )
@@ -62,7 +62,7 @@ def tokens_of_pieces(path: Path, piece_bytes: int) -> list[int]:
 @example(content=b"\r\n\n\r\xf0\x9f\x98\x80\xf0\x9f\x98", piece_bytes=1, ends=(0, 50))
 @example(content=b"a b c " * 20, piece_bytes=7, ends=(3, 44))
 @example(content=b"", piece_bytes=7, ends=(0, 0))
-def test_pieces_joined_are_the_bytes_between_the_offsets(
+def test_joined_pieces_are_the_bytes_between_the_offsets(
     source: Path, content: bytes, piece_bytes: int, ends: tuple[int, int]
 ) -> None:
     source.write_bytes(content)
@@ -77,13 +77,13 @@ def test_pieces_joined_are_the_bytes_between_the_offsets(
 @SETTINGS
 @given(text=MIXTURES, spare=st.integers(0, 40))
 @example(text="be  king \n\n  be " * 20, spare=0)
-def test_tokens_of_the_pieces_are_the_tokens_of_the_whole(source: Path, text: str, spare: int) -> None:
-    """Each chunk is long enough to hold a whole word and the blanks around it, so a cut can be found."""
+def test_pieces_have_the_tokens_of_the_whole(source: Path, text: str, spare: int) -> None:
+    """Each piece is long enough for a whole word and the blanks around it, so there is a place to cut."""
     source.write_bytes(text.encode())
     assert tokens_of_pieces(source, LONGEST + spare) == VOCABULARY.encode(text)
 
 
-def test_a_chunk_is_cut_where_a_word_ends_even_far_from_its_end(source: Path) -> None:
+def test_a_piece_ends_at_a_word_boundary_far_from_its_end(source: Path) -> None:
     source.write_bytes(DATA_URI.encode())
     piece_bytes = len(DATA_URI) - 100
     pieces = list(read(source, piece_bytes=piece_bytes))
@@ -92,20 +92,10 @@ def test_a_chunk_is_cut_where_a_word_ends_even_far_from_its_end(source: Path) ->
 
 
 @pytest.mark.parametrize("piece_bytes", [16, 50, 64, 100])
-def test_a_control_character_that_only_python_calls_blank_is_no_place_to_cut(source: Path, piece_bytes: int) -> None:
+def test_no_piece_ends_at_a_separator_that_only_python_calls_blank(source: Path, piece_bytes: int) -> None:
     r"""``"\x1c".isspace()``, but to the tokenizer's regex the separators \x1c to \x1f are visible."""
     source.write_bytes(SEPARATED.encode())
     assert tokens_of_pieces(source, piece_bytes) == VOCABULARY.encode(SEPARATED)
-
-
-def test_a_vocabulary_does_not_depend_on_the_chunks(source: Path) -> None:
-    text = "".join(blank + word for word in WORDS * 3 for blank in BLANKS)
-    source.write_bytes(text.encode())
-    whole = tokenizer.Tokenizer.train([text], 400).to_json()
-    for piece_bytes in (LONGEST, 100, 1000, 1 << 20):
-        pieces = list(read(source, piece_bytes=piece_bytes))
-        assert len(pieces) > 1 or piece_bytes == 1 << 20
-        assert tokenizer.Tokenizer.train(pieces, 400).to_json() == whole
 
 
 @pytest.mark.parametrize("pattern", ["to be or not ", "x", " ", "要生存", "a " + "b" * 9000], ids=lambda text: text[:6])
@@ -150,7 +140,7 @@ def test_the_split_of_ascii_is_exactly_nine_tenths(source: Path) -> None:
 
 
 def test_blanks_are_blanks_to_the_tokenizers_regex_too() -> None:
-    r"""The list above is honest: the regex ends a word before each of them, as it would not before \x1c."""
+    r"""Checks ``BLANKS``: the regex ends a word before each of them, but not before \x1c."""
     regex = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     for blank in BLANKS:
         assert regex.pre_tokenize_str(f"!?{blank}!?")[0] == ("!?", (0, 2))
@@ -212,7 +202,7 @@ def test_documents_come_in_order_and_split_in_two(
     assert not halves[1] or halves[1][0] is not None, "an end belongs to the side of its document's last byte"
 
 
-def test_a_sample_is_spread_evenly_and_no_larger_than_asked(source: Path) -> None:
+def test_a_sample_is_spread_evenly_within_the_limit(source: Path) -> None:
     source.write_text("".join(f"{number:09} " for number in range(200_000)))
     text = corpus.Corpus(source)
     whole = "".join(text.sample(1 << 30))
@@ -224,17 +214,17 @@ def test_a_sample_is_spread_evenly_and_no_larger_than_asked(source: Path) -> Non
         assert 0.5 < share / (len(numbers) / 4) < 1.5
 
 
-def test_a_sample_of_bytes_that_are_no_text_is_no_larger_than_asked(source: Path) -> None:
+def test_a_sample_of_invalid_bytes_keeps_the_limit(source: Path) -> None:
     source.write_bytes(b"\xff " * 500_000)
     assert 0 < sum(len(piece.encode()) for piece in corpus.Corpus(source).sample(300_000)) <= 300_000
 
 
-def test_what_a_corpus_reads_is_told(source: Path, tmp_path: Path) -> None:
+def test_reading_reports_progress_and_sources(source: Path, tmp_path: Path) -> None:
     source.write_text("abc")
     (tmp_path / "second.txt").write_text("defgh")
-    told: list[tuple[int, int, str]] = []
-    found = corpus.Corpus([source, tmp_path / "second.txt"], progress=lambda *fact: told.append(fact))
-    assert told == [(0, 8, "reading"), (3, 8, "reading")]
+    reports: list[tuple[int, int, str]] = []
+    found = corpus.Corpus([source, tmp_path / "second.txt"], progress=lambda *report: reports.append(report))
+    assert reports == [(0, 8, "reading"), (3, 8, "reading")]
     assert [(one.name, one.bytes) for one in found.sources] == [("text.txt", 3), ("second.txt", 5)]
     assert found.sources[0].sha256 == hashlib.sha256(b"abc").hexdigest()
 
@@ -260,7 +250,7 @@ def test_what_a_corpus_reads_is_told(source: Path, tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"}]', ["{path} is read as plain text, braces and escapes included"]),
     ],
 )
-def test_what_is_odd_about_a_text_is_noted(tmp_path: Path, name: str, content: bytes, notes: list[str]) -> None:
+def test_notes_warn_about_unusual_text(tmp_path: Path, name: str, content: bytes, notes: list[str]) -> None:
     (tmp_path / name).write_bytes(content)
     found = corpus.Corpus(tmp_path / name).notes
     assert len(found) == len(notes)
@@ -268,7 +258,7 @@ def test_what_is_odd_about_a_text_is_noted(tmp_path: Path, name: str, content: b
         assert note.startswith(expected.format(path=tmp_path / name))
 
 
-def test_a_byte_order_mark_is_no_text_and_no_tokens(source: Path) -> None:
+def test_a_byte_order_mark_is_skipped(source: Path) -> None:
     source.write_bytes(b"\xef\xbb\xbfto be or not to be")
     text = corpus.Corpus(source)
     assert (text.bytes, text.split) == (18, 16)

@@ -1,10 +1,7 @@
 """Token ids on disk are verified before use; a batch is a function of its arguments alone."""
 
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +44,7 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> dataset.Dataset:
     return write_ids(tmp_path_factory.mktemp("counting"), train=900, validation=100)
 
 
-def test_the_shortest_splits_that_will_do(tmp_path: Path) -> None:
+def test_check_length_accepts_the_shortest_splits(tmp_path: Path) -> None:
     write_ids(tmp_path, train=5, validation=2).check_length(4)
     with pytest.raises(ValueError, match="its training split has 5 tokens and needs 6"):
         dataset.Dataset(tmp_path).check_length(5)
@@ -64,30 +61,14 @@ def test_the_shortest_splits_that_will_do(tmp_path: Path) -> None:
         (123_456, 2**32 - 1, [867, 170, 803]),
     ],
 )
-def test_the_batches_are_these(counting: dataset.Dataset, step: int, seed: int, starts: list[int]) -> None:
+def test_batches_are_pinned(counting: dataset.Dataset, step: int, seed: int, starts: list[int]) -> None:
     """Golden values: another NumPy, or another machine, trains on the same batches."""
     batch = counting.batch_at(step, seed=seed, batch_size=3, length=4)
     assert batch.tolist() == [[start, start + 1, start + 2, start + 3, start + 4] for start in starts]
     assert batch.dtype == np.int32
 
 
-def test_a_batch_depends_on_nothing_but_its_arguments(counting: dataset.Dataset, tmp_path: Path) -> None:
-    write_ids(tmp_path, train=900, validation=100)
-    program = f"""
-import pathlib
-from hipgpt_jax.text import dataset
-data = dataset.Dataset(pathlib.Path({str(tmp_path)!r}))
-print(data.batch_at(7, seed=3, batch_size=5, length=6).tolist())
-"""
-    expected = counting.batch_at(7, seed=3, batch_size=5, length=6)
-    counting.batch_at(8, seed=3, batch_size=5, length=6)
-    np.random.default_rng(0).random()
-    np.testing.assert_array_equal(counting.batch_at(7, seed=3, batch_size=5, length=6), expected)
-    there = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout
-    assert json.loads(there) == expected.tolist()
-
-
-def test_every_step_and_seed_has_a_batch_of_its_own(counting: dataset.Dataset) -> None:
+def test_batches_differ_by_step_and_seed(counting: dataset.Dataset) -> None:
     batches = {
         counting.batch_at(step, seed=seed, batch_size=8, length=4).tobytes() for step in range(40) for seed in range(5)
     }
@@ -112,7 +93,7 @@ def test_every_window_of_the_training_split_is_drawn(tmp_path: Path) -> None:
     assert set(data.batch_at(0, seed=0, batch_size=20, length=8)[:, 0]) == {0}
 
 
-def test_more_rows_go_on_from_fewer(counting: dataset.Dataset) -> None:
+def test_a_larger_batch_extends_a_smaller_one(counting: dataset.Dataset) -> None:
     few = counting.batch_at(3, seed=0, batch_size=3, length=4)
     np.testing.assert_array_equal(counting.batch_at(3, seed=0, batch_size=9, length=4)[:3], few)
 
@@ -136,22 +117,16 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key, value) for key in ("train_tokens", "validation_tokens") for value in (None, "9", 9.5, [9], -1)),
-        *(("token_bytes", value) for value in (None, "2", 3, 0, 1, 8, 2.0, True)),
-        *(("tokens_sha256", value) for value in (None, "", "ab", 7)),
-        *(("eos_id", value) for value in (1000, -1)),
-        ("train_tokens", 10**25),
-        *(
-            ("sources", value)
-            for value in (None, [], ["a.txt"], [{"name": "a"}], {"name": "a", "bytes": 1, "sha256": ""})
-        ),
-        *(("eos_id", value) for value in ("9", 1.0, True)),
+        *(("train_tokens", value) for value in (None, "9", 9.5, -1, 10**25)),
+        *(("token_bytes", value) for value in (3, 2.0, True)),
+        *(("tokens_sha256", value) for value in ("", "ab", 7)),
+        *(("eos_id", value) for value in (1000, -1, 1.0)),
+        *(("sources", value) for value in ([], ["a.txt"], [{"name": "a"}])),
         ("text_field", 7),
-        ("tokenizer_sha256", 7),
         ("more", 1),
     ],
 )
-def test_a_manifest_of_something_else_is_named(tmp_path: Path, key: str, value: Any) -> None:
+def test_an_invalid_manifest_is_named(tmp_path: Path, key: str, value: Any) -> None:
     write_ids(tmp_path, train=9, validation=2)
     path = tmp_path / "data.json"
     files.write_json(path, files.read_json(path) | {key: value})
@@ -159,13 +134,14 @@ def test_a_manifest_of_something_else_is_named(tmp_path: Path, key: str, value: 
         dataset.Dataset(tmp_path)
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(manifest.Manifest)])
-def test_a_manifest_that_lacks_a_key_is_named(tmp_path: Path, key: str) -> None:
+def test_a_manifest_needs_every_field(tmp_path: Path) -> None:
     write_ids(tmp_path, train=9, validation=2)
     path = tmp_path / "data.json"
-    files.write_json(path, {name: value for name, value in files.read_json(path).items() if name != key})
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is not a data manifest: .*'{key}'"):
-        dataset.Dataset(tmp_path)
+    value = files.read_json(path)
+    for field in dataclasses.fields(manifest.Manifest):
+        files.write_json(path, {name: part for name, part in value.items() if name != field.name})
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is not a data manifest: .*'{field.name}'"):
+            dataset.Dataset(tmp_path)
 
 
 def test_a_flipped_bit_of_the_ids_is_found(tmp_path: Path) -> None:
@@ -182,7 +158,7 @@ def test_a_flipped_bit_of_the_ids_is_found(tmp_path: Path) -> None:
     assert dataset.Dataset(tmp_path).train[-1] == 899
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_even_where_its_digest_is_right(tmp_path: Path) -> None:
+def test_an_id_beyond_the_vocabulary_is_refused_despite_a_correct_digest(tmp_path: Path) -> None:
     write_ids(tmp_path, train=900, validation=100)
     path = tmp_path / "data.json"
     files.write_json(path, files.read_json(path) | {"vocab_size": 999})

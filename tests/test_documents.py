@@ -1,4 +1,4 @@
-"""Files and directories give the documents that are in them, or say what is wrong and where."""
+"""Files and directories give their documents, or an error with its location."""
 
 import contextlib
 import gzip
@@ -63,7 +63,7 @@ def test_each_json_line_is_a_document(
     assert read(path, "body") == [text.encode() for text in texts]
 
 
-def test_the_length_that_is_told_is_the_documents(tmp_path: Path) -> None:
+def test_a_document_has_its_size(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "né"}')
     (tmp_path / "b.txt").write_text("né")
     lengths = [size for file in documents.find(tmp_path) for _, size, _ in file.documents("text")]
@@ -79,7 +79,7 @@ def test_the_length_that_is_told_is_the_documents(tmp_path: Path) -> None:
         (b'{"text": "caf\xe9"}', "caf\ufffd"),
     ],
 )
-def test_what_is_no_unicode_text_becomes_the_replacement_character(tmp_path: Path, line: bytes, text: str) -> None:
+def test_invalid_unicode_becomes_the_replacement_character(tmp_path: Path, line: bytes, text: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(line)
     assert read(tmp_path / "a.jsonl") == [text.encode()]
 
@@ -99,11 +99,11 @@ def test_what_is_no_unicode_text_becomes_the_replacement_character(tmp_path: Pat
         (".gz", False, ""),
     ],
 )
-def test_the_name_says_the_form(name: str, is_json_lines: bool, packing: str) -> None:
+def test_the_file_name_determines_the_format(name: str, is_json_lines: bool, packing: str) -> None:
     assert documents.Format.of(name) == documents.Format(is_json_lines=is_json_lines, compression=packing)
 
 
-def test_a_directory_stands_for_its_data_files_in_order(tmp_path: Path) -> None:
+def test_a_directory_gives_its_data_files_in_order(tmp_path: Path) -> None:
     wanted = ["B.TXT", "a.txt", "a/b.jsonl", "a/c.txt.gz", "b.jsonl.zst"]
     others = [
         ".a.txt",
@@ -139,7 +139,7 @@ def test_a_directory_without_data_files_is_named(tmp_path: Path) -> None:
         documents.find([tmp_path])
 
 
-def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=re.escape(f"data file not found: {tmp_path / 'b.txt'}. ")):
         documents.find([tmp_path / "a.txt", tmp_path / "b.txt"])
@@ -258,7 +258,7 @@ def tar() -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.tar.gz", "a.zst"])
-def test_what_is_no_utf8_text_is_named_for_what_it_is(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_utf8_text_is_identified(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(PACKED[Path(name).suffix if name[-3:] in (".gz", "zst") else ""](content))
     with pytest.raises(ValueError, match=f"^{re.escape(f'{tmp_path / name} {message}')}"):
         read(tmp_path / name)
@@ -281,7 +281,7 @@ def test_linked_directories_are_followed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["broken.txt", "corpus"])
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, name: str) -> None:
+def test_a_broken_link_is_named(tmp_path: Path, name: str) -> None:
     """It might have been a directory of texts."""
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / name).symlink_to("gone")
@@ -323,7 +323,7 @@ def test_a_directory_that_cannot_be_entered_is_named() -> None:
         assert [file.name for file in documents.find(Path(folder))] == ["a.txt", "sub/b.txt"]
 
 
-def test_a_pipe_is_named_for_what_it_is(tmp_path: Path) -> None:
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.txt")
     for source in (tmp_path / "p.txt", tmp_path):
         text = rf"^{re.escape(str(tmp_path / 'p.txt'))} is a pipe or a device, and text is read more than once: write"
@@ -343,7 +343,7 @@ def test_zstandard_of_the_longest_window_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.txt.zst") == [b"to be " * 1000]
 
 
-def test_what_zstandard_cannot_unpack_is_told_from_damage(tmp_path: Path) -> None:
+def test_unsupported_zstandard_is_distinguished_from_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.zst"
     packed = bytearray(long_window(b"to be " * 1000))
     packed[5] += 1  # the window's size: 9/8 of 2 GiB

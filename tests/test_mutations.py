@@ -17,7 +17,7 @@ import zstandard
 
 from hipgpt_jax import config, files
 from hipgpt_jax.runs import directory, weights
-from hipgpt_jax.text import corpus, dataset, documents, preparation, tokenizer
+from hipgpt_jax.text import corpus, dataset, documents, preparation, prompts, tokenizer
 
 NUMBER = 600
 TEXT = "To be, or not to be: that is the question. — naïve 🙂\n" * 9
@@ -182,6 +182,22 @@ def test_manifests(tmp_path: Path) -> None:
     accepted, refused = read_all(tmp_path / "data.json", lambda draw: mutated_json(draw, good), read)
     assert accepted > 5
     assert refused > 400
+
+
+def test_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    good = {"prompt": "To be", "id": "x", "seed": 7, "num_samples": 3, "stop": ["."], "temp": 0.5, "top_k": 9}
+
+    def mutate(draw: random.Random) -> bytes:
+        return json.dumps({**good, "id": "y"}).encode() + b"\n" + mutated_json(draw, good) + b"\n"
+
+    def read() -> None:
+        found = list(prompts.PromptFile(path))
+        prompts.check_unique(found)
+        assert all(prompt.text for prompt in found)
+
+    accepted, refused = read_all(path, mutate, read)
+    assert min(accepted, refused) > 50
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])

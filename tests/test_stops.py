@@ -21,7 +21,7 @@ def by_definition(text: str, strings: list[str]) -> tuple[str, str | None]:
 
 @hypothesis.given(st.lists(LETTERS, max_size=8), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 @hypothesis.settings(max_examples=500, deadline=None, derandomize=True, database=None)
-def test_the_first_whole_match_ends_the_text_however_it_is_cut(pieces: list[str], strings: list[str]) -> None:
+def test_the_first_complete_match_ends_the_text_in_any_pieces(pieces: list[str], strings: list[str]) -> None:
     passing = stops.StopFilter(strings)
     got = "".join(map(passing.push, pieces)) + passing.finish()
     assert (got, passing.found) == by_definition("".join(pieces), strings)
@@ -29,7 +29,7 @@ def test_the_first_whole_match_ends_the_text_however_it_is_cut(pieces: list[str]
 
 @hypothesis.given(LETTERS, st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
-def test_only_what_could_still_become_a_match_is_held_back(text: str, strings: list[str]) -> None:
+def test_only_a_possible_match_is_held_back(text: str, strings: list[str]) -> None:
     passing = stops.StopFilter(strings)
     passed = passing.push(text)
     hypothesis.assume(passing.found is None)
