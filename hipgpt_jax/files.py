@@ -219,7 +219,7 @@ def numbered_lines(stream: BinaryIO, path: Path, limit: int, advice: str = "") -
     for number in itertools.count(1):
         line = stream.readline(limit + 1)
         if len(line) > limit:
-            raise ValueError(f"{path} line {number} is longer than {limit >> 20} MiB, the limit for a line{advice}")
+            raise ValueError(f"{path} line {number} is longer than {limit >> 20} MiB, the limit per line{advice}")
         if not line:
             return
         yield number, line
@@ -268,12 +268,7 @@ def read_jsonl(path: Path, max_line_bytes: int = _MAX_LINE_BYTES) -> Iterator[Js
         ValueError: A line is longer than ``max_line_bytes``.
     """
     with path.open("rb") as file:
-        for number in itertools.count(1):
-            text = file.readline(max_line_bytes + 1)
-            if len(text) > max_line_bytes:
-                raise ValueError(f"{path} line {number} is longer than {max_line_bytes >> 20} MiB, the limit per line")
-            if not text:
-                return
+        for number, text in numbered_lines(file, path, max_line_bytes):
             if text.strip():
                 yield JsonLine(number, text, not text.endswith(b"\n") and not _is_json(text))
 

@@ -366,7 +366,7 @@ def test_a_line_beyond_the_limit_is_refused_in_bounded_memory(
     path.write_bytes(PACKED[suffix](b'{"text": "one"}\n{"text": "' + bytes(size)))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"line 2 is longer than 1 MiB, the limit for a line. Split the document"):
+        with pytest.raises(ValueError, match=r"line 2 is longer than 1 MiB, the limit per line. Split the document"):
             read(path)
         assert tracemalloc.get_traced_memory()[1] < size / 1.5
     finally:

@@ -1,12 +1,8 @@
 """Manifest ``data.json`` of a run's ``tokens.bin``. It needs no NumPy, so ``hipgpt-doctor`` can read it without."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import fastjsonschema
 
 from hipgpt_jax import files
 from hipgpt_jax.text import corpus
@@ -43,17 +39,15 @@ _PROPERTIES: dict[str, Any] = {
     "validation_tokens": _COUNT,
     "scored_bytes": _COUNT,
 }
-_SCHEMA = {
-    "type": "object",
-    "properties": _PROPERTIES,
-    "required": list(_PROPERTIES),
-    "additionalProperties": False,
-}
-
-
-@functools.cache
-def _validator() -> Callable[[Any], Any]:
-    return fastjsonschema.compile(_SCHEMA)
+_SCHEMA = files.Schema(
+    "data manifest",
+    {
+        "type": "object",
+        "properties": _PROPERTIES,
+        "required": list(_PROPERTIES),
+        "additionalProperties": False,
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,11 +103,9 @@ class Manifest:
         """
         value = files.read_json(path)
         try:
-            _validator()(value)
-        except fastjsonschema.JsonSchemaValueException as error:
-            raise ValueError(
-                f"{path} is not a data manifest: {error.message}. Prepare the data again with --reset"
-            ) from error
+            _SCHEMA.check(value, str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}. Prepare the data again with --reset") from error
         value["sources"] = tuple(corpus.Source(**source) for source in value["sources"])
         manifest = cls(**value)
         if manifest.eos_id is not None and manifest.eos_id >= manifest.vocab_size:

@@ -35,7 +35,7 @@ class Tokenizer:
         self._bytes: list[bytes] = [b""] * backend.get_vocab_size()
         for token, token_id in backend.get_vocab().items():
             self._bytes[token_id] = token.encode() if token_id in added else lossless.token_bytes(token)
-        self._lengths_V = np.array([len(token) for token in self._bytes])
+        self._lengths = np.array([len(token) for token in self._bytes])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, has_end: bool = False) -> "Tokenizer":
@@ -126,7 +126,7 @@ class Tokenizer:
         # In blocks, because the lengths are int64 and a corpus has many more ids than a block.
         blocks = (ids[first : first + _BLOCK_IDS] for first in range(0, len(ids), _BLOCK_IDS))
         ends = 0 if end_id is None else int(np.count_nonzero(ids == end_id)) * len(self._bytes[end_id])
-        return sum(int(self._lengths_V[block].sum()) for block in blocks) - ends
+        return sum(int(self._lengths[block].sum()) for block in blocks) - ends
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Returns the bytes of ids, which may be invalid UTF-8."""
