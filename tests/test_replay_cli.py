@@ -1,4 +1,4 @@
-"""``hipgpt-replay``: records made anew, and what is said where they cannot be."""
+"""``hipgpt-replay``: verdicts on records, and messages about those that cannot be replayed."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def write(name: str, values: list[dict[str, Any]]) -> str:
     return name
 
 
-def test_what_was_made_is_made_again(call: Run, made: list[dict[str, Any]]) -> None:
+def test_records_are_reproduced(call: Run, made: list[dict[str, Any]]) -> None:
     result = call("replay", "a.jsonl")
     assert result.code == 0
     lines = result.out.splitlines()
@@ -64,7 +64,7 @@ def test_what_was_made_is_made_again(call: Run, made: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.slow
-def test_bfloat16_is_on_the_record_and_made_again(call: Run) -> None:
+def test_bfloat16_is_recorded_and_reproduced(call: Run) -> None:
     flags = "--run-name tiny --prompt king --num_samples 3 --num_tokens 40 --dtype bfloat16 --output a.jsonl"
     assert call("generate", *flags.split()).code == 0
     made = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
@@ -164,20 +164,20 @@ def test_one_bad_line_spoils_only_itself(call: Run, made: list[dict[str, Any]]) 
     assert (result.code, result.err.count("error")) == (2, 0)
     expected = [
         "identical  first sample 0: 40 tokens",
-        "not tried  line 2: it is not JSON: Expecting property name enclosed in double quotes at column 2",
-        "not tried  line 3: it is not JSON: key 'seed' appears twice",
-        "not tried  line 4: it is not a valid record: record.ids[0] must be integer",
-        "not tried  first sample 0: decode_width must be at most 4096 to be replayed: got 65536. Choose another "
+        "skipped    line 2: it is not JSON: Expecting property name enclosed in double quotes at column 2",
+        "skipped    line 3: it is not JSON: key 'seed' appears twice",
+        "skipped    line 4: it is not a valid record: record.ids[0] must be integer",
+        "skipped    first sample 0: decode_width must be at most 4096 to be replayed: got 65536. Choose another "
         "batch_size for the replay",
-        "not tried  line 6: it is not a valid record: record.settings.window must be integer",
-        "not tried  first sample 0: window must be at most the run's own 32 (its learned positions): got 99",
+        "skipped    line 6: it is not a valid record: record.settings.window must be integer",
+        "skipped    first sample 0: window must be at most the run's own 32 (its learned positions): got 99",
         "identical  first sample 1: 40 tokens",
         "identical  second sample 0: 40 tokens",
     ]
     assert result.out.splitlines()[:9] == expected
-    assert result.out.splitlines()[-1].startswith("3 of 9 identical, 6 could not be tried")
+    assert result.out.splitlines()[-1].startswith("3 of 9 identical, 6 skipped")
     chosen = call("replay", "b.jsonl", "--ids", "second").out.splitlines()
-    assert [line.split(":")[0] for line in chosen[:4]] == [f"not tried  line {n}" for n in (2, 3, 4, 6)]
+    assert [line.split(":")[0] for line in chosen[:4]] == [f"skipped    line {n}" for n in (2, 3, 4, 6)]
     assert chosen[4] == expected[-1]
 
 
@@ -196,7 +196,7 @@ def test_no_text_of_a_record_reaches_the_terminal_as_it_is(call: Run, made: list
     escaped = r"\x1b[2K\r\nidentical  forged\x9b\ud800\u202e"
     assert lines[0] == f"identical  {escaped} sample 0: 40 tokens"
     assert lines[1].startswith(f"differs    {'x' * 77}... sample 1: its ids are the same, but not its error")
-    assert lines[2].startswith(f"not tried  {escaped} sample 0: ")
+    assert lines[2].startswith(f"skipped    {escaped} sample 0: ")
     assert lines[3].startswith("differs    second sample 1: token 0 is 5 ")
     assert f"changed    flax: {escaped} in the record" in result.out
 
@@ -244,7 +244,7 @@ def test_other_files_are_told_with_both_digests(call: Run, made: list[dict[str, 
         result = call("replay", write("b.jsonl", [other, made[1]]))
         assert result.code == 2
         digest = made[0]["run"][f"{key}_sha256"]
-        assert f"not tried  first sample 0: other {key}: sha256 {'0' * 64} in the record, {digest} in " in result.out
+        assert f"skipped    first sample 0: other {key}: sha256 {'0' * 64} in the record, {digest} in " in result.out
         assert result.out.splitlines()[1].startswith("identical  first sample 1")
 
 
@@ -255,7 +255,7 @@ def test_a_run_that_is_gone_or_damaged_is_told_and_one_elsewhere_is_found(
     Path("checkpoints/tiny").rename("backup/moved")
     result = call("replay", "a.jsonl")
     assert result.code == 2
-    assert result.out.count("not tried") == 6
+    assert result.out.count("skipped    ") == 6
     assert "run 'tiny' not found" in result.out
     assert call("replay", "a.jsonl", "--run-dir", "backup/moved").code == 0
     weights = Path("backup/moved/tiny_step600.bin")
@@ -263,7 +263,7 @@ def test_a_run_that_is_gone_or_damaged_is_told_and_one_elsewhere_is_found(
     result = call("replay", "a.jsonl", "--run-dir", "backup/moved")
     assert result.code == 2
     assert "tiny_step600.bin is not the file that the config" in result.out
-    assert "6 could not be tried" in result.out.splitlines()[-1]
+    assert "6 skipped" in result.out.splitlines()[-1]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -288,9 +288,9 @@ def test_a_record_that_cannot_be_served_is_told(call: Run, made: list[dict[str, 
     assert result.code == 2
     *lines, served, summary = result.out.splitlines()
     for (_, message), line in zip(REFUSED, lines, strict=True):
-        assert re.search(f"not tried  first sample 0: .*{message}", line)
+        assert re.search(f"skipped    first sample 0: .*{message}", line)
     assert served.startswith("identical  first sample 1")
-    assert "8 could not be tried" in summary
+    assert "8 skipped" in summary
 
 
 @pytest.mark.parametrize(
@@ -301,13 +301,13 @@ def test_a_record_that_cannot_be_served_is_told(call: Run, made: list[dict[str, 
         (("a.jsonl", "b.jsonl"), "unexpected argument 'b.jsonl'"),
         (("a.jsonl", "--ids", "x"), "a.jsonl has no record of the id 'x'. Ids: first, second, third"),
         (("p.jsonl",), "p.jsonl line 1 is not a record"),
-        (("a.jsonl", "--ids", ""), "--ids names no id"),
-        (("empty.jsonl",), "empty.jsonl holds no record"),
+        (("a.jsonl", "--ids", ""), "--ids is empty"),
+        (("empty.jsonl",), "empty.jsonl has no records"),
         (("a.jsonl", "--frob", "x"), "Unknown command line flag 'frob'"),
-        (("a.jsonl", "--device", "tpu"), "device must be one of"),
+        (("a.jsonl", "--device", "tpu"), "--device must be one of"),
     ],
 )
-def test_what_could_not_be_tried_is_exit_code_2(
+def test_a_mistake_is_exit_code_2(
     call: Run, made: list[dict[str, Any]], arguments: tuple[str, ...], message: str
 ) -> None:
     Path("empty.jsonl").write_text("")

@@ -1,4 +1,4 @@
-"""``hipgpt-replay``: records against their regenerated samples."""
+"""``hipgpt-replay``: regenerates samples and compares them with their records."""
 
 import collections
 import dataclasses
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
+import absl.flags
 
 from hipgpt_jax import api, config, devices
-from hipgpt_jax.cli import program
+from hipgpt_jax.cli import flags, program
 from hipgpt_jax.records import provenance, record, replay
 from hipgpt_jax.runs import loading
 from hipgpt_jax.text import tokenizer
@@ -22,31 +22,25 @@ if TYPE_CHECKING:
     from hipgpt_jax.records import comparison
 
 SUMMARY = """Regenerate the samples of a record file and compare them token by token: ids, text, log-probabilities,
-ranks, margins, gaps, alternatives. One line per record, and a summary. Exit code 0 when all are identical, 1 when any
-differs, 2 when any could not be tried. Examples:
+ranks, margins, gaps, alternatives. Prints one line per record and a summary. The exit code is 0 if all are identical,
+1 if any differs, else 2 if any was skipped. Examples:
 
   hipgpt-replay samples.jsonl
   hipgpt-replay samples.jsonl --ids da0bdec7fe17f901,story-7 --run-dir backup/my_run
   hipgpt-replay samples.jsonl --device cuda --batch_size 16"""
 
-FLAGS = flags.FlagValues()
-
-_RECORDS = flags.DEFINE_string(
-    "records", None, "The record file; may be given without the flag's name.", flag_values=FLAGS
+FLAGS = absl.flags.FlagValues()
+_RECORDS = flags.define_shared(FLAGS, "records")
+_IDS = absl.flags.DEFINE_list(
+    "ids", None, "Ids of the prompts to replay, separated by commas; all if absent.", flag_values=FLAGS
 )
-_IDS = flags.DEFINE_list("ids", None, "Prompt ids to replay, with commas; all if absent.", flag_values=FLAGS)
-_RUN_DIR = flags.DEFINE_string(
-    "run-dir", None, "Directory of the run; checkpoints/ or the package if absent.", flag_values=FLAGS
+_RUN_DIR = absl.flags.DEFINE_string(
+    "run-dir", None, "Directory of the run; found by its name if absent.", flag_values=FLAGS
 )
-_BATCH_SIZE = flags.DEFINE_integer(
+_BATCH_SIZE = absl.flags.DEFINE_integer(
     "batch_size", None, "Batch size; the record's own if absent. Another one rounds differently.", flag_values=FLAGS
 )
-_DEVICE = flags.DEFINE_string(
-    "device",
-    "auto",
-    f"One of {', '.join(devices.DEVICES)}. Another platform than the record's rounds differently.",
-    flag_values=FLAGS,
-)
+_DEVICE = flags.define_shared(FLAGS, "device")
 
 
 def main() -> None:
@@ -56,42 +50,55 @@ def main() -> None:
 
 @dataclasses.dataclass
 class _Tally:
-    """Verdicts so far."""
+    """Verdicts so far.
+
+    Attributes:
+        counts: Records per verdict: identical, differs, skipped; and those that differ only by rounding.
+        logprob_error: Largest difference of a log-probability in identical records.
+        changes: Lines about software and numerics that differ between records and replay.
+        unused: Identical records per setting that had no effect on them.
+    """
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     logprob_error: float = 0.0
     changes: set[str] = dataclasses.field(default_factory=set)
-    not_exercised: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    unused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.counts["differs"] else 2 if self.counts["not tried"] else 0
+        return 1 if self.counts["differs"] else 2 if self.counts["skipped"] else 0
 
-    def unexercised(self) -> str:
-        """Returns the settings that identical records do not show to be true, those of as many records together."""
+    def unused_settings(self) -> str:
+        """Returns the settings that identical records do not verify, grouped by their number of records."""
         names: dict[int, list[str]] = {}
-        for name, count in self.not_exercised.items():
+        for name, count in self.unused.items():
             names.setdefault(count, []).append(name)
-        counted = sorted(names.items(), reverse=True)
-        return ", ".join(f"{', '.join(each)} ({count} record{'s' * (count > 1)})" for count, each in counted)
+        groups = sorted(names.items(), reverse=True)
+        return ", ".join(f"{', '.join(group)} ({count} record{'s' * (count > 1)})" for count, group in groups)
 
     def summary(self) -> str:
-        total = sum(self.counts[verdict] for verdict in ("identical", "differs", "not tried"))
-        parts = [f"{self.counts['identical']} of {total} identical"]
-        if self.counts["differs"]:
-            parts.append(f"{self.counts['differs']} differ ({self.counts['rounding']} within floating-point error)")
-        if self.counts["not tried"]:
-            parts.append(f"{self.counts['not tried']} could not be tried")
+        counts = self.counts
+        total = counts["identical"] + counts["differs"] + counts["skipped"]
+        parts = [f"{counts['identical']} of {total} identical"]
+        if counts["differs"]:
+            parts.append(f"{counts['differs']} differ ({counts['rounding']} within floating-point error)")
+        if counts["skipped"]:
+            parts.append(f"{counts['skipped']} skipped")
         if self.logprob_error:
             parts.append(f"log-probabilities within {self.logprob_error:.1e}")
-        elif self.counts["identical"]:
+        elif counts["identical"]:
             parts.append("log-probabilities equal to the bit")
         return ", ".join(parts)
+
+    def skip(self, name: str, problem: Exception | str) -> str:
+        """Counts a record that cannot be replayed and returns its line."""
+        self.counts["skipped"] += 1
+        return f"skipped    {name}: {_shown(' '.join(str(problem).split()), 400)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A line of the record file: a record and its decoding configuration, or why it cannot be tried."""
+    """A line of the record file: a record with its decoding configuration, or the reason to skip it."""
 
     name: str
     recorded: record.Record | None = None
@@ -100,7 +107,7 @@ class _Entry:
 
     @property
     def group(self) -> tuple[record.Run, config.DecodingConfig] | None:
-        """What must be loaded for it; records of one group are regenerated together."""
+        """Key of the records that are replayed together; None for an entry to skip."""
         return None if self.recorded is None or self.decoding is None else (self.recorded.run, self.decoding)
 
 
@@ -108,7 +115,7 @@ def _replay() -> None:
     path = Path(program.required(_RECORDS))
     chosen = None if _IDS.value is None else set(_IDS.value)
     if chosen is not None and not chosen:
-        raise ValueError("--ids names no id")
+        raise ValueError("--ids is empty: give at least one id")
     _check(path, chosen)
     device = program.start_device(_DEVICE.value)
     tally = _Tally()
@@ -118,14 +125,14 @@ def _replay() -> None:
             print(line, flush=True)
     for change in sorted(tally.changes):
         print(f"changed    {change}")
-    if tally.not_exercised:
-        print(f"not exercised: {tally.unexercised()}")
+    if tally.unused:
+        print(f"not exercised: {tally.unused_settings()}")
     print(tally.summary())
     sys.exit(tally.exit_code)
 
 
 def _check(path: Path, chosen: set[str] | None) -> None:
-    """Reads the whole file once, so that an unknown id or a file of something else is an error before JAX starts."""
+    """Reads the whole file once, so that an unknown id or another kind of file is an error before JAX starts."""
     ids: set[str] = set()
     first_error = None
     is_torn = False
@@ -137,7 +144,7 @@ def _check(path: Path, chosen: set[str] | None) -> None:
         except ValueError as error:
             first_error = first_error or error
     if not ids:
-        raise first_error or ValueError(f"{path} holds no record")
+        raise first_error or ValueError(f"{path} has no records")
     if unknown := sorted((chosen or set()) - ids):
         known = ", ".join(_shown(one) for one in sorted(ids)[:20])
         raise ValueError(f"{path} has no record of the id {_shown(unknown[0])!r}. Ids: {known}")
@@ -146,7 +153,7 @@ def _check(path: Path, chosen: set[str] | None) -> None:
 
 
 def _entries(path: Path, chosen: set[str] | None) -> Iterator[_Entry]:
-    """Yields the lines of the file; one that is not a record may be of any id, so it is never skipped."""
+    """Yields the lines of the file with chosen ids; invalid lines may have any id, so they are included."""
     for line in record.lines(path):
         if line.is_torn:
             return
@@ -165,19 +172,18 @@ def _entries(path: Path, chosen: set[str] | None) -> Iterator[_Entry]:
 
 
 def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[_Entry]) -> Iterator[str]:
-    """Yields a line for each entry of one group, and counts it; ``load`` is None where they are not records."""
+    """Replays the entries of one group and yields a line for each; ``load`` is None if they are to be skipped."""
+    run, problem = None, ""
     try:
         run = load() if load is not None else None
     except (OSError, ValueError) as error:
-        for entry in entries:
-            yield _not_tried(tally, entry, error)
-        return
+        problem = str(error)
     if run is None:
         for entry in entries:
-            yield _not_tried(tally, entry, entry.problem)
+            yield tally.skip(entry.name, entry.problem or problem)
         return
     waiting: collections.deque[_Entry] = collections.deque()
-    refused: list[str] = []
+    skipped: list[str] = []
 
     def jobs() -> "Iterator[samples.Job]":
         for entry in entries:
@@ -185,49 +191,45 @@ def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[
             try:
                 job = run.job_of(entry.recorded)
             except ValueError as error:
-                refused.append(_not_tried(tally, entry, error))
+                skipped.append(tally.skip(entry.name, error))
                 continue
             waiting.append(entry)
             yield job
 
     try:
         for found in run.records_of(jobs()):
-            yield from refused
-            refused.clear()
+            yield from skipped
+            skipped.clear()
             entry = waiting.popleft()
             assert entry.recorded is not None
-            yield _judged(tally, entry.name, run.compare(entry.recorded, found), run.files.vocabulary)
+            yield _verdict(tally, entry.name, run.compare(entry.recorded, found), run.files.vocabulary)
     except (ArithmeticError, MemoryError, RuntimeError) as error:
-        refused += [_not_tried(tally, entry, error) for entry in (*waiting, *entries)]
-    yield from refused
+        skipped += [tally.skip(entry.name, error) for entry in (*waiting, *entries)]
+    yield from skipped
 
 
 def _load(named: record.Run, decoding: config.DecodingConfig, device: devices.Device) -> api.Run:
-    """Loads the run that a record names; raises ValueError, with both digests, where its files are others."""
-    where = None if _RUN_DIR.value is None else Path(_RUN_DIR.value)
-    found = loading.open_run(named.name, named.step, decoding, where)
-    files = found.checkpoint
-    for what, old, new in (
+    """Loads the run of a record; raises ValueError with both digests if its files differ."""
+    run_directory = None if _RUN_DIR.value is None else Path(_RUN_DIR.value)
+    source = loading.open_run(named.name, named.step, decoding, run_directory)
+    files = source.checkpoint
+    for kind, old, new in (
         ("weights", named.weights_sha256, files.weights_sha256),
         ("tokenizer", named.tokenizer_sha256, files.tokenizer_sha256),
     ):
         if old != new:
-            raise ValueError(f"other {what}: sha256 {old} in the record, {new} in {files.directory}")
-    return api.Run(found, device, provenance.Invocation())
+            raise ValueError(f"other {kind}: sha256 {old} in the record, {new} in {files.directory}")
+    return api.Run(source, device, provenance.Invocation())
 
 
-def _not_tried(tally: _Tally, entry: _Entry, problem: Exception | str) -> str:
-    tally.counts["not tried"] += 1
-    return f"not tried  {entry.name}: {_shown(' '.join(str(problem).split()), 400)}"
-
-
-def _judged(tally: _Tally, name: str, result: "comparison.Comparison", vocabulary: tokenizer.Tokenizer) -> str:
+def _verdict(tally: _Tally, name: str, result: "comparison.Comparison", vocabulary: tokenizer.Tokenizer) -> str:
+    """Counts a comparison and returns its line."""
     old, new = result.recorded, result.found
     tally.changes |= _changes(old, new)
     if result.is_identical:
         tally.counts["identical"] += 1
         tally.logprob_error = max(tally.logprob_error, result.logprob_error)
-        tally.not_exercised.update(replay.unused_settings(old))
+        tally.unused.update(replay.unused_settings(old))
         error = "" if old.error is None else f", then the same error: {_shown(old.error)}"
         return f"identical  {name}: {len(old.ids)} tokens{error}"
     tally.counts["differs"] += 1
@@ -243,7 +245,7 @@ def _judged(tally: _Tally, name: str, result: "comparison.Comparison", vocabular
 
 
 def _forked(fork: "comparison.Fork", old: record.Record, new: record.Record, vocabulary: tokenizer.Tokenizer) -> str:
-    """Returns the first token that differs, with the margins that this replay found there."""
+    """Returns the first token that differs, with the margin and the gap of this replay there."""
 
     def show(token: int | None, reason: str) -> str:
         return f"the end ({reason})" if token is None else f"{token} {_shown(repr(vocabulary.show(token)))}"
@@ -256,7 +258,7 @@ def _forked(fork: "comparison.Fork", old: record.Record, new: record.Record, voc
 
 
 def _altered(one: "comparison.Alteration") -> str:
-    """Returns a field's name, its place, and its two values where they are single numbers."""
+    """Returns the name of a field, and its token and both values if it has them."""
     if one.place is None:
         return one.field
     values = "" if one.recorded is None else f": {one.recorded:.9g} in the record, {one.found:.9g} now"
@@ -264,7 +266,7 @@ def _altered(one: "comparison.Alteration") -> str:
 
 
 def _changes(old: record.Record, new: record.Record) -> set[str]:
-    """Returns what differs between the making of the record and this replay."""
+    """Returns the differences in software and numerics between a record and this replay."""
     pairs = [
         (name, before, getattr(group, name))
         for part, group in ((old.numerics, new.numerics), (old.versions, new.versions))
@@ -278,9 +280,9 @@ def _changes(old: record.Record, new: record.Record) -> set[str]:
     }
 
 
-def _shown(text: str, most: int = 80) -> str:
-    """Returns text of a record as part of one line: escaped, and cut where it is long."""
-    return program.printable(text if len(text) <= most else f"{text[: most - 3]}...")
+def _shown(text: str, limit: int = 80) -> str:
+    """Returns text of a record for one line: escaped, and cut if it is long."""
+    return program.printable(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
 if __name__ == "__main__":
