@@ -122,7 +122,7 @@ def test_flag_files(values: flags.FlagValues, content: bytes, expected: dict[str
         ("--flagfile=outer.flags", "circle.flags line 2: flag file ./outer.flags includes itself"),
     ],
 )
-def test_a_mistake_is_named_in_our_words(values: flags.FlagValues, words: str, message: str) -> None:
+def test_mistakes_have_clear_messages(values: flags.FlagValues, words: str, message: str) -> None:
     Path("wide.flags").write_text("--temp=1", encoding="utf-16")
     Path("bad.flags").write_text("# comment\n\n--temp=hot\n")
     Path("word.flags").write_text("word\n")
@@ -133,7 +133,7 @@ def test_a_mistake_is_named_in_our_words(values: flags.FlagValues, words: str, m
     assert str(raised.value).replace("9" * 5000, "9+").startswith(message)
 
 
-def test_text_flags_are_decoded_by_one_rule(values: flags.FlagValues) -> None:
+def test_text_flags_are_decoded(values: flags.FlagValues) -> None:
     """Bytes of a command line that are not UTF-8 become U+FFFD in text and stay what they are in paths."""
     smuggled = b"caf\xc3\xa9 \xe9 \xf0\x9f".decode("ascii", "surrogateescape")
     words = (f"--prompt={smuggled}", "--stop", smuggled, f"--ids=a,{smuggled}", f"--output={smuggled}")

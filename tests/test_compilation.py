@@ -1,4 +1,4 @@
-"""The cache of compiled programs: where it is, that JAX uses it checked or not at all, and what the user is told."""
+"""The compile cache: its directory, its checks in JAX, and what is logged."""
 
 import os
 import re
@@ -59,15 +59,15 @@ def executables() -> list[Path]:
     return sorted(place().glob(f"*{compilation.EXECUTABLE}"))
 
 
-def test_a_new_cache_is_the_users_alone_and_told_of_once(tmp_path: Path) -> None:
-    told: list[str] = []
-    compilation.use_cache(told.append)
+def test_a_new_cache_is_private_and_logged_once(tmp_path: Path) -> None:
+    logged: list[str] = []
+    compilation.use_cache(logged.append)
     assert place() == tmp_path / "xdg" / "hipgpt_jax" / "compiled"
-    assert [line for line in told if "first start" in line] == told != []
+    assert [line for line in logged if "first start" in line] == logged != []
     run_program()
     assert {oct(path.stat().st_mode & 0o7777) for path in executables()} == {"0o600"}
-    compilation.use_cache(told.append)
-    assert len(told) == 1
+    compilation.use_cache(logged.append)
+    assert len(logged) == 1
     assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0.0
 
 
@@ -98,9 +98,9 @@ def test_the_users_directory_keeps_its_files_and_ours_are_apart(
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "renamed"])
-def test_a_damaged_executable_is_made_anew_in_one_line(damage: str) -> None:
-    told: list[str] = []
-    compilation.use_cache(told.append)
+def test_a_damaged_executable_is_compiled_again_with_one_line(damage: str) -> None:
+    logged: list[str] = []
+    compilation.use_cache(logged.append)
     right = run_program()
     (path,) = executables()
     whole = path.read_bytes()
@@ -112,28 +112,28 @@ def test_a_damaged_executable_is_made_anew_in_one_line(damage: str) -> None:
         path.write_bytes(
             {"flip": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "cut": whole[:99], "empty": b""}[damage]
         )
-    del told[:]
+    del logged[:]
     counted = compilation.Compilations()
     assert run_program().tobytes() == right.tobytes()
     assert counted.compiled == 1
-    assert len(told) == 1
-    assert told[0].startswith(f"recompiling: removed a damaged file from the cache, {path.name}: ")
+    assert len(logged) == 1
+    assert logged[0].startswith(f"recompiling: removed a damaged file from the cache, {path.name}: ")
     assert run_program().tobytes() == right.tobytes()
-    assert (counted.compiled, counted.cached, len(told)) == (1, 1, 1), "the entry is whole again"
+    assert (counted.compiled, counted.cached, len(logged)) == (1, 1, 1), "the entry is whole again"
 
 
-def test_an_executable_that_xla_refuses_is_made_anew_in_one_line() -> None:
+def test_an_executable_that_xla_cannot_load_is_compiled_again_with_one_line() -> None:
     """Its digest holds, as of an entry that another version of XLA wrote under this key."""
-    told: list[str] = []
-    compilation.use_cache(told.append)
+    logged: list[str] = []
+    compilation.use_cache(logged.append)
     right = run_program()
     (path,) = executables()
     cache = compilation.active()
     assert cache is not None
     cache.put(path.name, b"no executable")
-    del told[:]
+    del logged[:]
     assert run_program().tobytes() == right.tobytes()
-    assert [line.partition(": removed ")[2] for line in told] == [
+    assert [line.partition(": removed ")[2] for line in logged] == [
         f"a damaged file from the cache, {path.name}: XLA cannot load it"
     ]
     assert cache.get(path.name) not in (None, b"no executable")
@@ -144,15 +144,15 @@ def test_without_the_hook_in_jax_nothing_is_cached_unchecked(monkeypatch: pytest
     for name in ("get_file_cache", "_initialize_cache"):
         with monkeypatch.context() as patch:
             patch.delattr(of_jax, name)
-            told: list[str] = []
-            compilation.use_cache(told.append)
-            assert [line.partition(": ")[0] for line in told] == ["compiling without a cache"]
+            logged: list[str] = []
+            compilation.use_cache(logged.append)
+            assert [line.partition(": ")[0] for line in logged] == ["compiling without a cache"]
         assert jax.config.values["jax_compilation_cache_dir"] is None
         assert compilation.active() is None
         run_program()
         assert of_jax._cache is None
     monkeypatch.setattr(of_jax, "_initialize_cache", lambda: None)  # or opens it where we do not see it
-    compilation.use_cache(told.append)
+    compilation.use_cache(logged.append)
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
@@ -209,9 +209,9 @@ def test_a_directory_that_cannot_be_used_or_trusted_is_one_line_and_no_error(
     for name, value in prepare(tmp_path).items():
         monkeypatch.setenv(name, value)
     before = {path: path.lstat().st_mode for path in tmp_path.rglob("*")}
-    told: list[str] = []
-    compilation.use_cache(told.append)
-    (line,) = told
+    logged: list[str] = []
+    compilation.use_cache(logged.append)
+    (line,) = logged
     assert line.startswith("compiling without a cache: ")
     assert re.search(message.format(base=tmp_path), line)
     assert "JAX_COMPILATION_CACHE_DIR can name another directory" in line
@@ -235,17 +235,17 @@ def test_the_size_limit_is_the_users_or_1_gb(
     if variable is not None:
         monkeypatch.setenv(compilation.SIZE_VARIABLE, variable)
         jax.config.update("jax_compilation_cache_max_size", int(variable))  # as JAX does when it is imported
-    told: list[str] = []
-    compilation.use_cache(told.append)
+    logged: list[str] = []
+    compilation.use_cache(logged.append)
     cache = compilation.active()
     assert cache is not None
     assert cache.max_bytes == limit
     run_program()
     assert bool(executables()) == (limit != 0)
-    assert len(told) == 1
+    assert len(logged) == 1
 
 
-def test_a_cache_that_jax_is_told_not_to_use_is_not_made(tmp_path: Path) -> None:
+def test_a_disabled_cache_is_not_created(tmp_path: Path) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     compilation.use_cache(lambda line: pytest.fail(line))
     assert not (tmp_path / "xdg").exists()
@@ -261,18 +261,18 @@ def test_from_python_the_entries_of_jaxs_own_cache_are_checked_too(tmp_path: Pat
     of_jax.reset_cache()
     right = run_program()
     (unchecked,) = (path for path in own.iterdir() if path.name.endswith("-cache"))
-    told: list[str] = []
-    compilation.check_cache(told.append)
-    compilation.check_cache(told.append)
+    logged: list[str] = []
+    compilation.check_cache(logged.append)
+    compilation.check_cache(logged.append)
     assert place() == own / "hipgpt_jax"
     unchecked.write_bytes(b"damage that JAX would run or stumble over")
     run_program()
     (path,) = executables()
     path.write_bytes(path.read_bytes()[:-1])
     assert run_program().tobytes() == right.tobytes()
-    assert len(told) == 1
+    assert len(logged) == 1
     own.chmod(0o777)
     jax.config.update("jax_compilation_cache_dir", str(own))
-    compilation.check_cache(told.append)
-    assert f"other users can write to {own}" in told[1]
+    compilation.check_cache(logged.append)
+    assert f"other users can write to {own}" in logged[1]
     assert jax.config.values["jax_compilation_cache_dir"] is None

@@ -1,4 +1,4 @@
-"""The platform: what is set, what is left alone, and what is told."""
+"""Choice of the platform, and its settings."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ EXACT = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
         (False, False, {}, {}),
     ],
 )
-def test_settings_of_a_gpu_leave_the_users_own_alone(
+def test_gpu_settings_do_not_change_those_of_the_user(
     rocm: bool, deterministic: bool, environ: dict[str, str], chosen: dict[str, str]
 ) -> None:
     assert devices.gpu_defaults(environ, rocm=rocm, deterministic=deterministic) == chosen
@@ -70,7 +70,7 @@ print(os.environ.get("XLA_FLAGS", ""))
         ),
     ],
 )
-def test_settings_of_a_gpu_are_told_and_made_before_jax(
+def test_gpu_settings_are_made_and_logged_before_jax_starts(
     arguments: list[str], own: dict[str, str], printed: list[str]
 ) -> None:
     environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
@@ -91,7 +91,7 @@ def test_settings_of_a_gpu_are_told_and_made_before_jax(
         (devices.Device("cpu", "cpu"), "bfloat16", 64, "xla"),
     ],
 )
-def test_attention_is_cudnns_where_it_can_be(
+def test_attention_is_cudnns_where_supported(
     device: devices.Device, dtype: str, head_dim: int, implementation: str
 ) -> None:
     assert device.attention(dtype, head_dim) == implementation
@@ -107,7 +107,7 @@ def test_attention_is_cudnns_where_it_can_be(
         ("--xla_gpu_autotune_level=0", "cudnn"),
     ],
 )
-def test_attention_adds_up_in_one_order_where_training_must(flags: str, implementation: str) -> None:
+def test_attention_is_deterministic_where_xla_flags_require_it(flags: str, implementation: str) -> None:
     """CuDNN's does not in its backward pass; generation has none."""
     device, environ = devices.Device("gpu", "NVIDIA H200"), {"XLA_FLAGS": flags}
     assert device.attention("bfloat16", 64, trains=True, environ=environ) == implementation
@@ -150,7 +150,7 @@ def test_freed_memory_is_kept_unless_the_user_decides(own: dict[str, str], on_ma
     assert (int(faults) < 1000) == (on_main_thread and kept), "a temporary of 100 MB is some 25,000 pages"
 
 
-def test_a_note_says_why_disabled_jit_is_slow() -> None:
+def test_disabled_jit_is_logged() -> None:
     notes: list[str] = []
     devices.start("cpu", notes.append)
     assert not [note for note in notes if "JAX_DISABLE_JIT" in note]

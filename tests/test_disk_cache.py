@@ -16,8 +16,8 @@ from hipgpt_jax import disk_cache
 
 def make(directory: Path, max_bytes: int | None = None) -> tuple[disk_cache.DiskCache, list[str]]:
     """Returns a cache and the lines that it logs."""
-    told: list[str] = []
-    return disk_cache.DiskCache(directory, (".xla", ".program"), max_bytes, told.append), told
+    logged: list[str] = []
+    return disk_cache.DiskCache(directory, (".xla", ".program"), max_bytes, logged.append), logged
 
 
 def age(cache: disk_cache.DiskCache, *names: str) -> None:
@@ -35,7 +35,7 @@ def names(cache: disk_cache.DiskCache) -> list[str]:
 def test_no_flipped_bit_nor_cut_is_ever_read_as_the_payload(name: str, tmp_path: Path) -> None:
     chance = random.Random(26)
     payload = chance.randbytes(5000)
-    cache, told = make(tmp_path)
+    cache, logged = make(tmp_path)
     cache.put(name, payload)
     path = tmp_path / name
     whole = path.read_bytes()
@@ -51,30 +51,30 @@ def test_no_flipped_bit_nor_cut_is_ever_read_as_the_payload(name: str, tmp_path:
         assert names(cache) == []
         cache.put(name, payload)
         assert cache.get(name) == payload
-    assert len(told) == 1, "one line, however many are damaged"
-    assert f"removed a damaged file from the cache, {name}: " in told[0]
+    assert len(logged) == 1, "one line, however many are damaged"
+    assert f"removed a damaged file from the cache, {name}: " in logged[0]
 
 
 def test_an_entry_is_bound_to_its_name(tmp_path: Path) -> None:
-    cache, told = make(tmp_path)
+    cache, logged = make(tmp_path)
     cache.put("a.xla", b"the code of a")
     cache.put("b.xla", b"the code of b")
     (tmp_path / "b.xla").rename(tmp_path / "a.xla")
     assert cache.get("a.xla") is None
-    assert "SHA-256 does not match" in told[0]
+    assert "SHA-256 does not match" in logged[0]
     for name, payload in (("c.xla", b"\0d"), ("c.xla\0", b"d")):
         assert disk_cache._digest(name, payload) not in {disk_cache._digest("c.xla", b"d")}
 
 
-def test_what_is_not_a_readable_file_is_no_entry_and_no_error(tmp_path: Path) -> None:
-    cache, told = make(tmp_path)
+def test_unreadable_files_are_no_entries(tmp_path: Path) -> None:
+    cache, logged = make(tmp_path)
     assert cache.get("none.xla") is None
-    assert told == []
+    assert logged == []
     (tmp_path / "folder.xla").mkdir()
     assert [name for name, _ in cache.find_damaged()] == ["folder.xla"]
     assert cache.get("folder.xla") is None
     cache.put("folder.xla", b"code")
-    assert [line.partition(":")[0] for line in told] == [
+    assert [line.partition(":")[0] for line in logged] == [
         "recompiling",
         "the cache of compiled programs cannot be written",
     ]
@@ -82,7 +82,7 @@ def test_what_is_not_a_readable_file_is_no_entry_and_no_error(tmp_path: Path) ->
 
 
 def test_the_least_recently_used_entries_go_first(tmp_path: Path) -> None:
-    cache, told = make(tmp_path, max_bytes=3 * 1100)
+    cache, logged = make(tmp_path, max_bytes=3 * 1100)
     for name in ("a.xla", "b.program", "c.xla"):
         cache.put(name, bytes(1000))
     (tmp_path / "notes.txt").write_bytes(bytes(9000))
@@ -98,7 +98,7 @@ def test_the_least_recently_used_entries_go_first(tmp_path: Path) -> None:
     assert names(cache) == ["d.xla", "e.program", "notes.txt"]
     cache.put("large.xla", bytes(3300))
     assert names(cache) == ["d.xla", "e.program", "notes.txt"], "it would be larger than the limit with its digest"
-    assert told == []
+    assert logged == []
 
 
 def test_a_killed_writers_file_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
@@ -111,12 +111,12 @@ def test_a_killed_writers_file_is_removed_and_that_of_a_living_one_is_not(tmp_pa
     assert names(cache) == ["a.xla", "writes.tmp"]
 
 
-def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
-    cache, told = make(tmp_path / "gone")
+def test_an_unwritable_directory_is_logged_once(tmp_path: Path) -> None:
+    cache, logged = make(tmp_path / "gone")
     cache.put("a.xla", b"code")
     cache.put("b.xla", b"code")
-    assert len(told) == 1
-    assert told[0].startswith("the cache of compiled programs cannot be written: ")
+    assert len(logged) == 1
+    assert logged[0].startswith("the cache of compiled programs cannot be written: ")
     assert cache.get("a.xla") is None
 
 
@@ -145,11 +145,11 @@ print(hits)
     hits = [int(process.communicate(timeout=60)[0]) for process in running]
     assert [process.returncode for process in running] == [0] * 4
     assert min(hits) > 20
-    cache, told = make(tmp_path, max_bytes=20_000)
+    cache, logged = make(tmp_path, max_bytes=20_000)
     assert list(cache.find_damaged()) == []
     cache.put("last.xla", bytes(1000))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
-    assert told == []
+    assert logged == []
 
 
 def test_a_link_to_a_directory_of_the_users_own_is_resolved_and_left_as_it_is(tmp_path: Path) -> None:

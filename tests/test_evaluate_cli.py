@@ -1,4 +1,4 @@
-"""``hipgpt-evaluate``: a run against a text, and texts token by token."""
+"""``hipgpt-evaluate``: scores of a run on texts."""
 
 import gzip
 import json
@@ -85,13 +85,13 @@ def test_each_token_counts_once_at_every_stride(run: Run) -> None:
     assert losses[0] != losses[1] != losses[2]
 
 
-def test_bits_a_byte_are_the_same_by_both_ways(run: Run) -> None:
+def test_bits_per_byte_of_a_prompt_and_a_file_are_equal(run: Run) -> None:
     Path("t.txt").write_text("the king and his fool")
     line = json.loads(run("--prompt", "the king and his fool", "--output", "-").out)
     assert figures(run("--data-path", "t.txt").out)["bits per byte"] == pytest.approx(line["bits_per_byte"], abs=1e-4)
 
 
-def test_a_file_that_exists_is_not_replaced_unasked(run: Run) -> None:
+def test_an_existing_file_is_not_replaced_without_overwrite(run: Run) -> None:
     Path("t.txt").write_text("the king\n")
     for arguments in (("--prompt", "a queen"), ("--prompts_file", "t.txt")):
         result = run(*arguments, "--output", "t.txt")
@@ -181,8 +181,8 @@ def test_a_text_is_the_same_in_any_form(run: Run) -> None:
     assert figures(both.out)["nats per byte"] == pytest.approx(figures(plain)["nats per byte"], rel=0.02)
 
 
-def test_an_end_is_scored_after_each_document_by_a_run_that_knows_it(run: Run, trained: Path) -> None:
-    """The run's config says which token that is; here the line break, which can be put in by hand."""
+def test_the_end_token_is_scored_after_each_document(run: Run, trained: Path) -> None:
+    """The config names the end token; here the line break, which can be written by hand."""
     Path("checkpoints").unlink()
     shutil.copytree(trained / "checkpoints/tiny", "checkpoints/tiny", symlinks=True)
     settings = Path("checkpoints/tiny/tiny_step40_config.json")
@@ -245,7 +245,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(run: Run, arguments: tuple[str, .
 
 
 def replace_weights(trained: Path, change: Callable[[np.ndarray], object]) -> None:
-    """Gives the run's last step other values in its token embedding, digest and all."""
+    """Changes the token embedding of the last step, and its digest."""
     Path("checkpoints").unlink()
     shutil.copytree(trained / "checkpoints/tiny", "checkpoints/tiny", symlinks=True)
     path = Path("checkpoints/tiny/tiny_step40.bin")
@@ -293,7 +293,7 @@ def test_nats_per_byte_are_of_the_tokens_predicted(run: Run, trained: Path) -> N
     assert figures(run().out)["nats per byte"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_bytes_that_are_not_utf8_are_noted_and_count_as_what_they_became(run: Run) -> None:
+def test_invalid_utf8_is_noted_and_counts_as_replaced(run: Run) -> None:
     Path("latin.txt").write_bytes("naïve café\n".encode("latin-1") * 30)
     Path("replaced.txt").write_text("na\ufffdve caf\ufffd\n" * 30)
     found, expected = run("--data-path", "latin.txt"), run("--data-path", "replaced.txt")
@@ -303,7 +303,7 @@ def test_bytes_that_are_not_utf8_are_noted_and_count_as_what_they_became(run: Ru
     assert "450 bytes" in found.out
 
 
-def test_ids_that_are_not_those_of_the_run_are_refused(run: Run, trained: Path) -> None:
+def test_changed_token_ids_are_an_error(run: Run, trained: Path) -> None:
     replace_weights(trained, lambda table: table)
     path = Path("checkpoints/tiny/tokens.bin")
     path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")

@@ -97,7 +97,7 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
 
 @settings(SETTINGS, max_examples=25)  # each flushes to disk twice
 @given(value=JSON)
-def test_json_comes_back_as_it_was(scratch: Path, value: dict[str, object]) -> None:
+def test_json_round_trips(scratch: Path, value: dict[str, object]) -> None:
     files.write_json(scratch, value)
     assert files.read_json(scratch) == value
 
@@ -121,7 +121,7 @@ def test_json_comes_back_as_it_was(scratch: Path, value: dict[str, object]) -> N
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "is not JSON: key 'c' appears twice"),
     ],
 )
-def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path, content: bytes, text: str) -> None:
+def test_an_invalid_json_object_is_an_error_with_its_path(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{path} {text}")):
@@ -194,7 +194,7 @@ def test_sha256_is_the_digest_of_the_content(scratch: Path, content: bytes) -> N
     assert files.sha256(scratch) == hashlib.sha256(content).hexdigest()
 
 
-def test_a_float_is_no_integer_to_a_schema() -> None:
+def test_a_schema_does_not_accept_a_float_as_integer() -> None:
     is_integer = fastjsonschema.compile({"type": "integer"})
     assert is_integer(files.parse_json("3")) == 3
     with pytest.raises(fastjsonschema.JsonSchemaValueException):
@@ -210,7 +210,7 @@ def test_an_output_may_be_a_pipe_named_by_a_descriptor() -> None:
         assert pipe.read() == "text"
 
 
-def test_a_descriptor_is_written_where_it_stands(tmp_path: Path) -> None:
+def test_a_descriptor_is_written_at_its_position(tmp_path: Path) -> None:
     """Opened by name, a file that stdout was redirected to would be truncated."""
     with open(tmp_path / "out", "wb") as out:
         out.write(b"before ")
@@ -229,7 +229,7 @@ def test_a_descriptor_is_written_where_it_stands(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_with_the_path(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="/dev/full cannot be written: No space left on device"),
         files.writing(Path("/dev/full")) as file,

@@ -1,4 +1,4 @@
-"""``hipgpt-generate`` as a user meets it."""
+"""``hipgpt-generate``: flags, output and mistakes."""
 
 import io
 import re
@@ -58,7 +58,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(run, arguments: tuple[str, ...], 
     assert "Traceback" not in result.err
 
 
-def test_spellings_of_a_flag_and_their_order_are_one(run) -> None:
+def test_spelling_and_order_of_flags_do_not_matter(run) -> None:
     result = run("--prompt", "the king", "--run-name", "tiny", "--num_tokens", "9", "--rep-penalty", "1.3")
     assert result.code == 0
     assert run("--rep_penalty=1.3", "--num-tokens=9", "--run_name=tiny", "--prompt=the king").out == result.out
@@ -86,7 +86,7 @@ def test_help_and_version_go_to_stdout(run, word: str) -> None:
     assert ("--rep-penalty" in result.out) == ("h" in word)
 
 
-def test_an_echoed_prompt_is_read_by_the_rule_for_text(run) -> None:
+def test_an_echoed_prompt_is_decoded_as_text(run) -> None:
     assert run(*HI[:2], "--prompt", "a\udcff", "--echo", "--num_tokens", "0").out == "a\ufffd\n"
 
 
@@ -130,14 +130,14 @@ def test_seed_minus_one_shows_the_seed_it_drew(run) -> None:
     assert run(*HI, "--seed", seed[1]).out == drawn.out
 
 
-def test_a_prompt_longer_than_the_window_is_cut_and_said_so(run) -> None:
+def test_a_prompt_longer_than_the_window_is_cut_with_a_note(run) -> None:
     long = "the king and his fool " * 30
     result = run("--run-name", "tiny", "--prompt", long, "--num_tokens", "3")
     assert result.code == 0
     assert re.search(r"the prompt has \d+ tokens: the first \d+ are beyond the window and not read", result.err)
 
 
-def test_an_absent_device_says_what_there_is_and_what_to_do(tiny: Path) -> None:
+def test_an_absent_device_is_an_error_with_the_remedy(tiny: Path) -> None:
     result = programs.spawn("generate", *HI, "--device", "rocm", cwd=tiny)
     assert result.code == 1
     assert result.out == ""
@@ -232,7 +232,7 @@ def test_ctrl_c_ends_quietly(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_start_compiles_nothing_and_says_so(tiny: Path, tmp_path: Path) -> None:
+def test_a_second_start_compiles_nothing(tiny: Path, tmp_path: Path) -> None:
     first = programs.spawn("generate", *HI, cwd=tiny, cache=tmp_path)
     directory = tmp_path / "hipgpt_jax" / "compiled"
     assert directory.stat().st_mode & 0o777 == 0o700

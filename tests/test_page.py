@@ -1,4 +1,4 @@
-"""The page of a record file: what stands in it, and that no text gets out of its place."""
+"""The page of a record file: its contents, and that no text can break its markup."""
 
 import base64
 import dataclasses
@@ -39,7 +39,7 @@ NASTY = [
 
 
 class Reader(html.parser.HTMLParser):
-    """What a browser would find: elements, the text of the spans of each sample, and the facts behind them."""
+    """Parser of a page: elements, the text of the spans of each sample, and their facts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -85,11 +85,11 @@ def read(*made: record.Record) -> Reader:
 
 
 def shown(text: str) -> str:
-    """How HTML holds what it cannot hold."""
+    """Returns text with replacements for what HTML cannot represent."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\0", "␀")
 
 
-def test_a_token_is_a_span_and_its_facts_stand_beside() -> None:
+def test_a_token_is_a_span_with_facts() -> None:
     made = [
         records.babble(30, 1),
         records.with_tokens("a", "", "é", sample=1),
@@ -108,7 +108,7 @@ def test_a_token_is_a_span_and_its_facts_stand_beside() -> None:
     assert found.headings == ["To be", "No"]
 
 
-def test_of_twenty_alternatives_the_best_five_are_on_the_page() -> None:
+def test_the_best_five_alternatives_are_on_the_page() -> None:
     best = tuple(tuple((i, -0.5 - i, f"w{i}") for i in range(20)) for _ in range(2))
     (facts,) = read(records.make_record(top_logprobs=best)).facts
     assert facts["top"] == [[[i, -0.5 - i, f"w{i}"] for i in range(5)]] * 2
@@ -142,7 +142,7 @@ def test_colours_go_by_surprise() -> None:
     ]
 
 
-def test_settings_and_digests_stand_on_top_and_differences_on_the_samples() -> None:
+def test_shared_facts_are_in_the_header_and_others_with_the_samples() -> None:
     warm = dataclasses.replace(records.SETTINGS, temperature=1.5)
     text = page.render([records.make_record(), records.make_record(sample=1, settings=warm)], "t")
     head, body = text.split("</header>")
@@ -155,7 +155,7 @@ def test_settings_and_digests_stand_on_top_and_differences_on_the_samples() -> N
     assert "<dt>top k</dt>" not in body
 
 
-def test_every_setting_number_and_version_stands_on_top() -> None:
+def test_all_facts_are_in_the_header() -> None:
     head = page.render([records.make_record()], "t").partition("</header>")[0]
     parts = (record.Run, record.Settings, record.Numerics, provenance.Versions)
     names = [field.name.replace("_", " ") for part in parts for field in dataclasses.fields(part)]
@@ -164,7 +164,7 @@ def test_every_setting_number_and_version_stands_on_top() -> None:
         assert f"<dt>{name}</dt><dd>{value}</dd>" in head
 
 
-def test_samples_of_a_prompt_stand_together_in_file_order() -> None:
+def test_samples_are_grouped_by_prompt_in_file_order() -> None:
     """The same id over another text is another prompt."""
     order = [("b", "B", 1), ("a", "A", 0), ("b", "B", 0), ("b", "other", 5)]
     text = page.render([records.make_record(id=i, prompt=prompt, sample=n) for i, prompt, n in order], "t")
@@ -193,12 +193,12 @@ def test_a_certain_sample_has_no_negative_zero(logprob: float) -> None:
     assert "<dd>0.00</dd></div><div><dt>perplexity</dt><dd>1.00</dd></div><div><dt>log-probability</dt><dd>0.00" in text
 
 
-def test_a_prompt_that_was_not_read_whole_says_so() -> None:
+def test_dropped_prompt_tokens_are_shown() -> None:
     assert "<dd>first 4</dd>" in page.render([records.make_record(prompt_dropped=4)], "t")
     assert "<dd>first" not in page.render([records.make_record()], "t")
 
 
-def test_what_a_stop_string_cut_off_is_struck_through() -> None:
+def test_text_cut_off_by_a_stop_string_is_struck_through() -> None:
     made = records.with_tokens("one", " two", " three", text="one t", finish_reason="stop", stop="wo")
     text = page.render([made], "t")
     assert "one</span>" in text
@@ -220,7 +220,7 @@ TEXTS = st.text(max_size=6) | st.sampled_from(NASTY)
 
 @hypothesis.given(st.lists(TEXTS, min_size=1, max_size=5), TEXTS, TEXTS, TEXTS.filter(bool))
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_any_text_stays_in_its_place(tokens: list[str], prompt: str, name: str, stop: str) -> None:
+def test_no_text_breaks_the_markup(tokens: list[str], prompt: str, name: str, stop: str) -> None:
     """The elements and attributes are those of a page of plain words, and each text is read back as it was."""
     best = tuple(((1, -0.5, token),) for token in tokens)
     run = dataclasses.replace(records.RUN, name=name)
@@ -256,7 +256,7 @@ def test_nothing_reaches_the_network() -> None:
         assert f"{tag}-src 'sha256-{digest}'" in policy[1]
 
 
-def test_a_page_is_made_without_jax() -> None:
+def test_a_page_needs_no_jax() -> None:
     """It opens at once, and where no JAX runs."""
     code = "import sys, hipgpt_jax.cli.inspect; sys.exit(len({'jax', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""``hipgpt-plot``: which runs it takes, and one line for every mistake."""
+"""``hipgpt-plot``: names of runs, output files and mistakes."""
 
 import fcntl
 import json
@@ -142,7 +142,7 @@ def test_a_figure_goes_to_pipes(call: Run) -> None:
         assert Path(name).is_fifo()
 
 
-def test_a_title_may_hold_what_svg_cannot(call: Run) -> None:
+def test_a_title_may_have_characters_that_svg_cannot(call: Run) -> None:
     title = "a\x01\x1b\udcff -->\ntwo"
     assert call("own", "--metrics", "loss", "--output", "a.svg", "--title", title).code == 0
     xml.etree.ElementTree.parse("a.svg")
@@ -164,13 +164,13 @@ def test_without_matplotlib_the_error_has_the_command_that_installs_it(
     assert re.fullmatch(r"plot: error: figures need matplotlib \(.*\): pip install 'hipgpt-jax\[plots\]'\n", result.err)
 
 
-def test_help_says_that_several_runs_may_be_given(call: Run) -> None:
+def test_help_shows_that_several_runs_may_be_given(call: Run) -> None:
     result = call("--help")
     assert result.code == 0
     assert "usage: hipgpt-plot [RUN-NAME ...] [--flag value" in result.out
 
 
-def test_an_operand_takes_one_word_or_all_as_its_flag_was_defined() -> None:
+def test_an_operand_takes_as_many_words_as_its_flag() -> None:
     values = flags.FlagValues()
     one = flags.DEFINE_string("one", None, "", flag_values=values)
     many = flags.DEFINE_multi_string("many", None, "", flag_values=values)

@@ -1,4 +1,4 @@
-"""The curves of a run and their figure, artist by artist."""
+"""Curves of runs and their figure."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def write(path: Path, lines: Sequence[dict[str, Any]], end: str = "") -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> curves.Run:
-    """A run of three log lines and one evaluation, of half a token a byte."""
+    """A run of three log lines and one evaluation, of half a token per byte."""
     return curves.read(write(tmp_path / "metrics.jsonl", LINES), "tiny")
 
 
@@ -118,7 +118,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         curves.read(tmp_path / "metrics.jsonl", "a")
 
 
-def test_a_panel_a_metric_with_training_and_validation(run: curves.Run) -> None:
+def test_each_metric_has_a_panel_with_training_and_validation(run: curves.Run) -> None:
     figure = plots.draw([run], metrics=curves.METRICS, unit="byte", title="My $1$ run")
     panels = dict(zip(curves.METRICS, figure.axes, strict=True))
     assert drawn(panels["loss"]) == [([10, 20, 30], [2.0, 1.5, 1.0]), ([20], [1.6])]
@@ -133,14 +133,14 @@ def test_a_panel_a_metric_with_training_and_validation(run: curves.Run) -> None:
     assert not any(text.get_parse_math() for text in figure.findobj(mpl_text.Text))  # dollars are no formula
 
 
-def test_the_loss_is_in_the_unit_asked_for(run: curves.Run) -> None:
+def test_the_loss_is_in_the_given_unit(run: curves.Run) -> None:
     (panel,) = plots.draw([run], metrics=["loss"], unit="token").axes
     assert panel.get_title("left") == "Loss, nats per token"
     assert drawn(panel) == [([10, 20, 30], [4, 3, 2]), ([20], [3.2])]
     assert labels(panel) == ["3.200"]
 
 
-def test_runs_are_told_apart_by_colour_and_then_by_dashes(run: curves.Run) -> None:
+def test_runs_differ_by_colour_and_then_by_dashes(run: curves.Run) -> None:
     runs = [curves.Run(name=f"_{i}$", curves=run.curves) for i in range(8)]
     figure = plots.draw(runs, metrics=["loss"], unit="byte")
     assert legend(figure) == [*(one.name for one in runs), "training", "validation"]
@@ -166,7 +166,7 @@ def test_a_run_without_evaluation_has_its_training_alone(tmp_path: Path) -> None
     assert legend(figure) == []
 
 
-def test_a_metric_that_no_run_wrote_down_is_said_to_be_so(tmp_path: Path) -> None:
+def test_a_metric_without_values_is_marked(tmp_path: Path) -> None:
     bare = curves.read(write(tmp_path / "a.jsonl", [{"step": 1, "loss": 2.0}]), "a")
     figure = plots.draw([bare], metrics=curves.METRICS, unit="token")
     assert [labels(panel) for panel in figure.axes] == [[], *[["no values"]] * 4]
@@ -194,7 +194,7 @@ def test_smoothing_leaves_the_raw_curve_behind_and_the_learning_rate_alone(run: 
     assert (raw.get_alpha() or 1) < (smoothed.get_alpha() or 1)
 
 
-def test_a_running_median_passes_over_a_spike() -> None:
+def test_a_running_median_ignores_a_spike() -> None:
     assert plots.median([9, 1, 1, 50, 1, 2, 3], 3) == [9, 1, 1, 1, 2, 2, 2.5]
     assert plots.median([9, 1, 5], 1) == [9, 1, 5]
     assert plots.median([9, 1, 1, 50, 1, 2, 3], 2) == plots.median([9, 1, 1, 50, 1, 2, 3], 3)

@@ -34,7 +34,7 @@ def run(
 
 
 def lines_of(path: str | Path) -> dict[tuple[str, int], str]:
-    """The lines of a record file without what only tells of the making, by prompt and sample."""
+    """Returns the lines of a record file by prompt and sample, without provenance."""
     found = {}
     for one in record.read(Path(path)):
         value = json.loads(one.to_json())
@@ -104,21 +104,21 @@ def test_a_short_line_fits_where_the_default_would_not(run) -> None:
     assert run(*flags, "--output", "o.jsonl").code == 0
 
 
-def test_a_prompt_that_is_no_utf_8_is_recorded_as_it_was_read(run) -> None:
+def test_a_prompt_that_is_not_utf_8_is_recorded_as_decoded(run) -> None:
     assert run("--prompt", "a\udcff", "--output", "o.jsonl").code == 0
     (made,) = record.read(Path("o.jsonl"))
     assert made.prompt == "a\ufffd"
     assert "a\ufffd" in made.argv
 
 
-def test_equal_prompts_that_ask_for_more_and_for_fewer_are_counted_once(run) -> None:
+def test_equal_prompts_with_different_numbers_of_samples_are_merged(run) -> None:
     name = write_prompts("p.jsonl", [{"prompt": "a", "num_samples": 5}, {"prompt": "a", "num_samples": 2}])
     assert run("--prompts_file", name, "--output", "o.jsonl").code == 0
     assert len(lines_of("o.jsonl")) == 5
     assert "o.jsonl has 5 of the samples: 0 are left" in run("--prompts_file", name, "--output", "o.jsonl").err
 
 
-def test_a_line_may_ask_for_settings_of_its_own(run) -> None:
+def test_a_line_may_have_its_own_settings(run) -> None:
     lines = [
         {"id": "a", "prompt": "the king", "seed": 9, "num_samples": 2, "num_tokens": 5},
         {"id": "b", "prompt": "the king", "temp": 0, "stop": " "},
@@ -206,7 +206,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments: tuple[str, ...
     assert {path: path.is_dir() or path.read_bytes() for path in Path.cwd().iterdir()} == before
 
 
-def test_an_output_that_cannot_be_written_is_found_out_before_jax_starts(tiny: Path) -> None:
+def test_an_unwritable_output_is_an_error_before_jax_starts(tiny: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
@@ -236,7 +236,7 @@ def spawn_many(tiny: Path, out: Path, samples: int, *more: str) -> "subprocess.P
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_command_continues_where_it_stopped(tiny: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     with spawn_many(tiny, whole, 300) as process:
         process.communicate(timeout=120)
@@ -260,7 +260,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tiny: Path, tmp_path: Path
 
 
 def peak_of(tiny: Path, *arguments: str) -> float:
-    """The peak memory of ``hipgpt-generate`` in MiB, told by its own process."""
+    """Returns the peak memory of ``hipgpt-generate`` in MiB, as measured in its process."""
     code = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')\n"
@@ -312,7 +312,7 @@ def test_stdout_of_records_may_be_closed(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bar_shows_how_far_it_is(tiny: Path, tmp_path: Path) -> None:
+def test_a_progress_bar_is_shown_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
     """On a terminal of its own, which the text does not go to."""
     import pty
 

@@ -77,12 +77,12 @@ def test_bfloat16_is_recorded_and_reproduced(call: Run) -> None:
     assert exact["ids"][0] != made[0]["ids"][0] or 0 < abs(exact["logprobs"][0] - logprob) < 0.05
 
 
-def test_order_and_company_do_not_matter(call: Run, made: list[dict[str, Any]]) -> None:
+def test_the_order_of_records_does_not_matter(call: Run, made: list[dict[str, Any]]) -> None:
     assert call("replay", write("b.jsonl", [made[i] for i in (4, 0, 4, 5, 2, 3, 1)])).code == 0
 
 
 @pytest.mark.slow
-def test_another_width_is_counted_and_said(call: Run, made: list[dict[str, Any]]) -> None:
+def test_another_batch_size_is_listed_as_a_change(call: Run, made: list[dict[str, Any]]) -> None:
     result = call("replay", "a.jsonl", "--batch_size", "1")
     assert "changed    decode_width: 2 in the record, 1 now" in result.out
     assert re.search(r"\d of 6 identical.*, log-probabilities within \d\.\de-0[567]", result.out)
@@ -146,8 +146,8 @@ def test_a_field_that_was_changed_is_not_identical(call: Run, made: list[dict[st
     assert result.out.splitlines()[-1].startswith("0 of 7 identical, 7 differ")
 
 
-def test_one_bad_line_spoils_only_itself(call: Run, made: list[dict[str, Any]]) -> None:
-    """Also one that the schema takes and the engine would not."""
+def test_an_invalid_line_affects_no_other(call: Run, made: list[dict[str, Any]]) -> None:
+    """Including one that is valid in the schema but not in the engine."""
     lines = [json.dumps(one) for one in made[:3]]
     settings = json.dumps(made[1]["settings"])
     lines[1:1] = [
@@ -181,7 +181,7 @@ def test_one_bad_line_spoils_only_itself(call: Run, made: list[dict[str, Any]]) 
     assert chosen[4] == expected[-1]
 
 
-def test_no_text_of_a_record_reaches_the_terminal_as_it_is(call: Run, made: list[dict[str, Any]]) -> None:
+def test_text_of_a_record_is_escaped(call: Run, made: list[dict[str, Any]]) -> None:
     nasty = "\x1b[2K\r\nidentical  forged\x9b\ud800\u202e"
     values = [
         made[0] | {"id": nasty},
@@ -201,7 +201,7 @@ def test_no_text_of_a_record_reaches_the_terminal_as_it_is(call: Run, made: list
     assert f"changed    flax: {escaped} in the record" in result.out
 
 
-def test_an_error_is_identical_when_it_comes_again(call: Run, made: list[dict[str, Any]]) -> None:
+def test_a_repeated_error_is_identical(call: Run, made: list[dict[str, Any]]) -> None:
     from hipgpt_jax import files
 
     (config,) = Path("checkpoints/tiny").glob("*_step600_config.json")
@@ -223,14 +223,14 @@ def test_an_error_is_identical_when_it_comes_again(call: Run, made: list[dict[st
     assert second.endswith("its ids are the same, but not its error: was it changed?")
 
 
-def test_another_config_is_said(call: Run, made: list[dict[str, Any]]) -> None:
+def test_another_config_is_listed_as_a_change(call: Run, made: list[dict[str, Any]]) -> None:
     other = {**made[0], "run": {**made[0]["run"], "config_sha256": "0" * 64}}
     result = call("replay", write("b.jsonl", [other]))
     assert result.code == 0
     assert f"changed    config_sha256: {'0' * 64} in the record" in result.out
 
 
-def test_a_torn_last_line_is_said(call: Run, made: list[dict[str, Any]]) -> None:
+def test_a_torn_last_line_is_noted(call: Run, made: list[dict[str, Any]]) -> None:
     path = Path(write("b.jsonl", made[:2]))
     path.write_bytes(path.read_bytes()[:-2])
     result = call("replay", "b.jsonl")
@@ -238,7 +238,7 @@ def test_a_torn_last_line_is_said(call: Run, made: list[dict[str, Any]]) -> None
     assert result.out.splitlines()[-1].startswith("1 of 1 identical")
 
 
-def test_other_files_are_told_with_both_digests(call: Run, made: list[dict[str, Any]]) -> None:
+def test_other_files_are_skipped_with_both_digests(call: Run, made: list[dict[str, Any]]) -> None:
     for key in ("weights", "tokenizer"):
         other = {**made[0], "run": {**made[0]["run"], f"{key}_sha256": "0" * 64}}
         result = call("replay", write("b.jsonl", [other, made[1]]))
@@ -248,9 +248,7 @@ def test_other_files_are_told_with_both_digests(call: Run, made: list[dict[str, 
         assert result.out.splitlines()[1].startswith("identical  first sample 1")
 
 
-def test_a_run_that_is_gone_or_damaged_is_told_and_one_elsewhere_is_found(
-    call: Run, made: list[dict[str, Any]]
-) -> None:
+def test_a_missing_or_damaged_run_is_skipped_and_a_moved_one_is_found(call: Run, made: list[dict[str, Any]]) -> None:
     Path("backup").mkdir()
     Path("checkpoints/tiny").rename("backup/moved")
     result = call("replay", "a.jsonl")
@@ -278,7 +276,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_a_record_that_cannot_be_served_is_told(call: Run, made: list[dict[str, Any]]) -> None:
+def test_a_record_that_cannot_be_replayed_is_skipped(call: Run, made: list[dict[str, Any]]) -> None:
     one = made[0]
     changed = [
         one | {name: one[name] | new if isinstance(new, dict) else new for name, new in change.items()}
@@ -316,6 +314,6 @@ def test_a_mistake_is_exit_code_2(
     assert re.fullmatch(f"replay: error: .*{message}.*", result.err.splitlines()[-1])
 
 
-def test_every_record_of_the_file_is_one(call: Run, made: list[dict[str, Any]]) -> None:
+def test_the_reader_finds_all_records(call: Run, made: list[dict[str, Any]]) -> None:
     """The reader of the tests and of the program are the same; the file was written by another path."""
     assert [one.id for one in record.read(Path("a.jsonl"))] == [one["id"] for one in made]

@@ -45,7 +45,7 @@ def shell(tmp_path: Path) -> Shell:
 HI = ("--run-name", "shakespeare", "--prompt", "ROMEO:", "--num_tokens", "0", "--echo")  # nothing is compiled
 
 
-def test_a_broken_stdout_does_not_end_the_work(shell: Shell, tmp_path: Path) -> None:
+def test_a_broken_stdout_does_not_end_a_program_that_writes_a_file(shell: Shell, tmp_path: Path) -> None:
     several = (*HI, "--num_samples", "3", "--output")
     full = shell("generate", *several, "full.jsonl", redirect=">/dev/full")
     assert full.code == 1, "the text is lost"
@@ -76,7 +76,7 @@ def test_text_that_stdout_cannot_encode_is_escaped(shell: Shell, tmp_path: Path)
         ("| true; exit ${PIPESTATUS[0]}", 141, ""),
     ],
 )
-def test_the_exit_code_tells_what_became_of_stdout(shell: Shell, redirect: str, code: int, err: str) -> None:
+def test_the_exit_code_depends_on_stdout(shell: Shell, redirect: str, code: int, err: str) -> None:
     result = shell("plot", "--help", redirect=redirect, PYTHONUNBUFFERED="1")
     assert (result.code, result.err) == (code, err)
     if "|" not in redirect:
@@ -84,14 +84,14 @@ def test_the_exit_code_tells_what_became_of_stdout(shell: Shell, redirect: str, 
 
 
 @pytest.mark.parametrize("name", ["generate", "evaluate"])
-def test_a_program_whose_only_product_is_lost_says_so_at_once(name: str, shell: Shell) -> None:
+def test_a_program_that_only_writes_to_stdout_fails_if_it_is_closed(name: str, shell: Shell) -> None:
     for output in ((), ("--output", "-")):
         result = shell(name, "--run-name", "none", "--prompt", "ROMEO:", *output, redirect=">&-")
         assert result.code == 1
         assert re.fullmatch(f"{name}: error: stdout is closed: .* would be lost\n", result.err)
 
 
-def test_a_closed_stdin_is_no_prompt(shell: Shell) -> None:
+def test_a_closed_stdin_is_an_error(shell: Shell) -> None:
     result = shell("generate", "--run-name", "shakespeare", "--prompt", "-", redirect="<&-")
     assert (result.code, result.err) == (
         1,
@@ -189,7 +189,7 @@ def test_generated_text_is_escaped_on_a_terminal_alone(monkeypatch: pytest.Monke
         assert program.displayable(text) == expected
 
 
-def test_a_command_can_be_pasted_whatever_its_words_hold() -> None:
+def test_a_command_can_be_pasted_with_any_characters() -> None:
     words = ["plain", "two words", "it's", "$HOME `x` \\n", "", "a\n\t'\\x", "\x1b[2J\x9b\u2028\u202eé", "\udcff\\"]
     command = program.shell_command(words)
     assert program.printable(command) == command

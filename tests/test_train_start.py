@@ -1,4 +1,4 @@
-"""How ``hipgpt-train`` starts: what is refused before anything is changed, and how a run is stopped and resumed."""
+"""Start of ``hipgpt-train``: errors before anything is changed, stopping and resuming."""
 
 import contextlib
 import json
@@ -78,7 +78,7 @@ def damage(path: Path) -> None:
         (lambda run: (run / "best_config.json").mkdir(), ("--resume",), "best_config.json is not a file"),
     ],
 )  # fmt: skip
-def test_what_would_end_a_run_is_refused_before_anything_changes(
+def test_an_error_is_found_before_anything_changes(
     run: Run, work: Path, prepare: Callable[[Path], object] | None, arguments: tuple[str, ...], message: str
 ) -> None:
     if prepare:
@@ -102,7 +102,7 @@ def test_a_run_that_is_being_trained_is_left_alone(run: Run, work: Path) -> None
     assert tree(work) == before
 
 
-def test_runs_without_a_name_never_share_one(work: Path) -> None:
+def test_runs_without_a_name_get_different_ones(work: Path) -> None:
     arguments.parse(train_flags.FLAGS, [])
     with contextlib.ExitStack() as stack:
         found = [stack.enter_context(train_start._lock())[0].name for _ in range(3)]
@@ -110,7 +110,7 @@ def test_runs_without_a_name_never_share_one(work: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["reset", "resume", "a b", "--x", "it's", "$HOME", "näme", "=", "--reset=true"])
-def test_the_command_to_resume_is_what_was_given(name: str) -> None:
+def test_the_command_to_resume_has_the_given_flags(name: str) -> None:
     given = [
         "--run-name",
         name,
