@@ -111,7 +111,7 @@ def _check_plugin(family: str) -> Check:
         problem = f"{plugin}, but jax-{family}-pjrt is not installed"
     elif plugin != pjrt:
         problem = f"{plugin} with jax-{family}-pjrt {pjrt}: the versions must be equal"
-    elif jax and not specifiers.SpecifierSet(f"=={version.Version(jax).base_version}.*").contains(plugin):
+    elif jax and not specifiers.SpecifierSet(f"=={version.Version(jax).base_version}.*").contains(plugin, True):
         problem = f"{plugin} with jax {jax}: the versions must be equal"
     else:
         return Check(name, f"{plugin}, matches its pjrt and jax {jax}")

@@ -23,7 +23,10 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
             "window_stride",
             "Tokens dropped at a time once the window is full; 1 is exact, N recomputes the window every N tokens.",
         ),
-        "overflow": ("overflow", "What to do when the window is full: roll, stop the sample, or error."),
+        "overflow": (
+            "overflow",
+            "When the window is full: roll (slide it), stop (end the sample) or error.",
+        ),
         "width": ("batch_size", "Samples decoded side by side; part of the numerics."),
         "dtype": ("dtype", f"Compute dtype, {_DTYPES}; part of the numerics."),
     },
@@ -31,7 +34,10 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
         "temperature": ("temp", "Temperature; 0 takes the most likely token."),
         "top_k": ("top_k", "Keep the k most likely tokens; 0 keeps all."),
         "top_p": ("top_p", "Keep the smallest set of tokens whose probability reaches p; 1 keeps all."),
-        "repetition_penalty": ("rep-penalty", "Penalty for tokens already in the text, once per token; 1 is none."),
+        "repetition_penalty": (
+            "rep-penalty",
+            "Penalty for tokens already in the text, once per distinct one; 1 is none.",
+        ),
     },
     config.GenerationConfig: {
         "num_tokens": ("num_tokens", "Tokens to generate after the prompt."),
