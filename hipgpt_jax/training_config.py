@@ -74,11 +74,11 @@ class TrainConfig:
             config.require_int(name, getattr(self, name), low, meaning)
         if self.seed > config.MAX_SEED:
             raise ValueError(f"seed must be at most {config.MAX_SEED} (32 bits): got {self.seed}")
-        config.require_finite("lr", self.learning_rate, "the peak learning rate")
+        config.require_finite("learning_rate", self.learning_rate, "the peak learning rate")
         config.require_finite("weight_decay", self.weight_decay, "0 is none")
         config.require_finite("clip", self.clip, "the gradient's largest norm")
         if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(f"lr and clip must be above 0: got {self.learning_rate} and {self.clip}")
+            raise ValueError(f"learning_rate and clip must be above 0: got {self.learning_rate} and {self.clip}")
         config.require_dtype(self.dtype)
         if self.batch_size % self.grad_accum:
             raise ValueError(f"grad_accum must divide the batch of {self.batch_size}: got {self.grad_accum}")
@@ -89,7 +89,7 @@ class TrainConfig:
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be at least 0 and below 1: got {self.beta2}")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.learning_rate:
-            raise ValueError(f"min_lr must lie between 0 and lr {self.learning_rate}: got {self.min_lr}")
+            raise ValueError(f"min_lr must be between 0 and learning_rate {self.learning_rate}: got {self.min_lr}")
 
     @property
     def final_learning_rate(self) -> float:

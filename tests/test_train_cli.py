@@ -345,7 +345,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(run, work: Path) -> None:
             r"--dim must be a multiple of --heads: got 130 and 4, remainder 2. Choose --heads",
         ),
         (("--vocab-size", "255"), "--vocab-size must be at least 256"),
-        (("--min-lr", "1"), "--min-lr must lie between 0 and lr"),
+        (("--min-lr", "1"), "--min-lr must be between 0 and --lr"),
         (("--run-name", "a/../b"), "must be a plain name"),
         (("--resume",), "nothing to resume"),
         (("--weights-dtype", "int3"), "weights-dtype"),
