@@ -1,6 +1,6 @@
-"""Everything outside the contract's inputs that can change a number: the processor, and settings of JAX and drivers.
+"""The processor and the settings of JAX and drivers that can change a number, and keys that no setting changes.
 
-Importing this module imports no JAX.
+Nothing here imports JAX before it is used.
 """
 
 import functools
@@ -56,19 +56,23 @@ _EXTENSIONS = re.compile(
 )
 
 
+# The directories of a path that is absolute, relative to a home directory, or begins with "..".
+_DIRECTORIES = re.compile(r"(?<![\w.])(?:\w+:/)?(?:~[\w.-]*|\.\.)?/(?:[^\s=,'\"\])/]*/)*")
+
+
 def cores() -> int:
     """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """Returns the processor's model name, or its architecture where the system gives no name."""
+    """Returns the processor's model name, or its architecture if the system has no name for it."""
     found = _cpuinfo()
     return found.get("model name") or found.get("cpu") or platform.processor() or platform.machine()
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Returns the processor's vector extensions, sorted; empty where the system does not list them."""
+    """Returns the processor's vector extensions, sorted; empty if the system does not list them."""
     found = _cpuinfo()
     names = (found.get("flags") or found.get("features") or "").split()
     return tuple(sorted({name for name in names if _EXTENSIONS.fullmatch(name)}))
@@ -76,7 +80,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """Reads the first processor that Linux lists; keys in lower case."""
+    """Returns the properties of the first processor that Linux lists, with keys in lower case."""
     try:
         first = Path("/proc/cpuinfo").read_text(errors="replace").strip().split("\n\n")[0]
     except OSError:
@@ -92,7 +96,7 @@ def environment(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         environ: The environment.
 
     Returns:
-        ``NAME=VALUE``, sorted. Imports JAX.
+        ``NAME=VALUE``, sorted, with paths cut to file names.
     """
     import jax
 
@@ -104,13 +108,36 @@ def environment(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     }
     names = (name for name in environ if _VARIABLES.fullmatch(name) and not _NOT_NUMERIC.fullmatch(name))
     changed |= {name: environ[name] for name in names}
-    return tuple(sorted(f"{name}={value}" for name, value in changed.items()))
+    return tuple(sorted(without_directories(f"{name}={value}") for name, value in changed.items()))
+
+
+def xla_flags() -> str:
+    """Returns ``XLA_FLAGS``, with paths cut to file names."""
+    return without_directories(os.environ.get("XLA_FLAGS", ""))
+
+
+def without_directories(text: str) -> str:
+    """Returns ``text`` with each absolute path cut to its last name, so that it can be published.
+
+    >>> without_directories("--xla_dump_to=/home/ann/dump --xla_gpu_autotune_level=0")
+    '--xla_dump_to=dump --xla_gpu_autotune_level=0'
+    """
+    return _DIRECTORIES.sub("", without_home(text)).removesuffix("~")
+
+
+def without_home(text: str) -> str:
+    """Returns ``text`` with ``~`` in place of the user's home directory."""
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # HOME is unset, and the user is not in the password database
+        return text
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def key_of(seed: "int | jax.Array | Any") -> "jax.Array":
-    """Returns the threefry key of a seed, made of its raw words ``[0, seed]``.
+    """Returns the threefry key with the words ``[0, seed]``.
 
-    ``jax.random.key`` is not used, because it adds ``JAX_RANDOM_SEED_OFFSET`` to the seed.
+    ``jax.random.key`` would add ``JAX_RANDOM_SEED_OFFSET`` to the seed.
 
     Args:
         seed: In ``[0, 2**32)``; may be traced.

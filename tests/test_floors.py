@@ -21,7 +21,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "generation": (2, set()),
     "evaluation": (2, set()),
     "records": (3, set()),
-    "training": (4, set()),
+    "training": (3, set()),
     "report": (4, set()),
     "hipgpt_jax, from Python": (4, {"api", "doctor", "__init__"}),
     "cli": (5, set()),

@@ -110,3 +110,26 @@ def test_a_processor_is_named_with_its_vector_extensions(monkeypatch: pytest.Mon
     numerics._cpuinfo.cache_clear()
     assert numerics.processor()
     assert numerics.cores() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("", ""),
+        ("--xla_a=1 --xla_b=x/y", "--xla_a=1 --xla_b=x/y"),
+        ("--xla_dump_to=/home/ann/d --xla_c=/tmp/e,/tmp/f", "--xla_dump_to=d --xla_c=e,f"),
+        ("--xla_dump_to=~/d", "--xla_dump_to=d"),
+        ("--xla_dump_to='/home/ann/d'", "--xla_dump_to='d'"),
+        ("/home/ann/", ""),
+        ("/home//ann/d", "d"),
+        ("//home/ann/d", "d"),
+        ("file:///home/ann/d", "d"),
+        ("[/home/ann/d]", "[d]"),
+        ("--a=../ann/d", "--a=d"),
+        ("~ann/d", "d"),
+        (str(Path.home()), ""),
+        (f"--a={Path.home()}/d", "--a=d"),
+    ],
+)
+def test_paths_are_cut_to_file_names(given: str, kept: str) -> None:
+    assert numerics.without_directories(given) == kept

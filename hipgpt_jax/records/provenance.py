@@ -1,38 +1,35 @@
-"""What made a record: versions, code, arguments. No environment beyond that, no user name, no absolute path."""
+"""The command, code and libraries that make a record, without user names or absolute paths."""
 
 import dataclasses
 import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hipgpt_jax import config, version
+from hipgpt_jax import config, numerics, version
 
 _PACKAGE = Path(__file__).parents[1]
 _PATH_FLAGS = ("output", "prompts_file", "flagfile", "html", "data_path", "run_dir")
-# The directories of a path that is absolute, or begins at a home directory, or climbs.
-_DIRECTORIES = re.compile(r"(?<![\w.])(?:\w+:/)?(?:~[\w.-]*|\.\.)?/(?:[^\s=,'\"\])/]*/)*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Versions:
-    """Versions of what the numbers depend on.
+    """Versions of the programs and libraries that generated a sample.
 
     Attributes:
-        hipgpt_jax: This package.
-        git_commit: Commit of the checkout it ran from; None where it did not run from one.
-        git_dirty: Whether tracked files of that checkout were changed.
-        python: The interpreter.
-        jax: JAX.
-        jaxlib: Its compiled half.
-        plugin: Its accelerator plugin, as ``name version``; None on the CPU.
-        flax: Flax.
-        tokenizers: The tokenizers library.
+        hipgpt_jax: Version of this package.
+        git_commit: Commit of the checkout that the package ran from; None without a checkout.
+        git_dirty: Whether the checkout had uncommitted changes of tracked files; None without a checkout.
+        python: Version of Python.
+        jax: Version of JAX.
+        jaxlib: Version of jaxlib.
+        plugin: Accelerator plugin of JAX, as ``name version``; None on a CPU.
+        flax: Version of Flax.
+        tokenizers: Version of tokenizers.
     """
 
     hipgpt_jax: str
@@ -66,7 +63,7 @@ class Invocation:
 
 
 def versions(plugin: str | None) -> Versions:
-    """Reads the versions, without importing the libraries."""
+    """Returns the versions, without importing the libraries."""
     commit, dirty = _git_state()
     return Versions(
         hipgpt_jax=version.__version__,
@@ -78,17 +75,12 @@ def versions(plugin: str | None) -> Versions:
     )
 
 
-def without_directories(text: str) -> str:
-    """Returns ``text`` with each absolute path cut to its last name.
-
-    >>> without_directories("--xla_dump_to=/home/ann/dump --xla_gpu_autotune_level=0")
-    '--xla_dump_to=dump --xla_gpu_autotune_level=0'
-    """
-    return _DIRECTORIES.sub("", _without_home(text)).removesuffix("~")
-
-
 def arguments(program: str, argv: Sequence[str]) -> tuple[str, ...]:
-    """Returns a command line as a record holds it: files by their last name, so that none tells where it lay.
+    """Returns a command line with paths cut to file names.
+
+    Args:
+        program: Name of the program.
+        argv: Value of ``sys.argv``.
 
     >>> arguments("hipgpt-generate", ["/usr/bin/x.py", "--output", "../ann/a.jsonl", "--prompts-file=/data/p.txt"])
     ('hipgpt-generate', '--output', 'a.jsonl', '--prompts-file=p.txt')
@@ -98,24 +90,16 @@ def arguments(program: str, argv: Sequence[str]) -> tuple[str, ...]:
         flag, equals, value = word.partition("=")
         names_path = word.startswith("-") and flag.lstrip("-").replace("-", "_") in _PATH_FLAGS
         if is_path:
-            word = Path(_without_home(word)).name
+            word = Path(numerics.without_home(word)).name
         elif names_path and equals:
-            word = f"{flag}={Path(_without_home(value)).name}"
-        words.append(config.valid_text(without_directories(word)))
+            word = f"{flag}={Path(numerics.without_home(value)).name}"
+        words.append(config.valid_text(numerics.without_directories(word)))
         is_path = names_path and not equals
     return tuple(words)
 
 
-def _without_home(text: str) -> str:
-    try:
-        home = str(Path.home())
-    except RuntimeError:  # HOME is unset, and the user is not in the password database
-        return text
-    return text.replace(home, "~") if len(home) > 1 else text
-
-
 def _git_state() -> tuple[str | None, bool | None]:
-    """Commit and dirtiness of the checkout that holds the package; Nones where git knows of none."""
+    """Returns the commit of the package's checkout and whether it has uncommitted changes; None if unknown."""
     root = _PACKAGE.parent
     if not (root / ".git").exists():
         return None, None

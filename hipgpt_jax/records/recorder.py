@@ -1,7 +1,6 @@
 """Builds the record of a generated sample."""
 
 import functools
-import os
 import platform
 from collections.abc import Iterable
 from typing import Any
@@ -47,8 +46,8 @@ class Recorder:
             dtype=decoding.dtype,
             attention=device.attention(decoding.dtype, checkpoint.model.head_dim),
             decode_width=decoding.width,
-            xla_flags=provenance.without_directories(os.environ.get("XLA_FLAGS", "")),
-            environment=tuple(map(provenance.without_directories, numerics.environment())),
+            xla_flags=numerics.xla_flags(),
+            environment=numerics.environment(),
         )
 
     def build(self, sample: samples.Sample) -> record.Record:

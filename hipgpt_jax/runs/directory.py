@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hipgpt_jax import config, files, version
 
@@ -19,32 +19,53 @@ SETTINGS_NAME = "settings.json"
 METRICS_NAME = "metrics.jsonl"
 TRAIN_STATE_NAME = "train_state"
 
-_MAX_NAME_BYTES = 255  # of a file name, on every common file system
-_MAX_PID = 1 << 22  # Linux's largest process number, which a temporary name contains
+_MAX_NAME_BYTES = 255  # limit of a file name on every common file system
+_MAX_PID = 1 << 22  # largest process id of Linux; temporary names contain it
 
-# Path separators; control characters, Unicode's line separators and bidirectional overrides, which would forge lines
-# of a terminal; lone surrogates, which are no Unicode.
+# Path separators; control characters, line separators and bidirectional overrides, which could forge lines of a
+# terminal; lone surrogates, which are not Unicode.
 _NOT_IN_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\.\.")
 
-# The run's name in a file name is not compared with the directory's: renaming a directory renames no file in it.
+# The name in it may differ from the directory's, because renaming a directory does not rename the files in it.
 _STEP_CONFIG = re.compile(r"(?!\.)(.+)_step([0-9]+)_config\.json", re.DOTALL)
+_MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(config.ModelConfig))
+
+
+def _section(**properties: str) -> dict[str, Any]:
+    types = {name: {"type": kind} for name, kind in properties.items()}
+    return {"type": "object", "properties": types, "required": list(properties)}
+
+
+_SCHEMA = files.Schema(
+    "config",
+    {
+        "type": "object",
+        "required": ["model", "tokenizer", "checkpoint"],
+        "properties": {
+            "model": _section(**dict.fromkeys(_MODEL_FIELDS, "integer")),
+            "tokenizer": _section(path="string", sha256="string"),
+            "checkpoint": _section(latest="string", step="integer", sha256="string"),
+            "data": {"type": "object", "properties": {"eos_id": {"type": ["integer", "null"]}}},
+        },
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One step of a run, as its config file describes it.
+    """Config file of one step of a run.
 
     Attributes:
         run: Name of the run.
-        step: Optimizer steps taken.
-        directory: The run's directory.
+        step: Number of optimizer steps.
+        directory: Directory of the run.
         model: Shape of the model.
-        weights: The ``.bin`` file.
-        weights_sha256: Digest that the config gives for it.
-        tokenizer: The ``tokenizer.json`` file.
-        tokenizer_sha256: Digest that the config gives for it.
-        config_sha256: Digest of the config file itself.
-        eos_id: The token that the run was taught to see after a document; -1 where it knows none.
+        weights: Path of the ``.bin`` file.
+        weights_sha256: Expected digest of the weights.
+        tokenizer: Path of ``tokenizer.json``.
+        tokenizer_sha256: Expected digest of the tokenizer.
+        config_sha256: Actual digest of the config file.
+        eos_id: Token that followed each document in training; -1 for none.
     """
 
     run: str
@@ -59,7 +80,7 @@ class Checkpoint:
     eos_id: int = -1
 
     def verify(self) -> None:
-        """Raises ValueError or FileNotFoundError where a file is not the one that the config names."""
+        """Raises ValueError or FileNotFoundError if a file is not the one that the config names."""
         for path, expected in ((self.tokenizer, self.tokenizer_sha256), (self.weights, self.weights_sha256)):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, though the config of step {self.step} names it")
@@ -71,7 +92,7 @@ class Checkpoint:
 
 
 def check_name(run: str) -> str:
-    """Returns ``run`` if it can name a directory, else raises ValueError."""
+    """Returns ``run`` if it is a valid run name, else raises ValueError."""
     if not _is_name(run):
         raise ValueError(
             f"run name must be a plain name in Unicode, without '/', '..', control characters or a leading '.': "
@@ -83,14 +104,14 @@ def check_name(run: str) -> str:
 
 
 def check_new_name(run: str, steps: int) -> str:
-    """Returns ``run`` if a run of that name can write all of its files, else raises ValueError.
+    """Returns ``run`` if it is a valid run name and not too long for the run's files, else raises ValueError.
 
     Args:
         run: Name of the run.
-        steps: Its last step, the longest number in a file name.
+        steps: Last step of the run, the longest number in its file names.
     """
     check_name(run)
-    # The name on disk is encoded as the locale says, which may be ASCII.
+    # Names on disk are in the locale's encoding, which may be ASCII.
     longest = len(os.fsencode(f".{config_name(run, steps)}.{_MAX_PID}.tmp"))
     if longest > _MAX_NAME_BYTES:
         size = len(os.fsencode(run))
@@ -106,28 +127,28 @@ def _is_name(run: str) -> bool:
 
 
 def names() -> list[str]:
-    """Returns the runs that ``find`` knows: those in ``checkpoints/`` and those in the package."""
-    begun = {path.name for path in CHECKPOINTS.glob("*")}
+    """Returns the names of all runs that ``find`` finds."""
+    local = {path.name for path in CHECKPOINTS.glob("*")}
     own, shipped = (
         {path.parent.name for path in root.glob(f"*/{LATEST_CONFIG}") if path.is_file()}
         for root in (CHECKPOINTS, SHIPPED)
     )
-    return sorted(filter(_is_name, own | (shipped - begun)))
+    return sorted(filter(_is_name, own | (shipped - local)))
 
 
 def find(run: str) -> Path:
-    """Returns the directory of a run: ``checkpoints/[run]``, or where that is absent the one inside the package.
+    """Returns the directory of a run: ``checkpoints/[run]`` if it exists, else the one inside the package.
 
     Raises:
-        ValueError: The name could leave ``checkpoints/``.
-        FileNotFoundError: There is no such run, and the message lists those there are; or it has no checkpoint.
+        ValueError: The name is not a valid run name.
+        FileNotFoundError: The run does not exist or has no checkpoint. The message lists the runs that exist.
     """
     check_name(run)
     if (CHECKPOINTS / run / LATEST_CONFIG).is_file():
         return CHECKPOINTS / run
-    aside = beside(CHECKPOINTS / run, "old")
-    hint = f". The run that --reset set aside is in {aside}: the next hipgpt-train of that name restores it"
-    hint = hint if aside.exists() else ""
+    old = beside(CHECKPOINTS / run, "old")
+    hint = f". The run that --reset set aside is in {old}: the next hipgpt-train of that name restores it"
+    hint = hint if old.exists() else ""
     if (CHECKPOINTS / run).exists():
         raise FileNotFoundError(
             f"run {run!r} in {CHECKPOINTS}/ has no whole checkpoint yet: it has no {LATEST_CONFIG}{hint}"
@@ -138,44 +159,44 @@ def find(run: str) -> Path:
 
 
 def beside(directory: Path, suffix: str) -> Path:
-    """Returns the hidden path ``.NAME.suffix`` beside a run's directory, links followed: the same for every link."""
-    real = Path(os.path.realpath(directory))  # unlike resolve(), no error where links form a circle
+    """Returns the hidden path ``.NAME.suffix`` beside a run's directory, with links resolved."""
+    real = Path(os.path.realpath(directory))  # unlike resolve(), raises no error if links form a circle
     return real.with_name(f".{real.name}.{suffix}")
 
 
 def configs(directory: Path) -> dict[int, list[Path]]:
-    """Returns the config files of each step, by ascending step.
+    """Returns the config files of each step, by ascending step, the valid one first.
 
-    A step usually has one. It has several where the directory was renamed and the step was then taken again; the
-    first is the one that counts: the one named after the directory, else the newest.
+    A step has several if the directory was renamed and the step was then trained again. The valid one is that named
+    after the directory, else the newest.
     """
     found: dict[int, list[Path]] = {}
     for path in directory.iterdir():
         if match := _STEP_CONFIG.fullmatch(path.name):
             found.setdefault(int(match[2]), []).append(path)
-    for at, paths in found.items():
-        own = config_name(directory.name, at)
-        paths.sort(key=lambda path: (path.name == own, path.lstat().st_mtime_ns, path.name), reverse=True)
+    for step, paths in found.items():
+        name = config_name(directory.name, step)
+        paths.sort(key=lambda path: (path.name == name, path.lstat().st_mtime_ns, path.name), reverse=True)
     return dict(sorted(found.items()))
 
 
 def steps(directory: Path) -> list[int]:
-    """Returns the steps that have a config file, ascending, whatever the run was called when they were written."""
+    """Returns the steps that have a config file, in ascending order."""
     return list(configs(directory))
 
 
 def config_path(directory: Path, step: int) -> Path:
-    """Returns the config file of a step; where there is none, the path that it would be written to."""
+    """Returns the config file of a step, or the path that it would have if it does not exist."""
     return configs(directory).get(step, [directory / config_name(directory.name, step)])[0]
 
 
 def weights_beside(config: Path) -> Path:
-    """Returns the weights that were written with a step's config file."""
+    """Returns the weights that belong to a step's config file."""
     return config.with_name(config.name.removesuffix("_config.json") + ".bin")
 
 
 def is_begun(directory: Path) -> bool:
-    """Returns whether a run has a checkpoint, or a training state that it could go on from."""
+    """Returns whether a run has a checkpoint or a training state to resume from."""
     if not directory.is_dir():
         return False
     states = directory / TRAIN_STATE_NAME
@@ -184,21 +205,17 @@ def is_begun(directory: Path) -> bool:
 
 
 def weights_name(run: str, step: int) -> str:
-    """Returns the name of a step's weights."""
+    """Returns the file name of a step's weights."""
     return f"{run}_step{step}.bin"
 
 
 def config_name(run: str, step: int) -> str:
-    """Returns the name of a step's config."""
+    """Returns the file name of a step's config."""
     return f"{run}_step{step}_config.json"
 
 
 def parse_step(text: str | None) -> int | str | None:
-    """Returns the step that a flag means: a number, ``best``, or None for the latest.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Parses the flag ``--step``: a number, ``best``, or None for ``latest``; raises ValueError for anything else."""
     if text is None or text == "best":
         return text
     if text == "latest":
@@ -209,16 +226,16 @@ def parse_step(text: str | None) -> int | str | None:
 
 
 def read_checkpoint(run: str, step: int | str | None = None, directory: Path | None = None) -> Checkpoint:
-    """Reads the config of a step of a run; the latest by default.
+    """Reads the config of a step of a run.
 
     Args:
         run: Name of the run.
-        step: The step; None takes the latest, ``best`` the one of the lowest validation loss.
-        directory: The run's directory, wherever it was moved to; None finds it by the run's name.
+        step: The step; None for the latest, ``best`` for the one with the lowest validation loss.
+        directory: Directory of the run; None finds it by name.
 
     Raises:
-        FileNotFoundError: There is no such run or step; the message lists those there are.
-        ValueError: The config lacks a key or holds something else than it should.
+        FileNotFoundError: The run or the step does not exist. The message lists those that exist.
+        ValueError: The config is invalid.
     """
     directory = find(run) if directory is None else directory
     if not directory.is_dir():
@@ -238,34 +255,30 @@ def read_checkpoint(run: str, step: int | str | None = None, directory: Path | N
 
 def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
     value = files.read_json(path)
+    _SCHEMA.check(value, str(path))
+    require_known(path, value)
+    try:
+        model = config.ModelConfig(**value["model"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    eos_id = value.get("data", {}).get("eos_id")
     return Checkpoint(
         run=run,
-        step=_get(path, value, "checkpoint", "step", int),
+        step=value["checkpoint"]["step"],
         directory=directory,
-        model=_parse_model(path, value),
-        weights=directory / _plain(path, _get(path, value, "checkpoint", "latest", str)),
-        weights_sha256=_get(path, value, "checkpoint", "sha256", str),
-        tokenizer=directory / _plain(path, _get(path, value, "tokenizer", "path", str)),
-        tokenizer_sha256=_get(path, value, "tokenizer", "sha256", str),
+        model=model,
+        weights=_file_beside(path, value["checkpoint"]["latest"]),
+        weights_sha256=value["checkpoint"]["sha256"],
+        tokenizer=_file_beside(path, value["tokenizer"]["path"]),
+        tokenizer_sha256=value["tokenizer"]["sha256"],
         config_sha256=files.sha256(path),
-        eos_id=_parse_eos_id(value),
+        eos_id=-1 if eos_id is None else eos_id,
     )
 
 
-def _parse_model(path: Path, value: dict[str, Any]) -> config.ModelConfig:
-    keys = [field.name for field in dataclasses.fields(config.ModelConfig)]
-    sizes = {key: _get(path, value, "model", key, int) for key in keys}
-    require_known(path, value)
-    try:
-        return config.ModelConfig(**sizes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def require_known(path: Path, value: dict[str, Any]) -> None:
-    """Raises ValueError where the model of a config has a part that this version knows nothing of."""
-    known = {field.name for field in dataclasses.fields(config.ModelConfig)}
-    if unknown := sorted(set(value["model"]) - known):
+    """Raises ValueError if a config has a field of the model that this version does not know."""
+    if unknown := sorted(set(value["model"]) - set(_MODEL_FIELDS)):
         key = files.shortened(f"model.{unknown[0]}")
         raise ValueError(
             f"{path}: this version, {version.__version__}, does not know {key}: the run was made by another, "
@@ -273,27 +286,7 @@ def require_known(path: Path, value: dict[str, Any]) -> None:
         )
 
 
-def _parse_eos_id(value: dict[str, Any]) -> int:
-    """The end token of a run's documents; configs of older versions know of none."""
-    data = value.get("data")
-    eos_id = data.get("eos_id") if isinstance(data, dict) else None
-    return eos_id if isinstance(eos_id, int) and not isinstance(eos_id, bool) else -1
-
-
-_T = TypeVar("_T")
-
-
-def _get(path: Path, value: dict[str, Any], section: str, key: str, kind: type[_T]) -> _T:
-    part = value.get(section)
-    found = part.get(key) if isinstance(part, dict) else None
-    if not isinstance(found, kind) or isinstance(found, bool):
-        raise ValueError(
-            f"{path} must hold {section}.{key} of type {kind.__name__}: got {files.shortened(repr(found))}"
-        )
-    return found
-
-
-def _plain(path: Path, name: str) -> str:
+def _file_beside(path: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"{path} must name files in its own directory: got {files.shortened(repr(name))}")
-    return name
+    return path.parent / name

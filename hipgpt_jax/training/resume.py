@@ -1,7 +1,6 @@
 """``settings.json``: what a run was begun with, so that it is not resumed with other settings by mistake."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from hipgpt_jax import config, files, numerics, training_config
-from hipgpt_jax.records import provenance
 from hipgpt_jax.runs import directory
 from hipgpt_jax.training import checkpoint, optimizer
 
@@ -127,8 +125,8 @@ def _numerics() -> dict[str, Any]:
         "instruction_sets": list(numerics.instruction_sets()),
         "cores": numerics.cores(),
         "jax": jax.__version__,
-        "xla_flags": provenance.without_directories(os.environ.get("XLA_FLAGS", "")),
-        "environment": [provenance.without_directories(line) for line in numerics.environment()],
+        "xla_flags": numerics.xla_flags(),
+        "environment": list(numerics.environment()),
     }
 
 
