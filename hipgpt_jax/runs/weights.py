@@ -1,4 +1,4 @@
-"""A checkpoint's ``.bin``: a safetensors file, tensors named and shaped as Hugging Face's GPT-2."""
+"""A checkpoint's ``.bin``: a safetensors file with the names and shapes of Hugging Face's GPT-2."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,18 @@ from hipgpt_jax import config, files
 
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PART_BYTES = 2**22
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # XLA copies arrays that are aligned to less
 _LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
-    """Returns the file's name for a parameter: ``("h_0", "ln_1", "scale")`` is ``h.0.ln_1.weight``."""
-    return ".".join(
-        (path[0].replace("_", ".") if path[0].startswith("h_") else path[0], *path[1:-1], _LEAF_NAMES[path[-1]])
-    )
+    """Returns the name in the file of a parameter: ``h.0.ln_1.weight`` for ``("h_0", "ln_1", "scale")``."""
+    block = path[0].replace("_", ".") if path[0].startswith("h_") else path[0]
+    return ".".join((block, *path[1:-1], _LEAF_NAMES[path[-1]]))
 
 
 def layout(model: config.ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Returns the shape of every parameter of a model by its path."""
+    """Returns the shape of each parameter of a model by its path."""
     D, F = model.embed_dim, model.ff_hidden_dim
 
     def dense(rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -54,12 +53,12 @@ def write(path: Path, params: Mapping[str, Any], model: config.ModelConfig, dtyp
     """Writes parameters in one atomic replacement.
 
     Args:
-        path: The file.
+        path: Path of the file.
         params: Nested parameters of ``model``, arrays of any float type.
-        model: Their shape.
-        dtype: One of ``training_config.WEIGHTS_DTYPES``.
+        model: Shape of the model.
+        dtype: Type of the stored tensors, one of ``training_config.WEIGHTS_DTYPES``.
     """
-    # safetensors writes an array's memory as it lies, so one that lies transposed must be laid out anew.
+    # safetensors writes the memory of an array in its own order, so transposed arrays have to be copied first.
     tensors = {
         tensor_name(key): np.ascontiguousarray(_leaf(params, key)).astype(dtype, order="C") for key in layout(model)
     }
@@ -68,11 +67,11 @@ def write(path: Path, params: Mapping[str, Any], model: config.ModelConfig, dtyp
 
 
 def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
-    """Reads the parameters of ``model``, widened to float32, in memory that JAX takes over without a copy on a CPU.
+    """Reads the parameters of ``model`` as float32, in memory that JAX uses on a CPU without copying it.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no whole safetensors file, or its tensors are not those of the model.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a complete safetensors file, or its tensors are not those of the model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights not found: {path}")
@@ -83,11 +82,11 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
             _check_names(path, set(file.keys()), {tensor_name(key) for key in layout(model)})
             for key, shape in layout(model).items():
                 name = tensor_name(key)
-                found = file.get_slice(name)
-                if tuple(found.get_shape()) != shape:
-                    raise ValueError(f"{path}: {name} must have shape {shape}: got {tuple(found.get_shape())}")
-                if found.get_dtype() not in _TYPES:
-                    raise ValueError(f"{path}: {name} must be one of {', '.join(_TYPES)}: got {found.get_dtype()}")
+                tensor = file.get_slice(name)
+                if tuple(tensor.get_shape()) != shape:
+                    raise ValueError(f"{path}: {name} must have shape {shape}: got {tuple(tensor.get_shape())}")
+                if tensor.get_dtype() not in _TYPES:
+                    raise ValueError(f"{path}: {name} must be one of {', '.join(_TYPES)}: got {tensor.get_dtype()}")
         for key in layout(model):
             _store(params, key, _read_tensor(path, tensor_name(key)))
     except safetensors.SafetensorError as error:
@@ -96,23 +95,21 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
 
 
 def _read_tensor(path: Path, name: str) -> np.ndarray:
-    """Reads a tensor in parts, and lets go of the file's pages before the next one.
-
-    With ``get_tensor`` from a file that stays open GPT-2 takes 2.0 times its weights, then 2.0 times again
-    as JAX copies them; so it takes 1.0 times.
-    """
+    """Reads a tensor as float32, in parts."""
+    # The file is opened per tensor, so that its pages are released. With get_tensor and a file that stays open, loading
+    # GPT-2 takes 4.0 times the memory of its weights; so it takes 1.0 times.
     with safetensors.safe_open(path, framework="numpy") as file:
-        found = file.get_slice(name)
-        value = _aligned(found.get_shape())
+        tensor = file.get_slice(name)
+        value = _aligned(tensor.get_shape())
         rows = max(1, _PART_BYTES // value[0].nbytes)
         for first in range(0, len(value), rows):
             last = min(first + rows, len(value))
-            value[first:last] = found[first:last]
+            value[first:last] = tensor[first:last]
     return value
 
 
 def _aligned(shape: Sequence[int]) -> np.ndarray:
-    """Returns float32 memory that begins at a multiple of what XLA wants, or else copies."""
+    """Returns an uninitialized float32 array, aligned for XLA."""
     size = 4 * math.prod(shape)
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -120,18 +117,16 @@ def _aligned(shape: Sequence[int]) -> np.ndarray:
 
 
 def count(model: config.ModelConfig) -> int:
-    """Returns the number of parameters of a model, without listing them."""
-    V, P, D, F, L = (model.vocab_size, model.max_seq_len, model.embed_dim, model.ff_hidden_dim, model.num_layers)
-    block = 2 * 2 * D + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * F + (F + 1) * D
-    return (V + P) * D + L * block + 2 * D
+    """Returns the number of parameters of a model."""
+    return sum(map(math.prod, layout(model).values()))
 
 
 def _check_size(path: Path, model: config.ModelConfig) -> None:
-    least = 2 * count(model)
-    if (size := path.stat().st_size) < least:
+    parameters, size = count(model), path.stat().st_size
+    if size < 2 * parameters:
         raise ValueError(
-            f"{path} has {size} bytes: the model in its config has {count(model)} parameters, which need {least} or "
-            f"more. Restore the file, or its config"
+            f"{path} has {size} bytes: the model in its config has {parameters} parameters, which need "
+            f"{2 * parameters} or more. Restore the file, or its config"
         )
 
 
