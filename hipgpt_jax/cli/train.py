@@ -87,7 +87,7 @@ def _run(
     size = flops.size(train_step.param_shapes(model))
     cost = flops.per_token(model, size)
     if start:
-        start.begin(model, train)
+        start.save_settings(model, train)
         sizes = layout.mesh.shape
         used = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
         _note_run(run, f"{device}, {used} of {jax.device_count()}", data.manifest, flops.describe(size, cost))
@@ -105,7 +105,7 @@ def _run(
     )
     with train_report.stopping() as should_stop, train_report.reporting(job, should_stop, resume_at) as report:
         if start:
-            report = dataclasses.replace(report, saved=start.saved)
+            report = dataclasses.replace(report, saved=start.delete_replaced_run)
         result = loop.train(job, report, resume_step=resume_at)
     if start:
         if result.completed:

@@ -54,7 +54,7 @@ def open_run() -> Iterator["Start"]:
         try:
             yield start
         except BaseException as error:
-            start.undo()
+            start.restore_replaced_run()
             if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
                 raise OSError(f"{run_directory} cannot be written: {error.strerror}. Free some space") from error
             raise
@@ -120,7 +120,7 @@ class Start:
         reset.replace(self.directory)
         self.held.lock_directory(self.directory)
 
-    def begin(self, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
+    def save_settings(self, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
         """Writes the settings of a new run, or checks the flags against those of a resumed one."""
         from hipgpt_jax.training import resume
 
@@ -133,12 +133,12 @@ class Start:
         states.set_damaged_aside(self.directory, self.resume_at)
         resume.extend(self.directory, train, at)
 
-    def saved(self, at: int) -> None:
+    def delete_replaced_run(self, step: int) -> None:
         """Deletes the run that this one replaced; called when this one has a checkpoint."""
         if problem := reset.finish(self.directory):
-            program.note(f"step {at} is saved, but the replaced run could not be deleted: {problem}")
+            program.note(f"step {step} is saved, but the replaced run could not be deleted: {problem}")
 
-    def undo(self) -> None:
+    def restore_replaced_run(self) -> None:
         """Restores the run that this one replaced, if this one has no checkpoint yet."""
         try:
             line = reset.recover(self.directory)
@@ -148,6 +148,7 @@ class Start:
             program.note(line)
 
     def _check_new(self) -> None:
+        """Raises an error if a new run cannot be started, or if --reset would delete anything but a run."""
         here = self.directory
         is_begun = directory.is_begun(here)
         if is_begun and not train_flags.RESET.value:
@@ -155,6 +156,7 @@ class Start:
                 preparation.check_same_data(here, **_sources())
             raise ValueError(f"run {here.name!r} exists already: --resume continues it, --reset replaces it")
         if here.is_dir():
+            # --reset moves the whole directory aside and deletes it later, so it must hold nothing but a run.
             if other := reset.find_foreign(here):
                 raise ValueError(
                     f"{here} contains files that no run writes, such as {other.relative_to(here)}: move them, or give "
@@ -170,6 +172,7 @@ class Start:
         reset.check_outside(here, _files())
 
     def _check_resumed(self) -> None:
+        """Raises an error if the run cannot be resumed; finds the state to resume from and removes leftovers."""
         here = self.directory
         if not (directory.is_begun(here) or (here / directory.SETTINGS_NAME).is_file()):
             raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
