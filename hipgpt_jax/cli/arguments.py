@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from absl import flags
 
@@ -18,8 +19,7 @@ _USAGE = {"help": "help", "h": "help", "version": "version"}
 _MAX_FLAG_FILE = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Word:
+class _Word(NamedTuple):
     """A word of a command line, or a line of a flag file.
 
     Attributes:
@@ -69,16 +69,12 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | Non
     """
     for flag in values:
         values[flag].unparse()
-    given = list(_read(values, [_Word(word) for word in arguments]))
+    given = list(_read(values, [_Word(text) for text in arguments]))
     for one in given:
         if one.flag in _USAGE and one.flag not in values and one.value is None:
             return _USAGE[one.flag]
-    for one in given:
-        if one.flag is not None:
-            _set(values, one)
-    for one in given:
-        if one.flag is None:
-            _set_operand(values, operand, one)
+    for one in sorted(given, key=lambda one: one.flag is None):  # operands last: their flag may be given by name
+        _set(values, one, operand)
     values.mark_as_parsed()
     return None
 
@@ -143,40 +139,31 @@ def _read_file(values: flags.FlagValues, word: _Word, name: str, opened: tuple[s
     )
 
 
-def _set(values: flags.FlagValues, given: _Argument) -> None:
+def _set(values: flags.FlagValues, given: _Argument, operand: str | None) -> None:
     """Sets a flag. The last value wins; a flag that may be repeated collects its values."""
-    flag, value, location = str(given.flag), given.value, given.word.location
-    if flag not in values:
+    flag, value, (text, location) = given.flag, given.value, given.word
+    if flag is None:
+        if operand is None or not (takes_several(values, operand) or values[operand].value is None):
+            raise ValueError(
+                f"{location}unexpected argument {text!r}: flags begin with '--', and text with spaces needs quotes"
+            )
+        flag, value = operand, text
+    elif flag not in values:
         near = difflib.get_close_matches(flag, list(values), n=3)
         hint = f"Did you mean: {', '.join(near)}?" if near else "--help lists every flag"
         raise flags.Error(f"{location}Unknown command line flag {flag!r}. {hint}")
-    if values[flag].boolean and value is None:
-        value = "false" if given.negated else "true"
-    elif given.negated:
+    elif given.negated and value is not None:
         raise flags.Error(f"{location}--no{flag} takes no value: got {value!r}")
+    elif values[flag].boolean and value is None:
+        value = "false" if given.negated else "true"
     if value is None:
         raise flags.Error(f"{location}Missing value for flag --{flag}")
-    _set_value(values, flag, value, location)
-
-
-def _set_operand(values: flags.FlagValues, operand: str | None, given: _Argument) -> None:
-    """Adds an operand to the flag ``operand``."""
-    text, location = given.word.text, given.word.location
-    if operand is None or not (takes_several(values, operand) or values[operand].value is None):
-        raise ValueError(
-            f"{location}unexpected argument {text!r}: flags begin with '--', and text with spaces needs quotes"
-        )
-    _set_value(values, operand, text, location)
-
-
-def _set_value(values: flags.FlagValues, flag: str, value: str, location: str) -> None:
-    holder = values[flag]
     value = config.valid_text(value) if flag in TEXT_FLAGS else value.strip() if location else value
     try:
-        holder.parse(value)
+        values[flag].parse(value)
     except flags.IllegalFlagValueError as error:
-        raise flags.Error(f"{location}--{flag} must be {_kind(holder)}: got {value!r}") from error
-    holder.using_default_value = False
+        raise flags.Error(f"{location}--{flag} must be {_kind(values[flag])}: got {value!r}") from error
+    values[flag].using_default_value = False
 
 
 def _kind(holder: flags.Flag) -> str:
