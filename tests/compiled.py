@@ -12,12 +12,11 @@ from hipgpt_jax import disk_cache, numerics
 _SUFFIX = ".xla"
 _MAX_BYTES = 2 * 10**9
 
-
-# An executable may not run on a processor with other instructions. The directory is the user's, so clones share it.
+# Shared by clones; an executable may not run on a processor with other instructions. What the package caches itself,
+# exported programs among it, is in "hipgpt_jax" in this directory.
 _KIND = repr((jax.__version__, numerics.processor(), numerics.instruction_sets()))
 _HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 DIRECTORY = _HOME / "hipgpt_jax" / "tests" / hashlib.sha256(_KIND.encode()).hexdigest()[:16]
-_EXECUTABLES = DIRECTORY / "executables"
 
 
 class _Executables:
@@ -36,15 +35,15 @@ class _Executables:
 
 def use() -> None:
     """Makes JAX keep every executable of this process."""
-    kept, opened = _Executables(_EXECUTABLES), compilation_cache.get_file_cache
-    compilation_cache.get_file_cache = lambda path: (kept, path) if path == str(_EXECUTABLES) else opened(path)
+    kept, opened = _Executables(DIRECTORY), compilation_cache.get_file_cache
+    compilation_cache.get_file_cache = lambda path: (kept, path) if path == str(DIRECTORY) else opened(path)
     restore()
 
 
 def restore() -> None:
     """Makes JAX use this cache again after a test, or a program run in this process, has chosen another."""
     settings = {
-        "jax_compilation_cache_dir": str(_EXECUTABLES),
+        "jax_compilation_cache_dir": str(DIRECTORY),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
         "jax_persistent_cache_enable_xla_caches": "none",

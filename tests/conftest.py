@@ -59,8 +59,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 def _train(directory: Path) -> None:
     directory.mkdir()
     (directory / "text.txt").write_text(programs.TEXT)
-    flags = "--data-path text.txt --run-name tiny --vocab-size 300 --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2"
-    done = programs.spawn("train", *flags.split(), "--warmup-steps", "5", cwd=directory)
+    flags = "--data-path text.txt --run-name tiny --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2 --warmup-steps 5"
+    done = programs.spawn("train", *flags.split(), *programs.TINY_SIZES.split(), cwd=directory)
     assert done.code == 0, done.err
     (directory / "log.txt").write_text(done.out)
 

@@ -16,6 +16,8 @@ import safetensors.numpy
 from hipgpt_jax import files
 from hipgpt_jax.cli import doctor, evaluate, generate, inspect, plot, replay, train
 
+# The sizes of the committed run, so that programs of all runs named ``tiny`` are compiled once.
+TINY_SIZES = "--vocab-size 300 --dim 24 --heads 2 --ff 48 --layers 2 --seq 32"
 TINY = Path(__file__).parent / "data" / "tiny"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MAINS: dict[str, Callable[[], None]] = {

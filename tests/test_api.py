@@ -17,8 +17,8 @@ from hipgpt_jax.records import record
 
 
 @pytest.fixture(scope="module")
-def run(trained: Path) -> hipgpt_jax.Run:
-    return hipgpt_jax.load_run("tiny", where=trained / "checkpoints/tiny")
+def run(tiny: Path) -> hipgpt_jax.Run:
+    return hipgpt_jax.load_run("tiny", where=tiny / "checkpoints/tiny")
 
 
 def without_times(made: record.Record) -> dict:
@@ -38,24 +38,13 @@ def test_importing_the_package_imports_no_jax() -> None:
         getattr(hipgpt_jax, "lode_" + "run")
 
 
-def test_records_are_those_of_the_command_line(run: hipgpt_jax.Run, trained: Path) -> None:
-    flags = [
-        "--num_samples",
-        "2",
-        "--num_tokens",
-        "40",
-        "--seed",
-        "5",
-        "--temp",
-        "0.8",
-        "--top_k",
-        "9",
-        "--top_logprobs",
-        "3",
-        "--output",
-        "-",
-    ]
-    done = programs.spawn("generate", "--run-name", "tiny", "--prompt", "the king", *flags, cwd=trained)
+def test_records_are_those_of_the_command_line(
+    run: hipgpt_jax.Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny)
+    words = "--run-name tiny --num_samples 2 --num_tokens 40 --seed 5 --temp 0.8 --top_k 9 --top_logprobs 3 --output -"
+    arguments = ("generate", *words.split(), "--prompt", "the king")
+    done = programs.call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
     settings = hipgpt_jax.SamplingConfig(temperature=0.8, top_k=9)
     made = run.generate("the king", settings, seed=5, num_samples=2, num_tokens=40, top_logprobs=3)
     told = [record.parse(line.encode(), "it") for line in done.out.splitlines()]
@@ -99,12 +88,10 @@ def test_prompts_may_have_settings_of_their_own(run: hipgpt_jax.Run) -> None:
     ("stride", "num_tokens", "times"),
     [(1, 20, 1), (1, 60, 1), (5, 60, 1), (5, 40, 9), pytest.param(32, 60, 3, marks=pytest.mark.slow)],
 )
-def test_recorded_log_probabilities_add_up_to_the_score(
-    trained: Path, stride: int, num_tokens: int, times: int
-) -> None:
+def test_recorded_log_probabilities_add_up_to_the_score(tiny: Path, stride: int, num_tokens: int, times: int) -> None:
     """Within the window and far beyond it, and where the prompt is longer than it already."""
     decoding = config.DecodingConfig(window_stride=stride)
-    run = hipgpt_jax.load_run("tiny", decoding=decoding, where=trained / "checkpoints/tiny")
+    run = hipgpt_jax.load_run("tiny", decoding=decoding, where=tiny / "checkpoints/tiny")
     (made,) = run.generate("the king and his fool " * times, num_tokens=num_tokens)
     (scored,) = run.score([made])
     np.testing.assert_allclose(scored.logprobs[-num_tokens:], made.logprobs, atol=2e-4)
@@ -177,7 +164,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "text": (
         lambda run: run.generate("a", temperature="0.5"),
         ValueError,
-        "temperature .* must be a number: got '0.5'",
+        "temperature must be a number: got '0.5'",
     ),
     "bool": (lambda run: run.generate("a", top_k=True), ValueError, "top_k must be an integer .*: got True"),
     "float": (lambda run: run.generate("a", seed=1.0), ValueError, "seed must be an integer .*: got 1.0"),
@@ -205,7 +192,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "prompt 2: id 'x' is that of prompt 1 too",
     ),
     "one id, of an iterator": (
-        lambda run: list(run.records(iter([PACKAGE.Prompt(text="a", id="x"), PACKAGE.Prompt(text="b", id="x")]))),
+        lambda run: list(run.records((PACKAGE.Prompt(text=text, id="x") for text in "ab"), num_tokens=1)),
         ValueError,
         "prompt 2: id 'x' is that of a different prompt too",
     ),

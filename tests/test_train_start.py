@@ -149,9 +149,9 @@ def test_a_damaged_state_falls_back_to_the_older_one_and_to_the_same_bits(
     data[len(data) // 2] ^= 4
     largest.write_bytes(data)
     (path / ".tiny_step33.bin.99.tmp").touch()
-    flags = "--data-path text.txt --run-name moved --vocab-size 300 --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2"
+    flags = "--data-path text.txt --run-name moved --steps 40 --ckpt-every 20 --log-every 10 --lr 1e-2"
     before = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    arguments = (*flags.split(), "--warmup-steps", "5", "--mesh", "data=1", "--resume")
+    arguments = (*flags.split(), *programs.TINY_SIZES.split(), "--warmup-steps", "5", "--mesh", "data=1", "--resume")
     result = programs.call("train", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert result.code == 0, result.err
     assert f"the training state of step 40 is damaged ({largest.relative_to(tmp_path)} was changed)" in result.err
