@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hipgpt_jax.evaluation import score
-    from hipgpt_jax.generation import samples
+    from hipgpt_jax.generation import requests
     from hipgpt_jax.records import comparison
 
 Prompt = prompt_files.Prompt
@@ -33,19 +33,19 @@ class Stream:
         record: The sample's record, once the text has ended; None before.
     """
 
-    def __init__(self, run: "Run", job: "samples.Job") -> None:
+    def __init__(self, run: "Run", request: "requests.Request") -> None:
         self.record: record.Record | None = None
-        self._pieces = self._make(run, job)
+        self._pieces = self._make(run, request)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
 
-    def _make(self, run: "Run", job: "samples.Job") -> Iterator[str]:
-        for update in run.make([job]):
-            if update.finish_reason is not None:
-                self.record = run.recorder.build(update.sample)
-            if update.text:
-                yield update.text
+    def _make(self, run: "Run", request: "requests.Request") -> Iterator[str]:
+        for output in run.outputs([request]):
+            if output.finish_reason is not None:
+                self.record = run.recorder.build(output.sequence)
+            if output.text:
+                yield output.text
 
 
 class Run:
@@ -60,7 +60,7 @@ class Run:
 
     def __init__(self, found: loading.RunFiles, device: devices.Device, origin: provenance.Invocation) -> None:
         """Loads the weights; JAX has been started on ``device``. ``load_run`` is the way in."""
-        from hipgpt_jax.generation import sampler
+        from hipgpt_jax.generation import scheduler
         from hipgpt_jax.records import recorder
 
         model = found.checkpoint.model
@@ -68,7 +68,7 @@ class Run:
         self.device = device
         params = weights.read(found.checkpoint.weights, model)
         attention = device.attention(found.decoding.dtype, model.head_dim)
-        self._engine = sampler.Sampler(model, params, found.decoding, attention)
+        self._engine = scheduler.Scheduler(model, params, found.decoding, attention)
         self.load_seconds = origin.elapsed()
         self.recorder = recorder.Recorder(found, device, origin, self.load_seconds)
 
@@ -116,9 +116,9 @@ class Run:
         if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Mapping)):
             raise TypeError(f"prompts must be a text, a Prompt or several: got {config.shortened(prompts)}")
         if isinstance(prompts, Iterator):
-            return self.records_of(self.jobs(self.files.resolve_all(_distinct(prompts), *defaults)))
+            return self.records_of(self.requests(self.files.resolve_all(_distinct(prompts), *defaults)))
         several = [_prompt(prompt, number) for number, prompt in enumerate(prompts, 1)]
-        return self.records_of(self.jobs(planning.Plan(self.files, several, *defaults)))
+        return self.records_of(self.requests(planning.Plan(self.files, several, *defaults)))
 
     def stream(
         self,
@@ -148,7 +148,7 @@ class Run:
             raise TypeError("a stream is of one sample: give its index as sample, not num_samples")
         defaults = self._configs(settings, seed=seed, **more)
         (asked,) = planning.Plan(self.files, [_prompt(prompt)], *defaults)
-        return Stream(self, _job(asked, sample))
+        return Stream(self, _request(asked, sample))
 
     def score(
         self, texts: "str | Iterable[str | Sequence[int] | np.ndarray | record.Record]", stride: int | None = None
@@ -238,19 +238,18 @@ class Run:
         )
         return score.check_finite(found)
 
-    def jobs(self, asked: Iterable[loading.ResolvedPrompt]) -> "Iterator[samples.Job]":
+    def requests(self, asked: Iterable[loading.ResolvedPrompt]) -> "Iterator[requests.Request]":
         """Yields the samples of each prompt, prompt by prompt."""
         for ask in asked:
             for sample in range(ask.generation.num_samples) if ask.samples is None else ask.samples:
-                yield _job(ask, sample)
+                yield _request(ask, sample)
 
-    def job_of(self, recorded: record.Record) -> "samples.Job":
-        """Returns the job that regenerates a record, with as few tokens as ``compare`` needs.
+    def request_of(self, recorded: record.Record) -> "requests.Request":
+        """Returns the request that regenerates a record, with as few tokens as ``compare`` needs.
 
         Raises:
             ValueError: This run cannot have made the record.
         """
-        from hipgpt_jax.generation import samples
         from hipgpt_jax.records import replay
 
         request = replay.request(recorded)
@@ -258,32 +257,30 @@ class Run:
         if recorded.ids and max(recorded.ids) >= self.files.vocabulary.vocab_size:
             raise ValueError(f"it has ids beyond the vocabulary's size {self.files.vocabulary.vocab_size}")
         prompt = self.files.vocabulary.decode(recorded.prompt_ids)
-        return samples.Job(id=recorded.id, prompt=prompt, request=replay.shortened(request, recorded))
+        return dataclasses.replace(replay.shortened(request, recorded), prompt=prompt)
 
     def compare(self, recorded: record.Record, found: record.Record) -> "comparison.Comparison":
-        """Compares a record with the one that ``records_of`` yields for its job."""
+        """Compares a record with the one that ``records_of`` yields for its request."""
         from hipgpt_jax.records import comparison
 
         return comparison.Judge(self._engine, self.files.vocabulary).compare(recorded, found)
 
-    def records_of(self, jobs: "Iterable[samples.Job]") -> Iterator[record.Record]:
-        """Makes samples and yields their records, in order."""
-        from hipgpt_jax.generation import events
+    def records_of(self, samples: "Iterable[requests.Request]") -> Iterator[record.Record]:
+        """Generates samples and yields their records, in order."""
+        from hipgpt_jax.generation import requests
 
-        for update in events.in_order(self.make(jobs)):
-            if update.finish_reason is not None:
-                yield self.recorder.build(update.sample)
+        for output in requests.in_order(self.outputs(samples)):
+            if output.finish_reason is not None:
+                yield self.recorder.build(output.sequence)
 
-    def make(self, jobs: "Iterable[samples.Job]", *, measure: bool = True) -> "Iterator[samples.Update]":
-        """Yields the steps of samples as they are made; ``measure`` is needed for their records.
+    def outputs(self, samples: "Iterable[requests.Request]", *, measure: bool = True) -> "Iterator[requests.Output]":
+        """Yields the outputs of samples as they are generated; ``measure`` is needed for their records.
 
         Raises:
             MemoryError: There is too little memory for the batch size.
         """
-        from hipgpt_jax.generation import samples
-
         try:
-            yield from samples.make(self._engine, self.files.vocabulary, jobs, measure=measure)
+            yield from self._engine.run(samples, self.files.vocabulary, measure=measure)
         except (MemoryError, RuntimeError) as error:
             # XLA raises a RuntimeError of its own, which begins so.
             if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
@@ -335,11 +332,17 @@ def load_run(
     return Run(found, started, origin)
 
 
-def _job(ask: loading.ResolvedPrompt, sample: int) -> "samples.Job":
-    from hipgpt_jax.generation import events, samples
+def _request(ask: loading.ResolvedPrompt, sample: int) -> "requests.Request":
+    from hipgpt_jax.generation import requests
 
-    request = events.Request(prompt_ids=ask.prompt_ids, sample=sample, generation=ask.generation, sampling=ask.sampling)
-    return samples.Job(id=ask.id, prompt=ask.prompt, request=request)
+    return requests.Request(
+        id=ask.id,
+        prompt=ask.prompt,
+        prompt_ids=ask.prompt_ids,
+        sample=sample,
+        generation=ask.generation,
+        sampling=ask.sampling,
+    )
 
 
 def _prompt(prompt: object, number: int | None = None) -> Prompt:

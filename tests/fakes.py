@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config, training_config
-from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.generation import requests, scheduler
 from hipgpt_jax.model import cache
 from hipgpt_jax.runs import directory, states, weights
-from hipgpt_jax.text import dataset, preparation
+from hipgpt_jax.text import dataset, preparation, tokenizer
 from hipgpt_jax.training import checkpoint
 
-# The vocabulary exceeds the largest of ``candidates.ON_CPU``, so that every way to draw is compiled.
+# The vocabulary exceeds the largest of ``topk._CPU_BUCKETS``, so that every way to draw is compiled.
 MODEL = config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 
 
@@ -46,17 +46,26 @@ def examples(number: int) -> hypothesis.settings:
     return hypothesis.settings(max_examples=number * hypothesis.settings().max_examples // 100)
 
 
-@functools.cache
-def make_sampler(platform: str | None = None, **settings: Any) -> sampler.Sampler:
-    """Returns a sampler of ``MODEL`` with a window of 11; one for each setting, because they are slow to compile.
+class _Shifted(tokenizer.Tokenizer):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(85 + token_id for token_id in ids)
 
-    Its cache has the parts of a larger model's: of 4, 4 and 3 slots on a CPU, of 4 and 7 on a GPU.
+
+# Decodes the ids of MODEL to the bytes from "U" on: letters and, from 128 - 85 on, every continuation byte.
+SHIFTED = _Shifted(tokenizer.Tokenizer.train([], 256)._backend)
+
+
+@functools.cache
+def make_scheduler(platform: str | None = None, **settings: Any) -> scheduler.Scheduler:
+    """Returns a scheduler of ``MODEL`` with a window of 11; one for each setting, because they are slow to compile.
+
+    Its cache has several blocks, as a larger model's: of 4, 4 and 3 slots on a CPU, of 4 and 7 on a GPU.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "SMALLEST_PART", 4)
-        patch.setattr(cache, "SMALLEST_PART_ON_GPU", 4)
+        patch.setattr(cache, "SMALLEST_BLOCK", 4)
+        patch.setattr(cache, "SMALLEST_BLOCK_ON_GPU", 4)
         decode = config.DecodingConfig(**{"window": 11, **settings})
-        return sampler.Sampler(MODEL, random_params(MODEL), decode, platform=platform)
+        return scheduler.Scheduler(MODEL, random_params(MODEL), decode, platform=platform)
 
 
 def request(
@@ -69,9 +78,9 @@ def request(
     stop: tuple[str, ...] = (),
     top_logprobs: int = 0,
     **settings: Any,
-) -> events.Request:
+) -> requests.Request:
     """Returns a request for one sample; ``settings`` are those of ``config.SamplingConfig``."""
-    return events.Request(
+    return requests.Request(
         prompt_ids=prompt_ids,
         sample=sample,
         generation=config.GenerationConfig(
@@ -86,13 +95,18 @@ def prompt(length: int) -> tuple[int, ...]:
     return tuple(np.random.RandomState(length).randint(0, MODEL.vocab_size, length).tolist())
 
 
-def tokens_of(source: sampler.Sampler, requests: list[events.Request]) -> list[list[int]]:
+def tokens_of(source: scheduler.Scheduler, requests: list[requests.Request]) -> list[list[int]]:
     """Returns the tokens that each request drew."""
     tokens: list[list[int]] = [[] for _ in requests]
     for event in source.run(requests):
         if event.token is not None:
             tokens[event.index].append(event.token)
     return tokens
+
+
+def stats_bytes(stats: requests.Stats) -> bytes:
+    """Returns the bits of a token's statistics."""
+    return np.array([stats.logprob, stats.rank, stats.margin, stats.gap], np.float32).tobytes()
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -30,16 +30,21 @@ def forward(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def prefill(params: dict[str, Any], tokens_BT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
+def prefill(params: dict[str, Any], tokens_BT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, kv.Block]:
     return bound(params).prefill(tokens_BT, length_B)
 
 
 @jax.jit
-def decode(params: dict[str, Any], token_B: jax.Array, past: tuple[kv.Cache, ...], length_B: jax.Array) -> Any:
-    return bound(params).decode(token_B, past, length_B)
+def decode(params: dict[str, Any], token_B: jax.Array, blocks: tuple[kv.Block, ...], length_B: jax.Array) -> Any:
+    return bound(params).decode(token_B, blocks, length_B)
 
 
-append = jax.jit(kv.append)
+@jax.jit
+def append(block: kv.Block, token: kv.Block, slot_B: jax.Array) -> kv.Block:
+    return kv.append(kv.Cache((), (block,)), token, slot_B).writable[0]
+
+
+append_all = jax.jit(kv.append)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +52,17 @@ def params() -> dict[str, Any]:
     return fakes.random_params(MODEL)
 
 
-def random_cache(slots: int, seed: int) -> kv.Cache:
+def random_cache(slots: int, seed: int) -> kv.Block:
     rng = np.random.RandomState(seed)
 
     def layers() -> tuple[jax.Array, ...]:
         shape = (B, MODEL.num_heads, slots, MODEL.head_dim)
         return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(MODEL.num_layers))
 
-    return kv.Cache(layers(), layers())
+    return kv.Block(layers(), layers())
 
 
-def assert_same(left: kv.Cache, right: kv.Cache) -> None:
+def assert_same(left: kv.Block, right: kv.Block) -> None:
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
@@ -81,8 +86,9 @@ def test_append_leaves_a_row_whose_slot_is_in_another_part() -> None:
 def test_split_cuts_and_puts_zeros_behind(sizes: tuple[int, ...]) -> None:
     for slots in (1, 5, S):
         new = random_cache(slots, 0)
-        parts = kv.split(new, sizes)
-        assert tuple(part.keys[0].shape[2] for part in parts) == sizes
+        parts = kv.Layout(sizes).split(new)
+        assert tuple(part.keys[0].shape[2] for part in parts) == sizes[: len(parts)]
+        assert sum(sizes[: len(parts) - 1]) < slots <= sum(sizes[: len(parts)])
         joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), *parts)
         for now_BNSH, new_BNTH in zip(*map(jax.tree.leaves, (joined, new)), strict=True):
             np.testing.assert_array_equal(now_BNSH[:, :, :slots], new_BNTH)
@@ -91,17 +97,18 @@ def test_split_cuts_and_puts_zeros_behind(sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("window", [1, 11, 32, 63, 64, 65, 100, 128, 257, 1000, 1024])
 def test_a_step_reads_at_most_twice_the_text_and_a_quarter_more(window: int) -> None:
-    sizes = kv.part_sizes(window)
+    layout = kv.cpu_layout(window)
+    sizes = layout.block_sizes
     assert sum(sizes) == window
     for length in range(1, window + 1):
-        read = sum(kv.holding(sizes, length))
+        read = sum(sizes[: layout.num_blocks(length)])
         assert length <= read <= min(max(64, 2 * length), length + max(64, -(-window // 4)))
     assert len(sizes) <= 4 + max(0, math.ceil(math.log2(window / 256)))
 
 
 def test_a_part_that_holds_nothing_of_a_row_changes_no_bit(params: dict[str, Any]) -> None:
     """However many parts a step reads: for its own sake or for a longer row's."""
-    parts = kv.split(random_cache(S, 0), (4, 4, 4, 4))
+    parts = kv.Layout((4, 4, 4, 4)).split(random_cache(S, 0))
     token_B, length_B = np.array([1, 2, 3]), np.array([1, 3, 4])
     short = decode(params, token_B, parts[:1], length_B)
     for live in (2, 3, 4):
@@ -122,15 +129,16 @@ def test_decoding_from_the_cache_is_the_full_forward_pass_at_every_position(star
         length_B = np.array(LENGTHS)
         logits_BV, new = prefill(params, TOKENS_BS[:, : max(LENGTHS)], length_B)
         np.testing.assert_allclose(logits_BV, full_BSV[np.arange(B), length_B - 1], rtol=1e-5, atol=1e-5)
-        cache = kv.split(new, PARTS)
+        cache = kv.Layout(PARTS).split(new)
+        cache = (*cache, *kv.empty(kv.Layout(PARTS).shapes(MODEL, B, "float32", first=len(cache))))
     else:
         length_B = np.zeros(B, int)
-        _, new = prefill(params, TOKENS_BS[:, :1], np.ones(B, int))
-        cache = jax.tree.map(jnp.zeros_like, kv.split(new, PARTS))
+        cache = kv.empty(kv.Layout(PARTS).shapes(MODEL, B, "float32"))
     while length_B.min() < S:
         slot_B = np.minimum(length_B, S - 1)
         logits_BV, new = decode(params, TOKENS_BS[np.arange(B), slot_B], cache, length_B)
-        cache = tuple(append(part, new, length_B - 6 * place) for place, part in enumerate(cache))
+        frozen, writable = (cache[:1], cache[1:]) if length_B.min() >= 6 else ((), cache)
+        cache = append_all(kv.Cache(frozen, writable), new, length_B).blocks
         live_B = length_B < S
         expected_BV = full_BSV[np.arange(B), slot_B]
         np.testing.assert_allclose(np.asarray(logits_BV)[live_B], expected_BV[live_B], rtol=1e-5, atol=1e-5)
@@ -143,7 +151,7 @@ def test_slots_from_the_length_on_are_never_attended_to(params: dict[str, Any]) 
     past = random_cache(S, 0)
     unused_BS = np.arange(S)[None] >= length_B[:, None]
 
-    def fill(value: float) -> kv.Cache:
+    def fill(value: float) -> kv.Block:
         return jax.tree.map(lambda x: jnp.where(unused_BS[:, None, :, None], value, x), past)
 
     results = [decode(params, token_B, (fill(value),), length_B) for value in (0.0, 1e4, -1e30)]

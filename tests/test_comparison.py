@@ -45,7 +45,7 @@ def other_hardware() -> tuple[comparison.Comparison, ...]:
     own, rng = run._engine.params, np.random.RandomState(0)
     run._engine.load(jax.tree.map(lambda x: np.asarray(x * (1 + 4e-6 * rng.choice([-1, 1], x.shape)), np.float32), own))
     (base,) = run.generate("ROMEO:", HOT, num_tokens=48, top_logprobs=4)
-    jobs = [run.job_of(dataclasses.replace(base, sample=sample)) for sample in (0, 1, 33, 73, 112, 121, 202, 239)]
+    jobs = [run.request_of(dataclasses.replace(base, sample=sample)) for sample in (0, 1, 33, 73, 112, 121, 202, 239)]
     made = list(run.records_of(jobs))
     run._engine.load(own)
     return tuple(judged(dataclasses.replace(one, numerics=elsewhere(one.numerics))) for one in made)
@@ -56,7 +56,7 @@ def elsewhere(numerics: record.Numerics) -> record.Numerics:
 
 
 def judged(one: record.Record) -> comparison.Comparison:
-    (found,) = shipped().records_of([shipped().job_of(one)])
+    (found,) = shipped().records_of([shipped().request_of(one)])
     return shipped().compare(one, found)
 
 
@@ -272,7 +272,7 @@ def test_mutated_records_are_refused_in_one_line_or_judged() -> None:
         try:
             one = record.parse(records.mutated(value, random.Random(seed)), "it")
             replay.decoding_config(one)
-            job = shipped().job_of(one)
+            job = shipped().request_of(one)
         except ValueError as error:
             refused.append(str(error))
             continue

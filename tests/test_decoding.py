@@ -1,5 +1,6 @@
-"""The pure functions from state to state: what a step keeps, how a window slides, and that a scan is a loop."""
+"""The pure functions from state to state: the jitted single step, the sliding window, and prefill."""
 
+import functools
 from typing import Any
 
 import fakes
@@ -8,73 +9,97 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hipgpt_jax.generation import carry, decoding, sampling
+from hipgpt_jax.generation import decoding, requests, sampling
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 
 MODEL = fakes.MODEL
-MODULE = transformer.Transformer(MODEL)
+MODULE = transformer.Transformer(MODEL, full_precision=True)
 WINDOW = 11
-SIZES = (4, 4, 3)
+LAYOUT = kv.Layout((4, 4, 3))
 
 
-def start(requests: list[Any]) -> tuple[carry.Rows, carry.State]:
-    """The state of requests before their prompts are read, built apart from the sampler's."""
-    B, V = len(requests), MODEL.vocab_size
-    context_BS, seen_BV = np.zeros((B, WINDOW), np.int32), np.zeros((B, V), bool)
-    for row, request in enumerate(requests):
-        context_BS[row, : len(request.prompt_ids)] = request.prompt_ids
-        seen_BV[row, list(request.prompt_ids)] = True
-    keys = [sampling.sample_key(sampling.key_words(r.generation.seed, r.prompt_ids, r.sample)) for r in requests]
-    rows = carry.Rows(
-        key_B2=jnp.stack([jax.random.key_data(key) for key in keys]),
-        settings=sampling.settings([one.sampling for one in requests]),
-    )
-    _, blank = carry.blank(B, WINDOW, V)
-    return rows, blank._replace(
-        length_B=jnp.asarray([len(one.prompt_ids) for one in requests]),
-        context_BS=jnp.asarray(context_BS),
-        seen_BV=jnp.asarray(seen_BV),
-    )
+def initial(wanted: list[requests.Request]) -> decoding.DecodeState:
+    """Returns a state of one slot per request, before the prompts are prefilled."""
+    slots = [
+        decoding.initial_state(
+            jax.random.key_data(
+                sampling.sample_key(sampling.seed_words(one.generation.seed, one.prompt_ids, one.sample))
+            )[None],
+            one.prompt_ids,
+            one.sampling,
+            one.generation.eos_id,
+            W=WINDOW,
+            V=MODEL.vocab_size,
+        )
+        for one in wanted
+    ]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *slots)
 
 
-@jax.jit
-def scanned(params: dict[str, Any], rows: carry.Rows, state: carry.State) -> carry.State:
-    """The states after each of 11 tokens, from prompts of at most 8."""
-    logits_BV, cache = decoding.read(MODULE, params, state.context_BS[:, :8], state.length_B, sizes=SIZES)
-    state = decoding.draw(rows, state, logits_BV)
-    cache = (*cache, *kv.empty(MODEL, len(state.length_B), SIZES[len(cache) :], "float32"))
+Step = tuple[decoding.DecodeState, decoding.StepOutput]
 
-    def step(carry: Any, _: None) -> tuple[Any, carry.State]:
-        return decoding.decode_step(MODULE, params, rows, *carry), carry[0]
 
-    return jax.lax.scan(step, (state, cache), length=WINDOW)[1]
+def step_by_step(wanted: list[requests.Request], num_steps: int) -> list[Step]:
+    """Decodes by a plain Python loop over the jitted single step; returns the state before each step and its output."""
+    params, state = fakes.random_params(MODEL), initial(wanted)
+    blocks = jax.jit(functools.partial(decoding.prefill_cache, MODULE, layout=LAYOUT))(params, state.context_BS[:, :8])
+    rest = kv.empty(LAYOUT.shapes(MODEL, len(wanted), "float32", first=len(blocks)))
+    limit_B = jnp.asarray([one.generation.num_tokens for one in wanted])
+    state = state._replace(cache=kv.Cache((), (*blocks, *rest)), limit_B=limit_B)
+    step, steps = jax.jit(functools.partial(decoding.decode_step, MODULE)), []
+    for _ in range(num_steps):
+        before, (state, output) = state, step(params, state)
+        steps.append((before, output))
+    return steps
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 0, "top_p": 1.0}])
-def test_scan_over_the_step_is_the_sampler(settings: dict[str, Any]) -> None:
-    """Up to the full window, where the sampler's loop rolls and a row of the scan ends."""
-    requests = [fakes.request(fakes.prompt(n), num_tokens=WINDOW - n + 1, seed=n, **settings) for n in (1, 4, 8)]
-    rows, state = start(requests)
-    states = scanned(fakes.random_params(MODEL), rows, state)
-    token_TB = np.asarray(states.token_B)
-    for row, tokens in enumerate(fakes.tokens_of(fakes.make_sampler(width=3), requests)):
-        assert token_TB[: len(tokens), row].tolist() == tokens
-        n = len(requests[row].prompt_ids)
-        np.testing.assert_array_equal(states.index_B[:, row], np.arange(1, WINDOW + 1))
-        np.testing.assert_array_equal(states.length_B[:, row], np.arange(n, n + WINDOW))
-        for t in range(len(tokens)):
-            context = [*requests[row].prompt_ids, *tokens[:t]]
-            np.testing.assert_array_equal(states.context_BS[t, row], context + [0] * (WINDOW - len(context)))
-            np.testing.assert_array_equal(np.flatnonzero(states.seen_BV[t, row]), sorted(set(context)))
+def test_a_python_loop_over_the_jitted_step_gives_the_bits_of_the_engine(settings: dict[str, Any]) -> None:
+    """Up to the full window, where the engine slides it: tokens, statistics, contexts and seen tokens."""
+    wanted = [fakes.request(fakes.prompt(n), num_tokens=WINDOW - n + 1, seed=n, **settings) for n in (1, 4, 8)]
+    steps = step_by_step(wanted, WINDOW)
+    outputs = list(fakes.make_scheduler(width=3).run(wanted, measure=True))
+    for row, request in enumerate(wanted):
+        own = [output for output in outputs if output.index == row]
+        assert len(own) == request.generation.num_tokens
+        ids = list(request.prompt_ids)
+        for (state, output), expected in zip(steps, own, strict=False):
+            n = len(ids) - 1
+            assert state.length_B[row] == n
+            np.testing.assert_array_equal(state.context_BS[row], ids[:-1] + [0] * (WINDOW - n))
+            np.testing.assert_array_equal(
+                np.flatnonzero(state.seen_BV[row]), sorted(set(request.prompt_ids) | set(ids[:-1]))
+            )
+            assert output.token_B[row] == expected.token
+            assert expected.stats is not None
+            for name in ("logprob", "rank", "margin", "gap"):
+                assert getattr(output.stats, f"{name}_B")[row] == getattr(expected.stats, name)
+            ids.append(int(output.token_B[row]))
+        for state, _ in steps[len(own) :]:  # a slot that has reached its limit is left unchanged
+            assert state.num_sampled_B[row] == request.generation.num_tokens
+
+
+def test_a_slot_ends_with_its_end_token_and_is_left_unchanged() -> None:
+    """The same tokens as without an end token, and none after it; the slot beside it goes on."""
+    wanted = [fakes.request(fakes.prompt(n), num_tokens=7, seed=n) for n in (2, 3)]
+    tokens_TB = np.stack([output.token_B for _, output in step_by_step(wanted, 6)])
+    ending = [fakes.request(fakes.prompt(2), num_tokens=7, seed=2, eos_id=int(tokens_TB[2, 0])), wanted[1]]
+    assert tokens_TB[2, 0] not in tokens_TB[:2, 0]
+    steps = step_by_step(ending, 6)
+    assert [int(state.num_sampled_B[0]) for state, _ in steps] == [0, 1, 2, 3, 3, 3]
+    for state, _ in steps[4:]:
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y[0]), state, steps[3][0])
+    assert [output.token_B[1] for _, output in steps] == tokens_TB[:, 1].tolist()
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, WINDOW - 1, WINDOW])
 def test_slide_keeps_the_window_that_the_design_states(stride: int) -> None:
     """With ``n`` tokens the window starts at 0 up to ``W``, then at ``N ceil((n - W) / N)``."""
-    slide = jax.jit(decoding.slide, static_argnames="stride")
+    slide = jax.jit(decoding.slide_window, static_argnames="stride")
     text_BT = np.random.RandomState(0).randint(1, MODEL.vocab_size, (2, 60)).astype(np.int32)
-    _, state = start([fakes.request(tuple(row[:WINDOW].tolist())) for row in text_BT])
+    state = initial([fakes.request(tuple(row[:WINDOW].tolist())) for row in text_BT])
+    state = state._replace(context_BS=jnp.asarray(text_BT[:, :WINDOW]), length_B=jnp.full(2, WINDOW))
     length = WINDOW
     for n in range(WINDOW + 1, 60):
         state = state._replace(token_B=jnp.asarray(text_BT[:, n - 1]))
@@ -94,36 +119,38 @@ def test_slide_keeps_the_window_that_the_design_states(stride: int) -> None:
 
 def test_a_full_row_has_no_position_left_and_yet_no_nan() -> None:
     """It is computed beside one that is not full, for nothing: a user's own check for NaN finds none."""
-    params, cache = fakes.random_params(MODEL), kv.empty(MODEL, 2, (MODEL.max_seq_len,), "float32")
+    params = fakes.random_params(MODEL)
+    cache = kv.empty(kv.Layout((MODEL.max_seq_len,)).shapes(MODEL, 2, "float32"))
     decode = jax.jit(lambda *arguments: MODULE.bind({"params": params}).decode(*arguments))
     for x in jax.tree.leaves(decode(jnp.asarray([5, 7]), cache, jnp.asarray([MODEL.max_seq_len, 3]))):
         assert np.isfinite(x).all()
 
 
-def test_where_takes_whole_rows() -> None:
-    _, chosen = start([fakes.request(fakes.prompt(n)) for n in (2, 3, 4)])
-    _, other = start([fakes.request(fakes.prompt(n)) for n in (5, 6, 7)])
-    got = carry.where(jnp.asarray([False, True, False]), chosen, other)
-    for now, a, b in zip(got, chosen, other, strict=True):
+def test_where_takes_whole_slots() -> None:
+    new = initial([fakes.request(fakes.prompt(n)) for n in (2, 3, 4)])
+    old = initial([fakes.request(fakes.prompt(n)) for n in (5, 6, 7)])
+    got = decoding.where(jnp.asarray([False, True, False]), new, old)
+    for now, a, b in zip(*map(jax.tree.leaves, (got, new, old)), strict=True):
         np.testing.assert_array_equal(now, np.stack([b[0], a[1], b[2]]))
 
 
-def test_prompt_may_be_read_in_any_length_that_holds_it() -> None:
-    """Every bucket gives the same token, the same state and, to rounding, the same cache, in no more parts."""
+def test_a_context_may_be_prefilled_in_any_length_that_holds_it() -> None:
+    """Every bucket gives the same token and, to rounding, the same statistics and cache, in no more blocks."""
     params = fakes.random_params(MODEL)
-    requests = [fakes.request(fakes.prompt(n), seed=n, sample=n) for n in (1, 3, 5)]
-    rows, state = start(requests)
-    read = jax.jit(lambda tokens, length: decoding.read(MODULE, params, tokens, length, sizes=SIZES))
-    tight_BV, tight_cache = read(state.context_BS[:, :5], state.length_B)
-    loose_BV, loose_cache = read(state.context_BS, state.length_B)
+    wanted = [fakes.request((*fakes.prompt(n), 7), seed=n, sample=n) for n in (1, 3, 5)]
+    state = initial(wanted)
+    prefill = jax.jit(functools.partial(decoding.prefill, MODULE, layout=LAYOUT))
+    tight_BV, tight_blocks = prefill(params, state.context_BS[:, :5], state.length_B)
+    loose_BV, loose_blocks = prefill(params, state.context_BS, state.length_B)
     np.testing.assert_allclose(tight_BV, loose_BV, rtol=1e-5, atol=1e-5)
-    tight, loose = (decoding.draw(rows, state, logits_BV) for logits_BV in (tight_BV, loose_BV))
-    np.testing.assert_allclose(tight.numbers_B4, loose.numbers_B4, rtol=1e-4, atol=1e-5)
-    tight, loose = (one._replace(logits_BV=0, numbers_B4=0) for one in (tight, loose))
+    (tight, one), (loose, other) = (decoding.sample(state, logits_BV) for logits_BV in (tight_BV, loose_BV))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one.stats, other.stats)
     jax.tree.map(np.testing.assert_array_equal, tight, loose)
-    assert [len(cache) for cache in (tight_cache, loose_cache)] == [2, 3]
-    for part, first in enumerate((0, 4)):
-        real_BS = first + np.arange(SIZES[part])[None] < np.asarray([1, 3, 5])[:, None]
-        for a_BNSH, b_BNSH in zip(jax.tree.leaves(tight_cache[part]), jax.tree.leaves(loose_cache[part]), strict=True):
+    assert [len(blocks) for blocks in (tight_blocks, loose_blocks)] == [2, 3]
+    for block, first in enumerate((0, 4)):
+        real_BS = first + np.arange(LAYOUT.block_sizes[block])[None] < np.asarray([1, 3, 5])[:, None]
+        for a_BNSH, b_BNSH in zip(
+            jax.tree.leaves(tight_blocks[block]), jax.tree.leaves(loose_blocks[block]), strict=True
+        ):
             a_BNSH, b_BNSH = (np.where(real_BS[:, None, :, None], x, 0) for x in (a_BNSH, b_BNSH))
             np.testing.assert_allclose(a_BNSH, b_BNSH, rtol=1e-5, atol=1e-5)

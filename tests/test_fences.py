@@ -7,12 +7,11 @@ from pathlib import Path
 
 import fakes
 import jax
-import numpy as np
 import pytest
 
 import hipgpt_jax
 from hipgpt_jax import compilation, config
-from hipgpt_jax.generation import batch, programs
+from hipgpt_jax.generation import engine
 from hipgpt_jax.records import record, replay
 
 DATA = Path(__file__).parent / "data"
@@ -30,7 +29,7 @@ GROUPS = {
 def test_committed_records_are_generated_again(name: str) -> None:
     decoding, recorded = GROUPS[name]
     run = hipgpt_jax.load_run("tiny", decoding=decoding, where=DATA / "tiny")
-    found = run.records_of(map(run.job_of, recorded))
+    found = run.records_of(map(run.request_of, recorded))
     verdicts = [run.compare(old, new) for old, new in zip(recorded, found, strict=True)]
     assert len(verdicts) == 6
     assert all(verdict.is_identical or verdict.is_rounding for verdict in verdicts)
@@ -54,7 +53,7 @@ SHAPES = {
     "rows": (config.ModelConfig(), 4, 32, 4, "float32", "cpu"),
     "rows on a GPU": (fakes.MODEL, 2, 11, 1, "bfloat16", "cuda"),
 }
-HASHES = {"a row": "12b1a2f366bca6d9", "rows": "e1f9b48257ba34eb", "rows on a GPU": "424f1c45f26f5933"}
+HASHES = {"a row": "c323d813cfeb2789", "rows": "46f60dbdbaa70e68", "rows on a GPU": "039b0050c7a15370"}
 
 
 @pytest.mark.skipif(jax.__version__ != "0.10.2", reason="the text of a program depends on JAX's version")
@@ -62,12 +61,14 @@ HASHES = {"a row": "12b1a2f366bca6d9", "rows": "e1f9b48257ba34eb", "rows on a GP
 def test_programs_are_the_same_text(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # With a cache, which another test of this process may have set, a program is traced from its exported form.
     monkeypatch.setattr(compilation, "active", lambda: None)
-    model, rows, window, stride, dtype, platform = SHAPES[shape]
-    made = programs.Programs(model, rows, window, stride, dtype, "xla", platform)
+    model, slots, window, stride, dtype, platform = SHAPES[shape]
+    made = engine.Executables(model, dtype, window, stride, "xla", engine.backend_for(platform, model, window, slots))
     made.load(fakes.random_params(model))
-    needed = batch.Batch(made).needed(3, window + 5, likeliest=True)
-    texts = [program.lower(*arguments).as_text() for program, arguments in needed]
-    texts.append(made.fill.lower(made.params, np.zeros((rows, 8), np.int32)).as_text())
+    needed = [
+        engine.Program("prefill", rows=slots, length=8),
+        *made.programs_for(3, window + 2, top_logprobs=True),
+    ]
+    texts = [made._lower(program).as_text() for program in needed]
     assert hashlib.sha256("\n".join(map(_without_names, texts)).encode()).hexdigest()[:16] == HASHES[shape]
 
 

@@ -98,7 +98,7 @@ from hipgpt_jax import config, files
 from hipgpt_jax.text import corpus as other
 from hipgpt_jax.config import ModelConfig
 if TYPE_CHECKING:
-    from hipgpt_jax.generation import sampler
+    from hipgpt_jax.generation import scheduler
 def late():
     import optax, orbax.checkpoint
     from hipgpt_jax import __version__
@@ -110,7 +110,7 @@ def late():
         "hipgpt_jax.text.corpus",
         "hipgpt_jax.config",
         "hipgpt_jax.files",
-        "hipgpt_jax.generation.sampler",
+        "hipgpt_jax.generation.scheduler",
         "hipgpt_jax.__init__",
     }
     assert len(MODULES) > 20
@@ -167,7 +167,7 @@ from hipgpt_jax import config, devices, files
 from hipgpt_jax.runs import directory, weights
 from hipgpt_jax.text import corpus, dataset, tokenizer
 assert "jax" not in sys.modules, "jax"
-from hipgpt_jax.generation import decoding, sampler, sampling
+from hipgpt_jax.generation import decoding, sampling, scheduler
 assert "jax" in sys.modules
 assert not {"optax", "orbax", "absl.app"} & set(sys.modules), sorted(sys.modules)
 """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import sampler, sampling
+from hipgpt_jax.generation import sampling, scheduler
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import weights
 
@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 
 pytestmark = pytest.mark.peers
 
-choose = jax.jit(lambda *args: sampling.choose(*args).token_B)
+choose = jax.jit(lambda *args: sampling.sample(*args).token_B)
 
 MODELS = [
     config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2),
@@ -65,7 +65,7 @@ def test_greedy_text_is_that_of_generate(tmp_path: Path) -> None:
     model = MODELS[1]
     params = fakes.random_params(model, stddev=0.3)
     peer = load(tmp_path, model, params)
-    ours = sampler.Sampler(model, params, config.DecodingConfig())
+    ours = scheduler.Scheduler(model, params, config.DecodingConfig())
     for length, penalty in itertools.product((1, 6, 13), (1.0, 1.2)):
         num_tokens = model.max_seq_len - length
         prompt = tuple(np.random.RandomState(length).randint(0, model.vocab_size, length).tolist())
@@ -128,6 +128,6 @@ def test_distribution_is_that_of_the_logits_processors(settings: dict[str, Any],
     uniform_B = np.full(size + 1, 1 - 2**-24, np.float32)
     uniform_B[: len(order)] = middles
     logits_BV, seen_BV = (np.tile(x, (size + 1, 1)) for x in (logits_V, np.isin(np.arange(size), seen)))
-    chosen_B = np.asarray(choose(logits_BV, seen_BV, sampling.settings([row] * (size + 1)), uniform_B))
+    chosen_B = np.asarray(choose(logits_BV, seen_BV, sampling.sampling_params([row] * (size + 1)), uniform_B))
     np.testing.assert_array_equal(chosen_B[: len(order)], order)
     np.testing.assert_array_equal(chosen_B[len(order) :], order[-1])

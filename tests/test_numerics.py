@@ -29,7 +29,7 @@ with train_step.fixed_random_bits():
     adam = optimizer.make(training_config.TrainConfig())
     state = jax.jit(lambda key: train_step.init_state(transformer.Transformer(model), adam, key))(key)
     mask = attention.drop(jnp.ones((5, 7)), 0.5, key)
-words = sampling.key_words(5, (1, 2), 3)
+words = sampling.seed_words(5, (1, 2), 3)
 print(jax.random.key_data(sampling.sample_key(words)).tolist(), float(sampling.uniform(sampling.sample_key(words), 4)))
 print([x.sum().item() for x in jax.tree.leaves(state.params)], mask.tolist())
 """

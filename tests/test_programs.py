@@ -1,4 +1,4 @@
-"""The compiled programs of a step: what XLA made of them."""
+"""The compiled programs: what XLA makes of them, and that updating the cache in place changes no bit."""
 
 import dataclasses
 import functools
@@ -8,11 +8,12 @@ from typing import Any
 
 import fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import carry, decoding, programs
+from hipgpt_jax.generation import decoding, engine
 from hipgpt_jax.model import cache as kv
 
 MODEL = config.ModelConfig(vocab_size=700, max_seq_len=256, embed_dim=96, num_heads=3, ff_hidden_dim=352, num_layers=2)
@@ -26,49 +27,49 @@ def moved(compiled: Any) -> list[int]:
     return [math.prod(map(int, shape.split(","))) for shape in sizes]
 
 
-def made_for(rows: int, model: config.ModelConfig = MODEL, **settings: Any) -> programs.Programs:
-    settings = {"window": model.max_seq_len, "stride": 1, "dtype": "float32", "attention": "xla", **settings}
-    made = programs.Programs(model, rows, platform="cpu", **settings)
+def executables_for(rows: int, model: config.ModelConfig = MODEL, dtype: str = "float32") -> engine.Executables:
+    window = model.max_seq_len
+    made = engine.Executables(model, dtype, window, 1, "xla", engine.backend_for("cpu", model, window, rows))
     made.load(fakes.random_params(model))
     return made
 
 
+def optimized(made: engine.Executables, name: str, **key: int) -> Any:
+    """Returns the optimized HLO of a program."""
+    return made._lower(engine.Program(name, **key)).compile().as_text()
+
+
 @pytest.mark.parametrize("rows", [1, 8])
-def test_steps_copy_no_weights_no_head_and_no_cache_and_write_that_where_it_lies(rows: int) -> None:
-    made = made_for(rows)
-    of_rows, state = carry.blank(rows, MODEL.max_seq_len, MODEL.vocab_size)
-    cache = kv.empty(MODEL, rows, made.sizes, made.dtype)
-    written = 1 if rows == 1 else len(cache)  # a lone row stands in the last part
-    none_B = np.zeros(rows, np.int32)
-    step: Any = made.steps.lower(
-        made.params, of_rows, state, cache[:-written], cache[-written:], none_B, none_B
-    ).compile()
+def test_decoding_copies_no_weights_and_no_cache_and_updates_the_cache_in_place(rows: int) -> None:
+    made = executables_for(rows)
+    blocks = made.blocks(rows, 0, 2)
+    writable = made.split(blocks).writable
+    assert len(writable) == (1 if rows == 1 else 2), "a single slot writes to the last block alone"
+    step = made._lower(engine.Program("decode", blocks=2)).compile()
     assert moved(step), "the pattern finds the small copies there are"
-    assert max(moved(step)) < min(KERNEL, cache[0].keys[0].size)
-    memory = step.memory_analysis()
-    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(cache[-written:]))
+    assert max(moved(step)) < min(KERNEL, blocks[0].keys[0].size)
+    memory: Any = step.memory_analysis()
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(writable))
+    assert cache_bytes <= memory.alias_size_in_bytes < cache_bytes + rows * 10 * 4 * MODEL.vocab_size
     assert memory.temp_size_in_bytes < rows * 10 * 4 * MODEL.vocab_size, "ten rows of logits"
 
 
-def test_a_prompt_is_read_without_the_head() -> None:
-    """Nor is what the last block's feed-forward makes of it: the first step takes in the last token."""
-    made = made_for(2)
-    fill = made.fill.lower(made.params, np.zeros((2, 12), np.int32)).compile().as_text()
+def test_a_prompt_is_prefilled_without_the_head_and_the_last_feed_forward_layer() -> None:
+    """The first step takes in the prompt's last token, and so computes them."""
     logits, hidden = f"[2,{MODEL.vocab_size}]", f"[24,{MODEL.ff_hidden_dim}]"
-    assert fill.count(logits) == 0
-    assert fill.count(hidden) > 0
-    least = made_for(2, dataclasses.replace(MODEL, num_layers=1))
-    assert least.fill.lower(least.params, np.zeros((2, 12), np.int32)).compile().as_text().count(hidden) == 0
-    cache, none_B = kv.empty(MODEL, 2, (64,), "float32"), np.zeros(2, np.int32)
-    step = made.steps.lower(made.params, *carry.blank(2, 256, 700), (), cache, none_B, none_B)
-    assert step.compile().as_text().count(logits) > 0
+    prefill = optimized(executables_for(2), "prefill", rows=2, length=12)
+    assert prefill.count(logits) == 0
+    assert prefill.count(hidden) > 0
+    one_layer = executables_for(2, dataclasses.replace(MODEL, num_layers=1))
+    assert optimized(one_layer, "prefill", rows=2, length=12).count(hidden) == 0
+    assert optimized(one_layer, "decode", blocks=1).count(logits) > 0
 
 
 def test_a_user_s_own_xla_flag_decides() -> None:
-    ((flag, _),) = programs.in_place({}).items()
-    assert programs.in_place({"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}) == {flag: True}
+    ((flag, _),) = engine.in_place_options({}).items()
+    assert engine.in_place_options({"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}) == {flag: True}
     for value in ("true", "false"):
-        assert programs.in_place({"XLA_FLAGS": f"--{flag}={value}"}) == {}
+        assert engine.in_place_options({"XLA_FLAGS": f"--{flag}={value}"}) == {}
 
 
 @pytest.mark.slow
@@ -76,46 +77,54 @@ def test_a_user_s_own_xla_flag_decides() -> None:
     ("rows", "dtype", "most"),
     [(1, "float32", 8), (3, "float32", 4), (1, "float32", 1), (1, "bfloat16", 3), (3, "bfloat16", 1)],
 )
-def test_steps_give_the_bits_of_a_step_that_copies_the_cache(rows: int, dtype: str, most: int) -> None:
-    """XLA must not write a slot before what was in the buffer is read; a row that has no steps left stays as it is."""
-    window, model, rng = 70, dataclasses.replace(MODEL, num_layers=1), np.random.RandomState(rows)
-    made = made_for(rows, model, window=window, dtype=dtype)
-    of_rows, state = carry.blank(rows, window, MODEL.vocab_size, made.device)
-    cache, kept = (kv.empty(model, rows, made.sizes, dtype, made.device) for _ in range(2))
-    expected, length_B, end_B = state, np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
-    plain = jax.jit(functools.partial(decoding.decode_step, made.module, made.params, of_rows))
-    while (longest := int(length_B.max())) < window:
-        live = made.part_of(longest) + 1
-        count = min(most, made.starts[live] - longest)
-        left_B = rng.randint(0, count + 1, rows).astype(np.int32)
-        left_B[length_B.argmax()] = count
-        first = live - 1 if rows == 1 else 0
-        state, own, told = made.steps(made.params, of_rows, state, cache[:first], cache[first:live], left_B, end_B)
-        cache = (*cache[:first], *own, *cache[live:])
+def test_decoding_in_place_gives_the_bits_of_a_step_that_copies_the_cache(rows: int, dtype: str, most: int) -> None:
+    """XLA must not write a slot before its buffer is read; a slot at its limit is left unchanged."""
+    model, rng = dataclasses.replace(MODEL, num_layers=1, max_seq_len=70), np.random.RandomState(rows)
+    made = executables_for(rows, model, dtype)
+    num_blocks = len(made.backend.layout.block_sizes)
+    blocks, expected_blocks = (made.empty_blocks(0, num_blocks) for _ in range(2))
+    state, length_B = made.blank_state()._replace(eos_B=np.full(rows, -1, np.int32)), np.zeros(rows, np.int32)
+    expected = jax.tree.map(jnp.copy, state)
+    plain = jax.jit(functools.partial(decoding.decode_step, made.module, made.params))
+    while (longest := int(length_B.max())) < model.max_seq_len:
+        live, count = made.plan_steps(longest)
+        count = min(most, count)
+        steps_B = rng.randint(0, count + 1, rows).astype(np.int32)
+        steps_B[length_B.argmax()] = count
+        length_B += steps_B
+        cache = made.split(blocks[:live])
+        limited = state._replace(limit_B=length_B, cache=cache._replace(frozen=()))
+        state, output = made.run(engine.Program("decode", blocks=live), made.params, limited, cache.frozen)
+        blocks = (*cache.frozen, *state.cache.writable, *blocks[live:])
         for index in range(count):
-            expected, parts = plain(expected, kept[:live], live_B=index < left_B)
-            kept = (*parts, *kept[live:])
-            np.testing.assert_array_equal(told.logits_BV[index], expected.logits_BV)
-        length_B += left_B
-    jax.tree.map(np.testing.assert_array_equal, (state, cache), (expected, kept))
+            limit_B = length_B - steps_B + np.minimum(steps_B, index + 1)
+            expected = expected._replace(limit_B=limit_B, cache=kv.Cache((), expected_blocks[:live]))
+            active_B = np.asarray(decoding.is_active(expected))
+            expected, one = plain(expected)
+            expected_blocks = (*expected.cache.writable, *expected_blocks[live:])
+            np.testing.assert_array_equal(output.logits_BV[index][active_B], one.logits_BV[active_B])
+    for now, then in zip(
+        jax.tree.leaves((state[4:-1], blocks)), jax.tree.leaves((expected[4:-1], expected_blocks)), strict=True
+    ):
+        np.testing.assert_array_equal(now, then)
 
 
-def test_a_row_ends_with_its_end_token_and_the_others_go_on() -> None:
-    made = made_for(2, dataclasses.replace(MODEL, num_layers=1))
-    of_rows, start = carry.blank(2, MODEL.max_seq_len, MODEL.vocab_size, made.device)
+@pytest.mark.slow
+def test_a_replica_s_slot_that_ends_takes_no_further_step_and_the_others_go_on() -> None:
+    made = executables_for(2, dataclasses.replace(MODEL, num_layers=1))
 
-    def steps(left_B: list[int], end_B: list[int]) -> tuple[carry.State, np.ndarray]:
-        cache = made.empty(2, made.sizes[:1])
-        arguments = of_rows, start, (), cache, np.array(left_B, np.int32), np.array(end_B, np.int32)
-        state, _, told = made.steps(made.params, *arguments)
-        return state, np.asarray(told.token_B)
+    def decode(limits: list[int], ends: list[int]) -> tuple[decoding.DecodeState, np.ndarray]:
+        state = made.blank_state()._replace(limit_B=np.array(limits, np.int32), eos_B=np.array(ends, np.int32))
+        state = state._replace(cache=kv.Cache((), made.empty_blocks(0, 1)))
+        state, output = made.run(engine.Program("decode", blocks=1), made.params, state, ())
+        return state, np.asarray(output.token_B)
 
-    whole, token_TB = steps([4, 4], [-1, -1])
-    assert whole.index_B.tolist() == [4, 4]
+    whole, token_TB = decode([4, 4], [-1, -1])
+    assert whole.num_sampled_B.tolist() == [4, 4]
     end = int(token_TB[1, 0])
-    assert end not in token_TB[[0, 2, 3], 0], "the first row draws it once"
-    state, told_TB = steps([4, 3], [end, -1])
-    assert state.index_B.tolist() == state.length_B.tolist() == [2, 3]
+    assert end not in token_TB[[0, 2, 3], 0], "the first slot samples it once"
+    state, output_TB = decode([4, 3], [end, -1])
+    assert state.num_sampled_B.tolist() == state.length_B.tolist() == [2, 3]
     assert state.token_B.tolist() == [end, token_TB[2, 1]]
-    np.testing.assert_array_equal(told_TB[:2], token_TB[:2])
-    assert told_TB[3].tolist() == [0, 0], "no fourth step is taken, as no row goes on"
+    np.testing.assert_array_equal(output_TB[:2], token_TB[:2])
+    assert output_TB[3].tolist() == [0, 0], "no fourth step is taken, as no slot is active"

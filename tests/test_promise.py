@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import batch, events, sampler
+from hipgpt_jax.generation import engine, requests, scheduler
 
 pytestmark = pytest.mark.gpu
 
@@ -32,20 +32,20 @@ NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repeti
 SETTINGS = fakes.examples(25)
 
 
-def sampler_of(width: int, stride: int, dtype: str = "float32") -> sampler.Sampler:
+def scheduler_of(width: int, stride: int, dtype: str = "float32") -> scheduler.Scheduler:
     others: dict[str, Any] = {"width": width} if width > 1 else {}
     if stride > 1:
         others |= {"window": 11, "window_stride": stride}
-    return fakes.make_sampler(**others, **({"dtype": dtype} if dtype != "float32" else {}))
+    return fakes.make_scheduler(**others, **({"dtype": dtype} if dtype != "float32" else {}))
 
 
 @functools.cache
-def alone(width: int, stride: int, request: events.Request, dtype: str = "float32") -> list[int]:
+def alone(width: int, stride: int, request: requests.Request, dtype: str = "float32") -> list[int]:
     """The tokens of a request that nothing else runs beside."""
-    return fakes.tokens_of(sampler_of(width, stride, dtype), [request])[0]
+    return fakes.tokens_of(scheduler_of(width, stride, dtype), [request])[0]
 
 
-def requests() -> st.SearchStrategy[events.Request]:
+def any_request() -> st.SearchStrategy[requests.Request]:
     return st.builds(
         fakes.request,
         st.integers(1, 14).map(fakes.prompt),
@@ -60,28 +60,28 @@ def requests() -> st.SearchStrategy[events.Request]:
     )
 
 
-def longer(request: events.Request, more: int) -> events.Request:
+def longer(request: requests.Request, more: int) -> requests.Request:
     generation = dataclasses.replace(request.generation, num_tokens=request.generation.num_tokens + more)
     return dataclasses.replace(request, generation=generation)
 
 
 @pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
 @SETTINGS
-@hypothesis.given(st.lists(requests(), min_size=1, max_size=7), st.randoms())
+@hypothesis.given(st.lists(any_request(), min_size=1, max_size=7), st.randoms())
 def test_sample_is_the_same_alone_and_in_any_company_and_order(
-    width: int, stride: int, dtype: str, wanted: list[events.Request], random: Any
+    width: int, stride: int, dtype: str, wanted: list[requests.Request], random: Any
 ) -> None:
     wanted = [*wanted, random.choice(wanted)]
     random.shuffle(wanted)
-    drawn = fakes.tokens_of(sampler_of(width, stride, dtype), wanted)
+    drawn = fakes.tokens_of(scheduler_of(width, stride, dtype), wanted)
     assert drawn == [alone(width, stride, one, dtype) for one in wanted]
 
 
 @pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
 @SETTINGS
-@hypothesis.given(requests(), st.integers(0, 40))
+@hypothesis.given(any_request(), st.integers(0, 40))
 def test_first_tokens_of_a_longer_run_are_the_shorter_run(
-    width: int, stride: int, dtype: str, request_: events.Request, more: int
+    width: int, stride: int, dtype: str, request_: requests.Request, more: int
 ) -> None:
     short = alone(width, stride, request_, dtype)
     longest = alone(width, stride, longer(request_, more), dtype)
@@ -106,7 +106,7 @@ def test_samples_differ_by_prompt_seed_index_and_place() -> None:
 @pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
 def test_streams_may_be_read_by_turns_and_left(width: int, stride: int, dtype: str) -> None:
     """Two streams of one sampler, an event of each in turn, beside a third that nobody finishes."""
-    source = sampler_of(width, stride, dtype)
+    source = scheduler_of(width, stride, dtype)
     groups = [[fakes.request(fakes.prompt(n + k), num_tokens=20, sample=n) for k in range(width)] for n in (2, 8)]
     left = source.run(groups[0])
     next(left)
@@ -121,9 +121,9 @@ def test_streams_may_be_read_by_turns_and_left(width: int, stride: int, dtype: s
 
 def test_tokens_come_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a token is yielded, at most the next one is under way."""
-    source, steps = sampler_of(1, 1), []
-    step = batch.Batch.step
-    monkeypatch.setattr(batch.Batch, "step", lambda *args: steps.append(1) or step(*args))
+    source, steps = scheduler_of(1, 1), []
+    step = engine.Engine.decode
+    monkeypatch.setattr(engine.Engine, "decode", lambda *args: steps.append(1) or step(*args))
     for drawn, event in enumerate(source.run([fakes.request(num_tokens=30)])):
         assert len(steps) <= (drawn + 2 if drawn else 1)
         assert event.token is not None or drawn == 30
@@ -137,7 +137,7 @@ def test_another_sampler_gives_the_same_and_compiles_for_one_group_alone() -> No
     nor a last partial group.
     """
     params = jax.tree.map(np.copy, fakes.random_params(fakes.MODEL))
-    fresh = sampler.Sampler(fakes.MODEL, params, config.DecodingConfig(window=11, width=3))
+    fresh = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11, width=3))
     first = [fakes.request(fakes.prompt(n), num_tokens=10) for n in (3, 10, 4)]
     drawn = fakes.tokens_of(fresh, first)
     settings: list[dict[str, Any]] = [
@@ -191,7 +191,7 @@ GOLDEN: list[tuple[dict[str, Any], list[int]]] = [
 @pytest.mark.parametrize("width", [1, 3])
 def test_golden_tokens(width: int) -> None:
     wanted = [fakes.request(**{"num_tokens": 24, **arguments}) for arguments, _ in GOLDEN]
-    assert fakes.tokens_of(sampler_of(width, 1), wanted) == [tokens for _, tokens in GOLDEN]
+    assert fakes.tokens_of(scheduler_of(width, 1), wanted) == [tokens for _, tokens in GOLDEN]
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_another_process_gives_the_same_whatever_the_environment_says_of_numbers
     lengths = (6, 2, 9)
     program = (
         f"import fakes, json; wanted = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in {lengths}];"
-        "print(json.dumps(fakes.tokens_of(fakes.make_sampler(" + repr(platform) + "), wanted)))"
+        "print(json.dumps(fakes.tokens_of(fakes.make_scheduler(" + repr(platform) + "), wanted)))"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(

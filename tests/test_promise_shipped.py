@@ -1,6 +1,7 @@
 """The clauses of the promise for a run of real size, the one in the package: records equal to the last digit."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 import hipgpt_jax
 from hipgpt_jax import config
-from hipgpt_jax.generation import carry, lane, waiting
+from hipgpt_jax.generation import engine
 from hipgpt_jax.records import record
 
 pytestmark = pytest.mark.gpu
@@ -65,21 +66,23 @@ def test_a_sample_is_the_same_alone_and_in_any_company(
         assert [drawn(one) for one in run.generate(prompts, num_tokens=30)] == [alone[prompt] for prompt in prompts]
 
 
-def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
+def test_logits_are_bit_identical_at_one_batch_size_whatever_the_other_slots_hold(
     wide: hipgpt_jax.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The logits themselves, at every step, in each row: beside prompts of other lengths, other settings, itself."""
-    seen: dict[int, list[np.ndarray]] = {}
-    facts_of = lane.Lane._facts
+    """The logits themselves, at every step, in each slot: beside prompts of other lengths, other settings, itself."""
+    decoded: list[engine.Decoded] = []
+    decode = engine.Engine.decode
 
-    def listen(self: lane.Lane, told: carry.Told, rows: dict[int, tuple[waiting.Sample, int, bool]]) -> Any:
-        logits_TBV = np.asarray(told.logits_BV)
-        logits_TBV = logits_TBV.reshape(-1, *logits_TBV.shape[-2:])
-        for place, (sample, count, _) in rows.items():
-            seen.setdefault(sample.index, []).extend(logits_TBV[:count, place])
-        return facts_of(self, told, rows)
+    def listen(self: engine.Engine, limits: Mapping[int, int]) -> list[engine.Decoded]:
+        decoded.extend(found := decode(self, limits))
+        return found
 
-    monkeypatch.setattr(lane.Lane, "_facts", listen)
+    def logits_of(slot: int) -> np.ndarray:
+        """The 25 steps of a slot; nothing takes it before the other requests, of 60 tokens, have ended."""
+        rows = [np.asarray(each.output.logits_BV)[: each.counts[slot], slot] for each in decoded if slot in each.counts]
+        return np.concatenate(rows)
+
+    monkeypatch.setattr(engine.Engine, "decode", listen)
     (ask,) = wide.files.resolve_all(
         [hipgpt_jax.Prompt(text=PROMPTS[0])],
         config.SamplingConfig(),
@@ -90,15 +93,15 @@ def test_logits_are_bit_identical_at_one_width_whatever_the_companions(
         config.SamplingConfig(temperature=0.4, top_k=0),
         config.GenerationConfig(num_tokens=60, seed=9),
     )
-    (job,), rest = list(wide.jobs([ask])), list(wide.jobs(others))
-    told = {}
-    for row, jobs in enumerate(([job], [rest[2], job], [rest[2], rest[0], job, rest[3]], [rest[1], job, job, job])):
-        seen.clear()
-        list(wide.make(jobs, measure=True))
-        told[row] = np.stack(seen[jobs.index(job)])
-        assert len(told[row]) == 25
-    for other in told.values():
-        np.testing.assert_array_equal(told[0], other)
+    (own,), rest = list(wide.requests([ask])), list(wide.requests(others))
+    logits = []
+    for slot, samples in enumerate(([own], [rest[2], own], [rest[2], rest[0], own, rest[3]], [rest[1], own, own, own])):
+        decoded.clear()
+        list(wide.outputs(samples))
+        logits.append(logits_of(samples.index(own)))
+        assert len(logits[slot]) == 25
+    for other in logits[1:]:
+        np.testing.assert_array_equal(logits[0], other)
 
 
 @pytest.mark.slow

@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import facts, sampling
+from hipgpt_jax.generation import logprobs, sampling
 from hipgpt_jax.records import rounding
 
 ROWS = 32
@@ -30,13 +31,13 @@ class Drawn(NamedTuple):
 
 
 @jax.jit
-def _choose(logits_BV: Any, seen_BV: Any, row: sampling.Settings, uniform_B: Any) -> tuple[Any, Any]:
-    choice = sampling.choose(logits_BV, seen_BV, row, uniform_B)
-    return choice.token_B, facts.numbers(logits_BV, choice)
+def _choose(logits_BV: Any, seen_BV: Any, row: sampling.SamplingParams, uniform_B: Any) -> tuple[Any, Any]:
+    choice = sampling.sample(logits_BV, seen_BV, row, uniform_B)
+    return choice.token_B, jnp.stack([x.astype(jnp.float32) for x in logprobs.token_stats(logits_BV, *choice)], axis=1)
 
 
 def choose(logits_BV: np.ndarray, seen_BV: np.ndarray, row: config.SamplingConfig, uniform_B: np.ndarray) -> Drawn:
-    rows = sampling.settings([row] * ROWS)
+    rows = sampling.sampling_params([row] * ROWS)
     token_B, numbers_B4 = _choose(logits_BV.astype(np.float32), seen_BV, rows, uniform_B.astype(np.float32))
     return Drawn(np.asarray(token_B), np.asarray(numbers_B4, np.float64))
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from hipgpt_jax import config
 from hipgpt_jax.generation import sampling
 
-# One candidate, fewer than `candidates.ON_CPU`, exactly as many, and more: every branch of `choose` runs.
+# One candidate, fewer than `topk._CPU_BUCKETS`, exactly as many, and more: every branch of `choose` runs.
 SIZES = (1, 2, 7, 16, 17, 128, 129, 300)
 LAST = 1 - 2**-24
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
-choose = jax.jit(lambda *args: sampling.choose(*args).token_B)
+choose = jax.jit(lambda *args: sampling.sample(*args).token_B)
 
 
 def choices(logits_V: np.ndarray, uniforms: Any, **settings: Any) -> np.ndarray:
@@ -28,7 +28,7 @@ def choices(logits_V: np.ndarray, uniforms: Any, **settings: Any) -> np.ndarray:
     uniform_B = np.asarray(uniforms, np.float32)
     rows = [config.SamplingConfig(**{**NEUTRAL, **settings})] * len(uniform_B)
     logits_BV = np.tile(logits_V.astype(np.float32), (len(uniform_B), 1))
-    return np.asarray(choose(logits_BV, np.zeros_like(logits_BV, bool), sampling.settings(rows), uniform_B))
+    return np.asarray(choose(logits_BV, np.zeros_like(logits_BV, bool), sampling.sampling_params(rows), uniform_B))
 
 
 def acceptable(logits_V: np.ndarray, seen_V: np.ndarray, row: config.SamplingConfig, uniform: float) -> set[int]:
@@ -92,7 +92,7 @@ def test_choice_is_that_of_the_definition(
     case: tuple[np.ndarray, np.ndarray], row: config.SamplingConfig, uniform: float
 ) -> None:
     logits_V, seen_V = case
-    chosen = choose(logits_V[None], seen_V[None], sampling.settings([row]), np.asarray([uniform], np.float32))
+    chosen = choose(logits_V[None], seen_V[None], sampling.sampling_params([row]), np.asarray([uniform], np.float32))
     assert chosen.dtype == jnp.int32
     assert int(chosen[0]) in acceptable(logits_V, seen_V, row, uniform)
 
@@ -145,11 +145,13 @@ def test_extreme_temperatures_choose_as_their_limits(size: int) -> None:
 @pytest.mark.parametrize("temperature", [3.5e38, 1e39, 1e308])
 def test_a_temperature_beyond_float32_draws_uniformly(temperature: float) -> None:
     """Warnings are errors here: NumPy's conversion warned of an overflow."""
-    row = sampling.settings([config.SamplingConfig(temperature=temperature, top_k=4, top_p=1, repetition_penalty=1)])
+    row = sampling.sampling_params(
+        [config.SamplingConfig(temperature=temperature, top_k=4, top_p=1, repetition_penalty=1)]
+    )
     logits = jnp.array([[0.0, 30.0, 10.0, 20.0, -5.0]])
     seen = jnp.zeros(logits.shape, bool)
     drawn = [
-        int(sampling.choose(logits, seen, row, jnp.array([u], jnp.float32)).token_B[0]) for u in (0.1, 0.3, 0.6, 0.9)
+        int(sampling.sample(logits, seen, row, jnp.array([u], jnp.float32)).token_B[0]) for u in (0.1, 0.3, 0.6, 0.9)
     ]
     assert drawn == [1, 3, 2, 0]
 
@@ -185,7 +187,7 @@ def test_top_k_0_is_all_is_more_than_all(size: int) -> None:
 
 def test_top_p_1_keeps_a_tail_that_is_lost_in_the_sum() -> None:
     cumulative_BK = np.asarray([[1, 1, 1, 1], [1, 1 + 2**-20, 1 + 2**-19, 1 + 2**-19]], np.float32)
-    count = jax.jit(sampling.count_top_p)
+    count = jax.jit(sampling.num_top_p)
     np.testing.assert_array_equal(count(cumulative_BK, np.asarray([4, 3]), np.ones(2, np.float32)), [4, 3])
     almost_B = np.full(2, 1 - 2**-24, np.float32)
     np.testing.assert_array_equal(count(cumulative_BK, np.asarray([4, 3]), almost_B), [1, 3])
@@ -198,7 +200,7 @@ def test_top_p_1_keeps_a_tail_that_is_lost_in_the_sum() -> None:
 def test_drawn_frequencies_are_the_softmax() -> None:
     """Pearson's statistic of 20,000 draws stays below a bound that chance exceeds once in a million."""
     n, logits_V = 20_000, np.linspace(1.5, -1.5, 12)[np.random.RandomState(0).permutation(12)]
-    key = sampling.sample_key(sampling.key_words(3, (1, 2), 0))
+    key = sampling.sample_key(sampling.seed_words(3, (1, 2), 0))
     uniform_B = np.asarray(jax.jit(jax.vmap(sampling.uniform, (None, 0)))(key, jnp.arange(n)))
     assert np.all((uniform_B >= 0) & (uniform_B < 1))
     np.testing.assert_array_equal(uniform_B * 2.0**24 % 1, 0)
@@ -235,15 +237,15 @@ def test_choice_depends_on_no_companion(own: dict[str, Any]) -> None:
             configs[row] = config.SamplingConfig(**{**NEUTRAL, **own})
             logits_BV, uniform_B = rng.normal(0, 3, (width, V)).astype(np.float32), rng.rand(width).astype(np.float32)
             logits_BV[row], uniform_B[row] = logits_V, uniform
-            chosen.add(int(choose(logits_BV, seen_BV, sampling.settings(configs), uniform_B)[row]))
+            chosen.add(int(choose(logits_BV, seen_BV, sampling.sampling_params(configs), uniform_B)[row]))
         assert len(chosen) == 1
 
 
 def test_no_setting_and_no_number_compiles_again() -> None:
-    fresh, rng = jax.jit(lambda *args: sampling.choose(*args).token_B), np.random.RandomState(0)
+    fresh, rng = jax.jit(lambda *args: sampling.sample(*args).token_B), np.random.RandomState(0)
     counts = []
     for row in ({}, {"temperature": 0.0}, {"top_k": 7}, {"top_k": 2**31}, {"top_p": 0.3}, {"repetition_penalty": 2.0}):
-        settings = sampling.settings([config.SamplingConfig(**{**NEUTRAL, **row})])
+        settings = sampling.sampling_params([config.SamplingConfig(**{**NEUTRAL, **row})])
         logits_BV, uniform_B = rng.normal(size=(1, 300)).astype(np.float32), rng.rand(1).astype(np.float32)
         with fakes.compilations() as compiled:
             fresh(logits_BV, logits_BV > 1, settings, uniform_B)
@@ -270,6 +272,6 @@ def test_golden_keys_and_uniform_numbers_under_any_setting_of_jax(
     of: tuple[int, tuple[int, ...], int], words: list[int], numbers: list[int], impl: str, partitionable: bool
 ) -> None:
     with jax.threefry_partitionable(partitionable), jax.default_prng_impl(impl):
-        key = sampling.sample_key(sampling.key_words(*of))
+        key = sampling.sample_key(sampling.seed_words(*of))
         assert jax.random.key_data(key).tolist() == words
         assert [float(sampling.uniform(key, jnp.asarray(t))) * 2**24 for t in (0, 1, 2, 1000)] == numbers

@@ -219,7 +219,7 @@ def decode_of(model: transformer.Transformer) -> Callable[..., Any]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_in_half_precision_keeps_softmax_and_logits_in_float32(params: dict[str, Any], dtype: str) -> None:
     model = transformer.Transformer(MODEL, dtype)
-    cache = kv.empty(MODEL, 2, (4, 4), dtype)
+    cache = kv.empty(kv.Layout((4, 4)).shapes(MODEL, 2, dtype))
     narrow = parameters.cast(params, dtype)
     program = jax.make_jaxpr(decode_of(model))(narrow, jnp.asarray([1, 2]), cache, jnp.asarray([3, 5]))
     taken: dict[str, set[str]] = {}
@@ -255,10 +255,13 @@ def test_exact_products_are_in_the_type_whatever_jax_is_set_to(
     params: dict[str, Any], dtype: str, precision: str
 ) -> None:
     """A setting of the environment would change tokens on a GPU, and TF32 be taken for float32."""
-    model = transformer.Transformer(MODEL, dtype, exact=True)
+    model = transformer.Transformer(MODEL, dtype, full_precision=True)
     tokens_1T, length_1 = TOKENS_BT[:1], jnp.asarray([T])
     programs = {
-        "decode": (decode_of(model), (jnp.asarray([1]), kv.empty(MODEL, 1, (4,), dtype), jnp.asarray([3]))),
+        "decode": (
+            decode_of(model),
+            (jnp.asarray([1]), kv.empty(kv.Layout((4,)).shapes(MODEL, 1, dtype)), jnp.asarray([3])),
+        ),
         "prefill": (lambda params, *a: model.bind({"params": params}).prefill(*a), (tokens_1T, length_1)),
         "forward": (lambda params, a: model.bind({"params": params})(a, dropout=0.0), (tokens_1T,)),
     }

@@ -18,7 +18,7 @@ from hipgpt_jax.runs import loading
 from hipgpt_jax.text import tokenizer
 
 if TYPE_CHECKING:
-    from hipgpt_jax.generation import samples
+    from hipgpt_jax.generation import requests
     from hipgpt_jax.records import comparison
 
 SUMMARY = """Regenerate the samples of a record file and compare them token by token: ids, text, log-probabilities,
@@ -185,19 +185,19 @@ def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[
     waiting: collections.deque[_Entry] = collections.deque()
     skipped: list[str] = []
 
-    def jobs() -> "Iterator[samples.Job]":
+    def samples() -> "Iterator[requests.Request]":
         for entry in entries:
             assert entry.recorded is not None
             try:
-                job = run.job_of(entry.recorded)
+                request = run.request_of(entry.recorded)
             except ValueError as error:
                 skipped.append(tally.skip(entry.name, error))
                 continue
             waiting.append(entry)
-            yield job
+            yield request
 
     try:
-        for found in run.records_of(jobs()):
+        for found in run.records_of(samples()):
             yield from skipped
             skipped.clear()
             entry = waiting.popleft()

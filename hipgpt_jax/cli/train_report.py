@@ -160,18 +160,18 @@ def _sampling(
     engines: list[Any] = []
 
     def sample(at: int, params: Any) -> None:
-        from hipgpt_jax.generation import events, sampler
+        from hipgpt_jax.generation import requests, scheduler
 
         if not engines:
-            engines.append(sampler.Sampler(job.model, params, config.DecodingConfig()))
+            engines.append(scheduler.Scheduler(job.model, params, config.DecodingConfig()))
         engines[0].load(params)
-        request = events.Request(
+        request = requests.Request(
             prompt_ids=tuple(vocabulary.encode(train_flags.SAMPLE_PROMPT.value)),
             sample=0,
             generation=config.GenerationConfig(num_tokens=_SAMPLE_TOKENS, seed=job.train.seed),
             sampling=config.SamplingConfig(),
         )
-        ids = [event.token for event in engines[0].run([request]) if event.token is not None]
+        ids = [output.token for output in engines[0].run([request]) if output.token is not None]
         text = vocabulary.decode([*request.prompt_ids, *ids])
         log(f"[Step {at}] Sample: {text!r}")
         if event_file:

@@ -15,7 +15,7 @@ from hipgpt_jax.cli import program
 from hipgpt_jax.records import writer
 
 if TYPE_CHECKING:
-    from hipgpt_jax.generation import samples
+    from hipgpt_jax.generation import requests
     from hipgpt_jax.records import planning
     from hipgpt_jax.runs import loading
 
@@ -85,7 +85,7 @@ def write(
         stream: Whether each token is written there at once.
         echo: Whether the prompt stands before its text.
     """
-    from hipgpt_jax.generation import events
+    from hipgpt_jax.generation import requests
 
     if isinstance(out, writer.RecordFile):
         if plan.left < plan.samples:
@@ -96,12 +96,12 @@ def write(
             )
     clock, cut = _Clock(load=run.load_seconds, programs=compilation.Compilations()), _Cut(run.files.window)
     with _progress(plan.left, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
-        jobs = run.jobs(cut.noted(plan))
-        updates = _recorded(run, run.make(jobs, measure=out is not None), out, clock, advance)
+        samples = run.requests(cut.noted(plan))
+        outputs = _recorded(run, run.outputs(samples, measure=out is not None), out, clock, advance)
         if shows_text:
-            _write_text(events.in_order(updates), stream=stream, echo=echo)
+            _write_text(requests.in_order(outputs), stream=stream, echo=echo)
         else:
-            for _ in updates:
+            for _ in outputs:
                 pass
     if cut.count > 1:
         program.note(f"{cut.count} of {plan.prompts} prompts are longer than the window, of which the end was read")
@@ -145,17 +145,17 @@ class _Clock:
     errors: int = 0
     last_error: str = ""
 
-    def count(self, update: "samples.Update") -> None:
-        if update.drew:
+    def count(self, output: "requests.Output") -> None:
+        if output.token is not None:
             self.last_token = time.perf_counter() - self.began
             if not self.tokens:
                 self.first_token, self.first_programs = self.last_token, str(self.programs)
             self.tokens += 1
-        if update.finish_reason is not None:
+        if output.finish_reason is not None:
             self.samples += 1
-        if update.finish_reason == "error":
+        if output.finish_reason == "error":
             self.errors += 1
-            self.last_error = str(update.sample.error)
+            self.last_error = str(output.sequence.error)
 
     def summary(self) -> str:
         facts = [f"loaded in {self.load:.2f} s"]
@@ -170,16 +170,16 @@ class _Clock:
 
 def _recorded(
     run: api.Run,
-    updates: "Iterable[samples.Update]",
+    outputs: "Iterable[requests.Output]",
     out: writer.RecordFile | TextIO | None,
     clock: _Clock,
     advance: Callable[[_Clock], None],
-) -> "Iterator[samples.Update]":
-    """Passes updates on and, where a sample has ended, writes its record first."""
-    for update in updates:
-        clock.count(update)
-        if update.finish_reason is not None and out is not None:
-            made = run.recorder.build(update.sample)
+) -> "Iterator[requests.Output]":
+    """Passes outputs on and, where a sample has ended, writes its record first."""
+    for output in outputs:
+        clock.count(output)
+        if output.finish_reason is not None and out is not None:
+            made = run.recorder.build(output.sequence)
             if isinstance(out, writer.RecordFile):
                 out.append(made)
             else:
@@ -187,16 +187,16 @@ def _recorded(
                 out.buffer.write(made.to_json().encode() + b"\n")  # UTF-8, whatever the terminal's encoding
                 out.buffer.flush()
         advance(clock)
-        yield update
+        yield output
 
 
-def _write_text(updates: "Iterable[samples.Update]", *, stream: bool, echo: bool) -> None:
+def _write_text(outputs: "Iterable[requests.Output]", *, stream: bool, echo: bool) -> None:
     begun = False
-    for update in updates:
+    for output in outputs:
         if not begun and echo:
-            sys.stdout.write(program.displayable(update.sample.job.prompt))
-        sys.stdout.write(program.displayable(update.text))
-        begun = update.finish_reason is None
+            sys.stdout.write(program.displayable(output.sequence.request.prompt))
+        sys.stdout.write(program.displayable(output.text))
+        begun = output.finish_reason is None
         if not begun:
             sys.stdout.write("\n")
         if stream:

@@ -1,201 +1,299 @@
-"""The decode step, and the window it rolls: pure functions from state to state.
+"""Prefill, the decode step and the rolling window: pure functions of a model, its parameters and a state.
 
-A state is a batch of rows that never affect one another. A row's slots and positions are counted
-from its own first token, so its arithmetic is the same in any company.
+A state is a batch of slots that never affect one another. A slot's positions are counted from its own first token, so
+its arithmetic is the same whatever the other slots hold.
 """
 
 import functools
-import itertools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hipgpt_jax.generation import candidates, carry, facts, sampling
+from hipgpt_jax import config
+from hipgpt_jax.generation import logprobs, sampling, topk
 from hipgpt_jax.model import cache as kv
+from hipgpt_jax.model import parameters
 
 if TYPE_CHECKING:
     from hipgpt_jax.model import transformer
 
-_Carried = tuple[jax.Array, carry.State, tuple[kv.Cache, ...], carry.Told]  # from step to step
+_Tree = TypeVar("_Tree")
+NO_CACHE = kv.Cache((), ())
 
 
-def read(
+class DecodeState(NamedTuple):
+    """State of a batch of slots: parameters of each slot, its rolling context buffer, and the KV cache.
+
+    Attributes:
+        key_B2: Raw threefry keys of the samples, uint32 ``[B, 2]``.
+        params: Sampling settings.
+        eos_B: The id that ends each slot's sample, -1 for none.
+        limit_B: Tokens that each slot may have sampled before it pauses.
+        num_sampled_B: Tokens sampled so far, including the newest.
+        token_B: The newest token, sampled or the last of the prompt, which is not in the context yet; -1 after logits
+            that are not finite.
+        length_B: Tokens in the context.
+        context_BS: The context: ids from slot 0 on, zeros at and beyond ``length``.
+        seen_BV: Whether each token occurs in the prompt or the output, except for the newest token.
+        cache: Keys and values of the context.
+    """
+
+    key_B2: jax.Array
+    params: sampling.SamplingParams
+    eos_B: jax.Array
+    limit_B: jax.Array
+    num_sampled_B: jax.Array
+    token_B: jax.Array
+    length_B: jax.Array
+    context_BS: jax.Array
+    seen_BV: jax.Array
+    cache: kv.Cache
+
+
+class StepOutput(NamedTuple):
+    """Output of a step, arrays ``[B, ...]``, or of several steps, ``[T, B, ...]``; undefined for paused slots.
+
+    Attributes:
+        token_B: The sampled tokens; -1 if a slot's logits are not finite.
+        stats: Their statistics.
+        logits_BV: The logits that they were sampled from.
+    """
+
+    token_B: jax.Array
+    stats: logprobs.TokenStats
+    logits_BV: jax.Array
+
+
+_Carried = tuple[jax.Array, DecodeState, StepOutput]  # step, state, outputs
+
+
+def blank_state(B: int, W: int, V: int) -> DecodeState:
+    """Returns unused slots as NumPy arrays, without a cache."""
+    zero_B: Any = np.zeros(B, np.int32)
+    context_BS: Any = np.zeros((B, W), np.int32)
+    seen_BV: Any = np.zeros((B, V), bool)
+    key_B2: Any = np.zeros((B, 2), np.uint32)
+    params = sampling.sampling_params([config.SamplingConfig()] * B)
+    return DecodeState(key_B2, params, zero_B, zero_B, zero_B, zero_B, zero_B, context_BS, seen_BV, NO_CACHE)
+
+
+def initial_state(
+    key_12: jax.Array,
+    prompt_ids: Sequence[int],
+    settings: config.SamplingConfig,
+    eos_id: int,
+    *,
+    W: int,
+    V: int,
+) -> DecodeState:
+    """Returns one slot whose context, all of the prompt but its last token, is prefilled, without its cache.
+
+    Args:
+        key_12: The sample's key.
+        prompt_ids: All ids of the prompt; the context holds the last ``W`` of them but the newest.
+        settings: How tokens are chosen.
+        eos_id: The id that ends the sample, -1 for none.
+        W: Window.
+        V: Size of the vocabulary.
+    """
+    *context, token = prompt_ids[-W:]
+    blank = blank_state(1, W, V)
+    context_1S, seen_1V = np.array(blank.context_BS), np.array(blank.seen_BV)
+    context_1S[0, : len(context)] = context
+    seen_1V[0, list(prompt_ids)] = True
+    of_slot: Any = {
+        "eos_B": np.array([eos_id], np.int32),
+        "token_B": np.array([token], np.int32),
+        "length_B": np.array([len(context)], np.int32),
+        "context_BS": context_1S,
+        "seen_BV": seen_1V,
+    }
+    return blank._replace(key_B2=key_12, params=sampling.sampling_params([settings]), **of_slot)
+
+
+def prefill(
     model: "transformer.Transformer",
-    params: Any,
+    params: parameters.Params,
     context_BT: jax.Array,
     length_B: jax.Array,
-    *,
-    sizes: tuple[int, ...],
-    stacked: bool = False,
-) -> tuple[jax.Array, tuple[kv.Cache, ...]]:
-    """Reads contexts from their start.
+    layout: kv.Layout,
+) -> tuple[jax.Array, tuple[kv.Block, ...]]:
+    """Computes the KV cache of contexts, and the logits of the token after each.
 
     Args:
         model: The model.
         params: Its parameters.
-        context_BT: Ids, padded behind each row's length to one ``T``. Changing that compiles again.
+        context_BT: Ids, padded behind each row's length to a common ``T``. Changing ``T`` recompiles.
         length_B: Tokens of each context, at least 1.
-        sizes: Slots of each part of the cache.
-        stacked: Whether all layers of it are one array.
+        layout: Division of the cache into blocks.
 
     Returns:
-        Logits ``[B, V]`` of the next token, and those parts of the cache that hold one of ``T`` tokens.
+        Logits ``[B, V]``, and the blocks that hold any of the first ``T`` slots.
     """
-    logits_BV, new = model.bind({"params": params}).prefill(context_BT, length_B)
-    return logits_BV, kv.split(kv.stack(new) if stacked else new, kv.holding(sizes, context_BT.shape[1]))
+    logits_BV, block = model.bind({"params": params}).prefill(context_BT, length_B)
+    return logits_BV, layout.split(block)
 
 
-def fill(
-    model: "transformer.Transformer", params: Any, context_BT: jax.Array, *, sizes: tuple[int, ...], stacked: bool
-) -> tuple[kv.Cache, ...]:
-    """Returns the cache that ``read`` does; what the last block and the head make of it is not computed."""
-    length_B = jnp.ones(len(context_BT), jnp.int32)
-    return read(model, params, context_BT, length_B, sizes=sizes, stacked=stacked)[1]
-
-
-@functools.partial(jax.jit, static_argnames="search")
-def draw(
-    rows: carry.Rows, state: carry.State, logits_BV: jax.Array, search: candidates.Search | None = None
-) -> carry.State:
-    """Draws the next token of each row from its logits; -1 where its numbers are not finite."""
-    key_B = jax.random.wrap_key_data(rows.key_B2, impl="threefry2x32")
-    uniform_B = jax.vmap(sampling.uniform)(key_B, state.index_B)
-    choice = sampling.choose(logits_BV, state.seen_BV, rows.settings, uniform_B, search)
-    numbers_B4 = facts.numbers(logits_BV, choice)
-    token_B = jnp.where(jnp.isfinite(numbers_B4[:, 0]), choice.token_B, -1)
-    return state._replace(index_B=state.index_B + 1, token_B=token_B, numbers_B4=numbers_B4, logits_BV=logits_BV)
+def prefill_cache(
+    model: "transformer.Transformer", params: parameters.Params, context_BT: jax.Array, layout: kv.Layout
+) -> tuple[kv.Block, ...]:
+    """Returns the KV cache of contexts alone; XLA drops the last block's feed-forward layer and the head."""
+    return prefill(model, params, context_BT, jnp.ones(len(context_BT), jnp.int32), layout)[1]
 
 
 def decode_step(
-    model: "transformer.Transformer",
-    params: Any,
-    rows: carry.Rows,
-    state: carry.State,
-    cache: tuple[kv.Cache, ...],
-    *,
-    before: tuple[kv.Cache, ...] = (),
-    search: candidates.Search | None = None,
-    live_B: jax.Array | None = None,
-) -> tuple[carry.State, tuple[kv.Cache, ...]]:
-    """Takes the newest token into a context that is not full and draws the one after it.
+    model: "transformer.Transformer", params: parameters.Params, state: DecodeState, plan: topk.Plan | None = None
+) -> tuple[DecodeState, StepOutput]:
+    """Appends the newest token of every active slot to its context, which must not be full, and samples the next.
 
     Args:
         model: The model.
         params: Its parameters.
-        rows: Keys and settings.
-        state: Its newest token is taken in.
-        cache: Parts of the cache, up to those that hold a token of any row or its next slot. Another number of them
-            compiles again.
-        before: The parts in front of these, in which no row's next slot stands.
-        search: How candidates are found; as on a CPU, by default.
-        live_B: Whether a row takes the step, as all do by default. The others are left as they are.
-
-    Returns:
-        The new state, and ``cache`` with the token's own keys and values. They lie where the old ones lay if XLA is
-        told that they may: see ``programs.in_place``.
+        state: Slots; those that are not active are left unchanged. Another number of cache blocks recompiles.
+        plan: Numbers of candidates; a CPU's by default. Changing it recompiles.
     """
-    past = (*before, *cache)
-    logits_BV, new = model.bind({"params": params}).decode(state.token_B, past, state.length_B)
-    put = jax.vmap(lambda context_S, token, slot: context_S.at[slot].set(token))
-    context_BS = put(state.context_BS, state.token_B, state.length_B)
-    next_state = _seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1)
-    next_state = draw(rows, next_state, logits_BV, search)
-    next_state, new = jax.lax.optimization_barrier((next_state, new))  # written when all is read, so where it lies
-    slot_B = state.length_B
-    if live_B is not None:
-        slot_B, next_state = jnp.where(live_B, slot_B, -1), carry.where(live_B, next_state, state)
-    starts = itertools.accumulate((part.slots for part in past), initial=0)
-    own = list(zip(past, starts, strict=False))[len(before) :]
-    return next_state, tuple(kv.append(part, new, slot_B - start) for part, start in own)
+    logits_BV, token = model.bind({"params": params}).decode(state.token_B, state.cache.blocks, state.length_B)
+    append = jax.vmap(lambda context_S, token, slot: context_S.at[slot].set(token))
+    context_BS = append(state.context_BS, state.token_B, state.length_B)
+    new = _mark_seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1, cache=NO_CACHE)
+    new, output = sample(new, logits_BV, plan)
+    # All reads of the cache come before its update, so that XLA can write the new token in place.
+    (new, output), token = jax.lax.optimization_barrier(((new, output), token))
+    active_B = is_active(state)
+    new = where(active_B, new, state._replace(cache=NO_CACHE))
+    cache = kv.append(state.cache, token, jnp.where(active_B, state.length_B, -1))
+    return new._replace(cache=cache), output
 
 
-def _seen(state: carry.State) -> carry.State:
-    """Adds the newest token to those seen."""
+def is_active(state: DecodeState) -> jax.Array:
+    """Returns the slots that take a step: below their limit, and not ended by their end token or by NaN."""
+    has_ended_B = (state.num_sampled_B > 0) & ((state.token_B == state.eos_B) | (state.token_B < 0))
+    return (state.num_sampled_B < state.limit_B) & ~has_ended_B
+
+
+def sample(state: DecodeState, logits_BV: jax.Array, plan: topk.Plan | None = None) -> tuple[DecodeState, StepOutput]:
+    """Samples the next token of each slot from its logits."""
+    key_B = jax.random.wrap_key_data(state.key_B2, impl="threefry2x32")
+    uniform_B = jax.vmap(sampling.uniform)(key_B, state.num_sampled_B)
+    choice = sampling.sample(logits_BV, state.seen_BV, state.params, uniform_B, plan)
+    stats = logprobs.token_stats(logits_BV, *choice)
+    token_B = jnp.where(jnp.isfinite(stats.logprob_B), choice.token_B, -1)
+    state = state._replace(num_sampled_B=state.num_sampled_B + 1, token_B=token_B)
+    return state, StepOutput(token_B, stats, logits_BV)
+
+
+def _mark_seen(state: DecodeState) -> DecodeState:
+    """Marks the newest token as seen."""
     is_newest_BV = jnp.arange(state.seen_BV.shape[1])[None] == state.token_B[:, None]
     return state._replace(seen_BV=state.seen_BV | is_newest_BV)
 
 
-def steps(
+def decode_steps(
     model: "transformer.Transformer",
-    params: Any,
-    rows: carry.Rows,
-    state: carry.State,
-    before: tuple[kv.Cache, ...],
-    cache: tuple[kv.Cache, ...],
-    left_B: jax.Array,
-    end_B: jax.Array,
+    params: parameters.Params,
+    state: DecodeState,
+    plan: topk.Plan | None,
+    num_steps: int,
     *,
-    search: candidates.Search,
-    count: int,
     stops_early: bool,
-) -> tuple[carry.State, tuple[kv.Cache, ...], carry.Told]:
-    """Takes steps, ``decode_step``, until no row goes on, and at most ``count`` of them.
-
-    Arguments beside these are those of ``decode_step``.
+) -> tuple[DecodeState, StepOutput]:
+    """Takes at most ``num_steps`` steps, until no slot is active.
 
     Args:
-        left_B: Steps of each row, at most ``count``.
-        end_B: The token that ends each row, which goes no further than that, nor beyond a token -1.
-        count: Steps told of. Another number compiles again.
-        stops_early: Whether the loop ends as soon as no row goes on. A GPU's host would wait to see that at each step,
-            so there all ``count`` are taken.
+        model: The model.
+        params: Its parameters.
+        state: Slots; none may fill its context before its last step.
+        plan: Numbers of candidates.
+        num_steps: Steps of the output. Changing it recompiles.
+        stops_early: Whether the loop ends as soon as no slot is active, or always takes all steps.
 
     Returns:
-        The state and ``cache`` after them, and what is told of each step's tokens, arrays ``[T, B, ...]``. After a
-        row's last step they mean nothing.
+        The state, and the outputs of all steps, arrays ``[T, B, ...]``.
     """
-
-    def live(index: jax.Array, state: carry.State) -> jax.Array:
-        has_ended_B = (state.index_B > 0) & ((state.token_B == end_B) | (state.token_B < 0))
-        return (index < left_B) & ~has_ended_B
+    frozen = state.cache.frozen
 
     def goes_on(carried: _Carried) -> jax.Array:
-        index, state, _, _ = carried
-        return jnp.any(live(index, state)) if stops_early else index < count
+        step, state, _ = carried
+        return (step < num_steps) & jnp.any(is_active(state)) if stops_early else step < num_steps
 
-    def step(carried: _Carried) -> _Carried:
-        index, state, cache, told = carried
-        cache, live_B = kv.pinned(cache), live(index, state)
-        state, cache = decode_step(model, params, rows, state, cache, before=before, search=search, live_B=live_B)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
-        return index + 1, state, kv.pinned(cache), jax.tree.map(put, told, carry.Told.of(state))
+    def body(carried: _Carried) -> _Carried:
+        step, state, outputs = carried
+        writable = kv.with_fixed_layout(state.cache.writable)
+        state, output = decode_step(model, params, state._replace(cache=kv.Cache(frozen, writable)), plan)
+        state = state._replace(cache=kv.Cache((), kv.with_fixed_layout(state.cache.writable)))
+        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=0)
+        return step + 1, state, jax.tree.map(update, outputs, output)
 
-    none_told = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), carry.Told.of(state))
-    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, cache, none_told))[1:]
-
-
-def roll(
-    model: "transformer.Transformer",
-    params: Any,
-    rows: carry.Rows,
-    state: carry.State,
-    *,
-    stride: int,
-    sizes: tuple[int, ...],
-    stacked: bool = False,
-    search: candidates.Search | None = None,
-) -> tuple[carry.State, tuple[kv.Cache, ...]]:
-    """Takes the newest token into a context that is full, reads that anew and draws the token after it.
-
-    Returns:
-        The new state, and the parts of the cache that hold the context.
-    """
-    state = slide(state, stride=stride)
-    length = state.context_BS.shape[1] - stride + 1
-    context_BT = state.context_BS[:, :length]
-    logits_BV, cache = read(model, params, context_BT, state.length_B, sizes=sizes, stacked=stacked)
-    return draw(rows, state, logits_BV, search), cache
+    # Frozen blocks are not carried through the loop, since XLA may copy what is carried.
+    start = state._replace(cache=kv.Cache((), state.cache.writable))
+    outputs = _blank_output(num_steps, *state.seen_BV.shape)
+    return jax.lax.while_loop(goes_on, body, (jnp.int32(0), start, outputs))[1:]
 
 
-def slide(state: carry.State, *, stride: int) -> carry.State:
-    """Drops the ``stride`` oldest tokens of a full context and takes in the newest.
+def _blank_output(T: int, B: int, V: int) -> StepOutput:
+    """Returns the outputs of ``T`` steps, all zeros."""
+    zero_TB, none_TB = jnp.zeros((T, B), jnp.float32), jnp.zeros((T, B), jnp.int32)
+    stats = logprobs.TokenStats(zero_TB, none_TB, zero_TB, zero_TB)
+    return StepOutput(none_TB, stats, jnp.zeros((T, B, V), jnp.float32))
 
-    Learned positions have all shifted, so every cached key is stale: the context is to be read anew.
+
+def slide_window(state: DecodeState, stride: int) -> DecodeState:
+    """Drops the ``stride`` oldest tokens of full contexts and appends the newest token.
+
+    All learned positions shift, so every cached key is stale and the context has to be prefilled again.
     """
     W = state.context_BS.shape[1]
     context_BS = jnp.concatenate([state.context_BS[:, stride:], state.token_B[:, None]], axis=1)
-    return _seen(state)._replace(
+    return _mark_seen(state)._replace(
         context_BS=jnp.pad(context_BS, ((0, 0), (0, stride - 1))),
         length_B=jnp.full_like(state.length_B, W - stride + 1),
     )
+
+
+def slide_step(
+    model: "transformer.Transformer",
+    params: parameters.Params,
+    state: DecodeState,
+    stride: int,
+    layout: kv.Layout,
+    plan: topk.Plan | None = None,
+) -> tuple[DecodeState, StepOutput]:
+    """Slides the windows of all slots, which must be full, prefills them again and samples the next token.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        state: Slots; their cache is not read.
+        stride: Tokens dropped from each context.
+        layout: Division of the cache into blocks.
+        plan: Numbers of candidates; a CPU's by default.
+
+    Returns:
+        The state, whose cache has the blocks that hold the context, and the output.
+    """
+    state = slide_window(state, stride)
+    context_BT = state.context_BS[:, : state.context_BS.shape[1] - stride + 1]
+    logits_BV, blocks = prefill(model, params, context_BT, state.length_B, layout)
+    return sample(state._replace(cache=kv.Cache((), blocks)), logits_BV, plan)
+
+
+def take_slot(tree: _Tree, slot: jax.Array) -> _Tree:
+    """Returns one slot of every array, as arrays ``[1, ...]``."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), tree)
+
+
+def put_slot(tree: _Tree, slot: jax.Array, one: _Tree) -> _Tree:
+    """Returns ``tree`` with a slot replaced by ``one``, arrays ``[1, ...]``."""
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0), tree, one)
+
+
+def where(slots_B: jax.Array, new: DecodeState, old: DecodeState) -> DecodeState:
+    """Returns the slots of ``new`` where ``slots_B`` is true, and of ``old`` elsewhere."""
+
+    def select(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a if a is b else jnp.where(jnp.expand_dims(slots_B, tuple(range(1, a.ndim))), a, b)
+
+    return jax.tree.map(select, new, old)

@@ -1,10 +1,11 @@
 """From logits to a token: penalty, temperature, top-k, top-p, draw, in this order.
 
-Each transform is an exact identity at its neutral value, and every setting is a traced value, so
-changing one never compiles again. The random bits are threefry's; ``tests/test_sampling.py`` pins
-them by golden vectors, because JAX promises only a distribution across versions.
+Every transform is an exact identity at its neutral value. Every setting is a traced value, so changing one never
+recompiles. The random bits are threefry's; ``tests/test_sampling.py`` pins them by golden vectors, because JAX
+guarantees only a distribution across versions.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config, numerics
-from hipgpt_jax.generation import candidates
+from hipgpt_jax.generation import logprobs, topk
 
 
-class Settings(NamedTuple):
-    """Sampling settings of each row, arrays ``[B]``; see ``config.SamplingConfig``."""
+class SamplingParams(NamedTuple):
+    """Sampling settings of each slot, arrays ``[B]``; see ``config.SamplingConfig``."""
 
     temperature_B: jax.Array
     top_k_B: jax.Array
@@ -26,30 +27,29 @@ class Settings(NamedTuple):
     penalty_B: jax.Array
 
 
-def settings(rows: Sequence[config.SamplingConfig]) -> Settings:
-    """Returns the settings of each row, as NumPy's arrays; a ``top_k`` of 2**31 or more keeps all, as 0 does."""
+def sampling_params(settings: Sequence[config.SamplingConfig]) -> SamplingParams:
+    """Returns the settings of each slot as arrays."""
 
     def column(values: Iterable[float], dtype: type) -> Any:
-        with np.errstate(
-            over="ignore"
-        ):  # above 3.4e38, a temperature becomes inf: all that are kept are equally likely
+        # A temperature above 3.4e38 becomes infinite: all candidates that are kept are equally likely.
+        with np.errstate(over="ignore"):
             return np.array(list(values), dtype)
 
-    return Settings(
-        column((row.temperature for row in rows), np.float32),
-        column((row.top_k if row.top_k < 2**31 else 0 for row in rows), np.int32),
-        column((row.top_p for row in rows), np.float32),
-        column((row.repetition_penalty for row in rows), np.float32),
+    return SamplingParams(
+        column((one.temperature for one in settings), np.float32),
+        column((one.top_k if one.top_k < 2**31 else 0 for one in settings), np.int32),  # 0 keeps all too
+        column((one.top_p for one in settings), np.float32),
+        column((one.repetition_penalty for one in settings), np.float32),
     )
 
 
-def key_words(seed: int, prompt_ids: Sequence[int], sample: int) -> np.ndarray:
-    """Returns the three words that the key of a sample is folded from, uint32 ``[3]``.
+def seed_words(seed: int, prompt_ids: Sequence[int], sample: int) -> np.ndarray:
+    """Returns the three words that the key of a sample is derived from, uint32 ``[3]``.
 
     Args:
         seed: In ``[0, 2**32)``.
-        prompt_ids: All of the prompt's ids; their word is the first 32 bits of the SHA-256 of the
-            ids as little-endian 32-bit words.
+        prompt_ids: All ids of the prompt. Their word is the first four bytes of the SHA-256 of the ids as
+            little-endian 32-bit words, read as a little-endian number.
         sample: Index of the sample, from 0.
     """
     words = np.asarray(prompt_ids, dtype="<u4").tobytes()
@@ -58,10 +58,10 @@ def key_words(seed: int, prompt_ids: Sequence[int], sample: int) -> np.ndarray:
 
 
 def sample_key(words_3: np.ndarray | jax.Array) -> jax.Array:
-    """Returns the key of one sample: of the seed, the prompt's ids and the sample's index, in turn.
+    """Returns the key of a sample: the key of the seed, with the prompt's word and the sample's index folded in.
 
     Args:
-        words_3: From ``key_words``.
+        words_3: From ``seed_words``.
     """
     key = numerics.key_of(words_3[0])
     return jax.random.fold_in(jax.random.fold_in(key, words_3[1]), words_3[2])
@@ -70,78 +70,89 @@ def sample_key(words_3: np.ndarray | jax.Array) -> jax.Array:
 def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
     """Returns the uniform number of the token at ``index``: a multiple of 2**-24 in [0, 1).
 
-    Key and number are made of raw threefry words, so no JAX setting changes them.
+    Key and number are made of raw threefry words, so no setting of JAX changes them.
     """
     word = jax.random.key_data(jax.random.fold_in(key, index))[..., 0]
     return (word >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """Divides positive and multiplies negative logits of the tokens seen, once each.
+    r"""Applies the repetition penalty, once per distinct token.
+
+    For a token that was seen, ``l' = l / penalty`` if ``l > 0``, else ``l' = l * penalty``. Other logits are unchanged.
+
+    Args:
+        logits_BV: Logits, float32.
+        seen_BV: Tokens of the prompt and of the output so far.
+        penalty_B: Positive; 1 is the identity.
 
     References:
-        Keskar et al., CTRL: A Conditional Transformer Language Model, 2019.
+        Keskar et al., `CTRL: A Conditional Transformer Language Model for Controllable Generation
+        <https://arxiv.org/abs/1909.05858>`_, 2019.
     """
     penalty_B1 = penalty_B[:, None]
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, penalized_BV, logits_BV)
 
 
-def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
-    """Divides the logits, less their maximum so that no temperature overflows, by the temperature.
+def scale(logits_BK: jax.Array, temperature_B: jax.Array) -> jax.Array:
+    """Subtracts each row's maximum and divides by the temperature: ``(l - max l) / temperature``.
 
-    A temperature of 0 leaves them: the draw takes the most likely token whatever they are.
+    Args:
+        logits_BK: Logits, float32.
+        temperature_B: At least 0. A temperature of 0 does not divide: ``choose`` then takes the most likely token.
     """
-    logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-    return logits_BV / jnp.where(temperature_B < candidates.SMALLEST_TEMPERATURE, 1, temperature_B)[:, None]
+    # The maximum is subtracted first, so that no temperature, however small, overflows.
+    logits_BK = logits_BK - logits_BK.max(axis=-1, keepdims=True)
+    return logits_BK / jnp.where(is_greedy(temperature_B), 1, temperature_B)[:, None]
 
 
-def count_top_k(top_k_B: jax.Array, size: int) -> jax.Array:
-    """Returns how many of the ``size`` most likely candidates top-k keeps: exactly ``top_k``; all where it is 0."""
-    return jnp.where(top_k_B == 0, size, jnp.minimum(top_k_B, size))
+def is_greedy(temperature_B: jax.Array) -> jax.Array:
+    """Returns the rows that take their most likely token: temperature 0, or so small that float32 flushes it to 0."""
+    return temperature_B < topk.SMALLEST_TEMPERATURE
 
 
-def count_top_p(cumulative_BK: jax.Array, kept_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Returns how many of the ``kept`` candidates form the smallest set whose share reaches ``top_p``.
+def num_top_k(top_k_B: jax.Array, num: int) -> jax.Array:
+    """Returns how many of ``num`` candidates top-k keeps: exactly ``top_k``, or all for 0."""
+    return jnp.where(top_k_B == 0, num, jnp.minimum(top_k_B, num))
+
+
+def num_top_p(cumulative_BK: jax.Array, num_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """Returns the size of the nucleus: the fewest of ``num`` candidates whose share of their mass reaches ``top_p``.
 
     The candidate that crosses the threshold is kept; a ``top_p`` of 1 keeps all.
 
     Args:
-        cumulative_BK: Cumulative sums of the candidates' unnormalised probabilities, likeliest first.
-        kept_B: Candidates that count, at least 1.
+        cumulative_BK: Cumulative sums of the candidates' unnormalized probabilities, most likely first.
+        num_B: Candidates that count, at least 1.
         top_p_B: In (0, 1].
 
     References:
-        Holtzman et al., The Curious Case of Neural Text Degeneration, 2020.
+        Holtzman et al., `The Curious Case of Neural Text Degeneration <https://arxiv.org/abs/1904.09751>`_, 2020.
     """
-    reached_BK = cumulative_BK >= (top_p_B * at_rank(cumulative_BK, kept_B - 1))[:, None]
-    return jnp.where(top_p_B < 1, 1 + jnp.argmax(reached_BK, axis=-1), kept_B)
+    reached_BK = cumulative_BK >= (top_p_B * topk.at_rank(cumulative_BK, num_B - 1))[:, None]
+    return jnp.where(top_p_B < 1, 1 + jnp.argmax(reached_BK, axis=-1), num_B)
 
 
-def draw(cumulative_BK: jax.Array, kept_B: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """Returns the rank of the first candidate whose cumulative share exceeds the uniform number.
+def draw(cumulative_BK: jax.Array, num_B: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """Returns the rank of the first candidate whose cumulative share of the mass exceeds the uniform number.
 
-    The number scales the sum, instead of the sums being divided by it: as it is at least 2**-24
-    below 1, the last candidate kept always exceeds it, however the sums were rounded.
-
-    >>> draw(jnp.array([[0.5, 0.75, 1.0]]), kept_B=jnp.array([2]), uniform_B=jnp.array([0.7])).tolist()
+    >>> draw(jnp.array([[0.5, 0.75, 1.0]]), num_B=jnp.array([2]), uniform_B=jnp.array([0.7])).tolist()
     [1]
     """
-    threshold_B = uniform_B * at_rank(cumulative_BK, kept_B - 1)
+    # The mass is scaled by the number, instead of the sums being divided by the mass: since the number is at least
+    # 2**-24 below 1, the last candidate always exceeds the threshold, however the sums were rounded.
+    threshold_B = uniform_B * topk.at_rank(cumulative_BK, num_B - 1)
     return jnp.argmax(cumulative_BK > threshold_B[:, None], axis=-1)
 
 
 class Choice(NamedTuple):
-    """The token of each row, and how safe it is: how much must change before it is another. Arrays ``[B]``.
+    """The token of each row and the distances to another token, arrays ``[B]``.
 
     Attributes:
         token_B: Ids, int32.
-        margin_B: Distance from the uniform number to the nearest boundary that would have changed the
-            token, or from ``top_p`` to the share at which the nucleus would have ended a candidate
-            earlier or later, where that changes it; 1 where nothing of this would have. At temperature
-            0, the gap of the two best logits.
-        gap_B: Distance of the token's logit, after the penalty, to the nearer one of its neighbours in
-            the order of candidates, with which it would have changed places.
+        margin_B: See ``logprobs.margin``; at temperature 0, the gap.
+        gap_B: See ``logprobs.gap``.
     """
 
     token_B: jax.Array
@@ -150,113 +161,54 @@ class Choice(NamedTuple):
 
 
 def choose(
-    logits_BV: jax.Array,
-    seen_BV: jax.Array,
-    row: Settings,
-    uniform_B: jax.Array,
-    search: candidates.Search | None = None,
+    logits_BV: jax.Array, seen_BV: jax.Array, params: SamplingParams, uniform_B: jax.Array, num: int, *, chunked: bool
 ) -> Choice:
-    """Chooses a token for each row; a row's choice depends on nothing but that row.
-
-    The margins are found here, where the candidates stand sorted, and not by a program of their own,
-    which would sort again: see ``facts``.
+    """Chooses a token for each row among its ``num`` most likely candidates.
 
     Args:
         logits_BV: Logits of the next token.
-        seen_BV: Tokens of the prompt and the output so far.
-        row: Sampling settings.
+        seen_BV: Tokens of the prompt and of the output so far.
+        params: Sampling settings.
         uniform_B: Uniform numbers in [0, 1).
-        search: How candidates are found; as on a CPU, by default.
+        num: Number of candidates; at least ``top_k``, or the vocabulary's size for 0. Changing it recompiles.
+        chunked: See ``topk.Plan``. Changing it recompiles.
     """
-
-    def pick(sorted_BK: jax.Array, id_BK: jax.Array, size: int) -> Choice:
-        cumulative_BK = jnp.cumsum(jnp.exp(scale(sorted_BK[:, :size], row.temperature_B)), axis=-1)
-        top_k_B = count_top_k(row.top_k_B, size)
-        kept_B = count_top_p(cumulative_BK, top_k_B, row.top_p_B)
-        rank_B = draw(cumulative_BK, kept_B, uniform_B)
-        margin_B = _margin(cumulative_BK, top_k_B, kept_B, rank_B, row.top_p_B, uniform_B)
-        is_greedy_B = row.temperature_B < candidates.SMALLEST_TEMPERATURE
-        rank_B = jnp.where(is_greedy_B, 0, rank_B)
-        gap_B = _gap(sorted_BK, rank_B)
-        return Choice(at_rank(id_BK, rank_B), jnp.where(is_greedy_B, gap_B, margin_B), gap_B)
-
-    return _of_candidates(pick, logits_BV, seen_BV, row, search or candidates.search_on(logits_BV.shape[1], "cpu"))
-
-
-def _margin(
-    cumulative_BK: jax.Array,
-    top_k_B: jax.Array,
-    kept_B: jax.Array,
-    rank_B: jax.Array,
-    top_p_B: jax.Array,
-    uniform_B: jax.Array,
-) -> jax.Array:
-    """Returns ``Choice.margin_B`` of a draw of ``rank`` among the ``kept`` candidates that top-p left of ``top_k``."""
-
-    def reached(count_B: jax.Array) -> jax.Array:
-        return at_rank(cumulative_BK, jnp.clip(count_B - 1, 0, top_k_B - 1))
-
-    below_B, above_B = jnp.where(rank_B > 0, reached(rank_B), 0), reached(rank_B + 1)
-    kept_less_B, total_B, kept_more_B, whole_B = (reached(n) for n in (kept_B - 1, kept_B, kept_B + 1, top_k_B))
-    margin_B = jnp.where(rank_B > 0, uniform_B - below_B / total_B, 1)
-    margin_B = jnp.minimum(margin_B, jnp.where(rank_B < kept_B - 1, above_B / total_B - uniform_B, 1))
-    # The nucleus could have ended a candidate earlier or later: where its share ends, and what is drawn from then.
-    earlier, later = (kept_less_B, kept_less_B, kept_B > 1), (total_B, kept_more_B, kept_B < top_k_B)
-    for end_B, other_B, possible_B in (earlier, later):
-        changes_B = possible_B & ((uniform_B * other_B < below_B) | (uniform_B * other_B >= above_B))
-        distance_B = jnp.where(changes_B & (top_p_B < 1), jnp.abs(top_p_B - end_B / whole_B), 1)
-        margin_B = jnp.minimum(margin_B, distance_B)
-    return jnp.maximum(margin_B, 0)
+    logits_BV = penalize(logits_BV.astype(jnp.float32), seen_BV, params.penalty_B)
+    logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
+    # One candidate more than can be drawn, for the gap.
+    sorted_BK, id_BK = topk.candidates(logits_BV, min(num + 1, logits_BV.shape[1]), chunked=chunked)
+    scaled_BK = scale(sorted_BK[:, :num], params.temperature_B)
+    cumulative_BK = jnp.cumsum(jnp.exp(scaled_BK), axis=-1)
+    num_top_k_B = num_top_k(params.top_k_B, num)
+    num_kept_B = num_top_p(cumulative_BK, num_top_k_B, params.top_p_B)
+    rank_B = draw(cumulative_BK, num_kept_B, uniform_B)
+    margin_B = logprobs.margin(cumulative_BK, num_top_k_B, num_kept_B, rank_B, params.top_p_B, uniform_B)
+    rank_B = jnp.where(is_greedy(params.temperature_B), 0, rank_B)
+    gap_B = logprobs.gap(sorted_BK, rank_B)
+    margin_B = jnp.where(is_greedy(params.temperature_B), gap_B, margin_B)
+    return Choice(topk.at_rank(id_BK, rank_B), margin_B, gap_B)
 
 
-def _gap(sorted_BK: jax.Array, rank_B: jax.Array) -> jax.Array:
-    """Returns ``Choice.gap_B``, finite: the largest float32 where there is no neighbour."""
-    last = sorted_BK.shape[1] - 1
-    own_B = at_rank(sorted_BK, rank_B)
-    up_B = jnp.where(rank_B > 0, at_rank(sorted_BK, jnp.maximum(rank_B - 1, 0)) - own_B, jnp.inf)
-    down_B = jnp.where(rank_B < last, own_B - at_rank(sorted_BK, jnp.minimum(rank_B + 1, last)), jnp.inf)
-    return jnp.minimum(jnp.minimum(up_B, down_B), jnp.finfo(jnp.float32).max)
-
-
-def at_rank(x_BK: jax.Array, rank_B: jax.Array) -> jax.Array:
-    """Returns the element of each row at its rank."""
-    return jnp.take_along_axis(x_BK, rank_B[:, None], axis=-1)[:, 0]
-
-
-def _of_candidates(
-    pick: Callable[[jax.Array, jax.Array, int], Choice],
+def sample(
     logits_BV: jax.Array,
     seen_BV: jax.Array,
-    row: Settings,
-    search: candidates.Search,
+    params: SamplingParams,
+    uniform_B: jax.Array,
+    plan: topk.Plan | None = None,
 ) -> Choice:
-    """Applies ``pick`` to the penalized logits and their ids, best first, and to how many of them are candidates.
+    """Chooses a token for each row from as many candidates as the row's settings need; see ``choose``.
 
-    A row gets as many candidates as its own settings need, and one more for its gap: its result does
-    not depend on what other rows need, which runs beside it.
+    Args:
+        logits_BV: Logits of the next token.
+        seen_BV: Tokens of the prompt and of the output so far.
+        params: Sampling settings.
+        uniform_B: Uniform numbers in [0, 1).
+        plan: Numbers of candidates; a CPU's by default.
     """
-    logits_BV = penalize(logits_BV.astype(jnp.float32), seen_BV, row.penalty_B)
-    logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
-    V, tiers = logits_BV.shape[1], search.tiers
-    needed_B = jnp.where(
-        row.temperature_B < candidates.SMALLEST_TEMPERATURE, 1, jnp.where(row.top_k_B == 0, V, row.top_k_B)
+    plan = plan or topk.plan_for(logits_BV.shape[1], "cpu")
+    choose_among: Callable[[int], Choice] = functools.partial(
+        choose, logits_BV, seen_BV, params, uniform_B, chunked=plan.chunked
     )
-
-    def among(size: int) -> Choice:
-        find = candidates.top_in_chunks if search.in_chunks and size < V else jax.lax.top_k
-        # Behind a barrier, since XLA sorts the whole vocabulary for a top_k that is sliced: 6.1 ms instead of 0.1.
-        sorted_BK, id_BK = jax.lax.optimization_barrier(find(logits_BV, min(size + 1, V)))
-        return pick(sorted_BK, id_BK, size)
-
-    if len(tiers) == 1:
-        return among(tiers[0])
-    tier_B = (needed_B[:, None] > jnp.asarray(tiers[:-1], jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
-    none_B = jnp.zeros(len(logits_BV), jnp.float32)
-    found = Choice(none_B.astype(jnp.int32), none_B, none_B)
-    for tier, size in enumerate(tiers):
-
-        def take(found: Choice, tier: int = tier, size: int = size) -> Choice:
-            return jax.tree.map(lambda own, other: jnp.where(tier_B == tier, own, other), among(size), found)
-
-        found = jax.lax.cond(jnp.any(tier_B == tier), take, lambda found: found, found)
-    return found
+    zero_B = jnp.zeros(len(logits_BV), jnp.float32)
+    none = Choice(zero_B.astype(jnp.int32), zero_B, zero_B)
+    return topk.choose_bucket(choose_among, none, plan, params.top_k_B, is_greedy(params.temperature_B))

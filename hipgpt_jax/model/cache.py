@@ -1,5 +1,7 @@
-"""The key/value cache of a decode step, as a value of fixed shape, in parts of which a step reads the live ones."""
+"""The key/value cache of decoding: blocks of slots, of which a step reads those in use."""
 
+import bisect
+import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
@@ -10,24 +12,24 @@ from jax.experimental import layout
 
 from hipgpt_jax import config
 
-SMALLEST_PART = 64
-SMALLEST_PART_ON_GPU = 256
-_PARTS = 4
+SMALLEST_BLOCK = 64
+SMALLEST_BLOCK_ON_GPU = 256
+_BLOCKS = 4  # a block holds at most this fraction of the window
 
 
-class Cache(NamedTuple):
-    """Keys and values of a run of slots; in the whole cache slot ``s`` holds position ``s``.
+class Block(NamedTuple):
+    """Keys and values of a run of cache slots; slot ``s`` of the whole cache holds position ``s``.
 
-    A row's slots from its length on hold nothing that is ever attended to.
+    Slots at and beyond a row's length are never attended to, whatever they hold.
 
     Attributes:
-        keys: ``L`` arrays ``[B, N, S, H]``. On a CPU at 1024 slots this layout reads a layer in
-            0.36 ms, ``[B, S, N, H]`` in 1.86 ms; one stacked array costs a copy of each slice. On a GPU it is
-            that, ``[B, L, N, S, H]``, of which each layer reads its own: a token is written by one
-            kernel instead of ``L``.
+        keys: ``L`` arrays ``[B, N, S, H]``, or one array ``[B, L, N, S, H]`` if the layers are stacked.
         values: Likewise.
     """
 
+    # On a CPU with 1024 slots, reading a layer takes 0.36 ms in this layout and 1.86 ms as [B, S, N, H]. A stacked
+    # array costs a copy of each layer's slice there. On a GPU a stacked array is better: a token is written by one
+    # kernel instead of L.
     keys: tuple[jax.Array, ...] | jax.Array
     values: tuple[jax.Array, ...] | jax.Array
 
@@ -37,8 +39,8 @@ class Cache(NamedTuple):
         return not isinstance(self.keys, tuple)
 
     @property
-    def slots(self) -> int:
-        """Slots of each row, ``S``."""
+    def num_slots(self) -> int:
+        """Slots per row, ``S``."""
         return jax.tree.leaves(self.keys)[0].shape[-2]
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
@@ -47,126 +49,164 @@ class Cache(NamedTuple):
         return self.keys[of_layer], self.values[of_layer]
 
 
-def stack(cache: Cache) -> Cache:
-    """Returns a cache of ``L`` arrays as one."""
-    return Cache(jnp.stack(cache.keys, axis=1), jnp.stack(cache.values, axis=1))
+class Cache(NamedTuple):
+    """The blocks that a decode step reads, from the first slot on, up to those that hold a token or a next slot.
 
-
-def part_sizes(window: int) -> tuple[int, ...]:
-    """Returns the slots of each part of a window's cache: 64, then as many as all before it, but at most a quarter.
-
-    A step reads the parts that hold a token of any row, so its cost grows with the text and not with the
-    window. Parts are summed one after the other, so one that holds nothing of a row changes no bit of it.
-    At GPT-2's size a step of 64 rows with 40 tokens each reads their cache in 16 ms; of a first part of 256
-    slots it took 55.
-
-    >>> part_sizes(32), part_sizes(100), part_sizes(1024)
-    ((32,), (64, 36), (64, 64, 128, 256, 256, 256))
+    Attributes:
+        frozen: Blocks in which no row's next slot lies. They are read and never written.
+        writable: The blocks behind them.
     """
+
+    frozen: tuple[Block, ...]
+    writable: tuple[Block, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks."""
+        return (*self.frozen, *self.writable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Division of a window's cache into blocks.
+
+    Attributes:
+        block_sizes: Slots of each block.
+        stacked: Whether all layers of a block are one array.
+    """
+
+    block_sizes: tuple[int, ...]
+    stacked: bool = False
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first slot of each block, then the window."""
+        return tuple(itertools.accumulate(self.block_sizes, initial=0))
+
+    def num_blocks(self, slots: int) -> int:
+        """Returns the number of blocks that hold any of the first ``slots`` slots.
+
+        >>> layout = Layout((64, 64, 36))
+        >>> layout.num_blocks(0), layout.num_blocks(64), layout.num_blocks(65)
+        (0, 1, 2)
+        """
+        return bisect.bisect_left(self.starts[:-1], slots)
+
+    def shapes(
+        self, model: config.ModelConfig, rows: int, dtype: str, first: int = 0, last: int | None = None
+    ) -> tuple[Block, ...]:
+        """Returns the shapes of the blocks from ``first`` up to ``last``, by default of all.
+
+        Args:
+            model: Shape of the model.
+            rows: Rows, ``B``.
+            dtype: Type of keys and values.
+            first: Index of the first block.
+            last: Index after the last block.
+        """
+
+        def layers(size: int) -> Any:
+            shape_NSH, L = (model.num_heads, size, model.head_dim), model.num_layers
+            if self.stacked:
+                return jax.ShapeDtypeStruct((rows, L, *shape_NSH), jnp.dtype(dtype))
+            return (jax.ShapeDtypeStruct((rows, *shape_NSH), jnp.dtype(dtype)),) * L
+
+        return tuple(Block(layers(size), layers(size)) for size in self.block_sizes[first:last])
+
+    def split(self, block: Block) -> tuple[Block, ...]:
+        """Returns an unstacked block that starts at slot 0 as the first blocks of this layout, padded with zeros."""
+        if self.stacked:
+            block = stack(block)
+        num_blocks = self.num_blocks(block.num_slots)
+        return tuple(_slice(block, *bounds) for bounds in itertools.pairwise(self.starts[: num_blocks + 1]))
+
+
+def cpu_layout(window: int) -> Layout:
+    """Returns the blocks for a CPU: 64 slots, then as many as all blocks before, at most a quarter of the window.
+
+    The cost of a step grows with the text and not with the window. Blocks are summed one after the other, so
+    a block that holds no token of a row changes no bit of that row.
+
+    >>> cpu_layout(32).block_sizes, cpu_layout(1024).block_sizes
+    ((32,), (64, 64, 128, 256, 256, 256))
+    """
+    # GPT-2, 64 rows with 40 tokens each: a step reads its cache in 16 ms, with a first block of 256 slots in 55 ms.
     sizes: list[int] = []
+    most = max(SMALLEST_BLOCK, -(-window // _BLOCKS))
     while (left := window - sum(sizes)) > 0:
-        most = max(SMALLEST_PART, -(-window // _PARTS))
-        sizes.append(min(left, most, max(SMALLEST_PART, sum(sizes))))
-    return tuple(sizes)
+        sizes.append(min(left, most, max(SMALLEST_BLOCK, sum(sizes))))
+    return Layout(tuple(sizes))
 
 
-def part_sizes_on_gpu(window: int) -> tuple[int, ...]:
-    """Returns the slots of each part on a GPU: a quarter of the window, at least 256, and the rest.
+def gpu_layout(window: int) -> Layout:
+    """Returns the blocks for a GPU: a quarter of the window, at least 256 slots, and the rest.
 
-    A part costs four kernels a layer, of 2 µs each, whatever it holds. At GPT-2's size on an H200 a step of one
-    row with a part of 1024 slots takes 0.6 ms, with four of 512 in all 0.9; one of 64 rows 1.5 and 1.3.
-
-    >>> part_sizes_on_gpu(32), part_sizes_on_gpu(1024)
+    >>> gpu_layout(32).block_sizes, gpu_layout(1024).block_sizes
     ((32,), (256, 768))
     """
-    first = min(window, max(SMALLEST_PART_ON_GPU, -(-window // _PARTS)))
-    return (first, window - first) if window > first else (first,)
+    # Each block costs four kernels per layer, of 2 µs each, whatever it holds. GPT-2 on an H200: a step of one row
+    # takes 0.6 ms with one block of 1024 slots and 0.9 ms with four of 512 in all; a step of 64 rows 1.5 and 1.3 ms.
+    first = min(window, max(SMALLEST_BLOCK_ON_GPU, -(-window // _BLOCKS)))
+    return Layout((first, window - first) if window > first else (first,), stacked=True)
 
 
-def shapes(
-    model: config.ModelConfig, rows: int, sizes: tuple[int, ...], dtype: str, *, stacked: bool = False
-) -> tuple[Cache, ...]:
-    """Returns the shapes of a cache, in parts of these sizes."""
-
-    def layers(size: int) -> Any:
-        shape_NSH, L = (model.num_heads, size, model.head_dim), model.num_layers
-        if stacked:
-            return jax.ShapeDtypeStruct((rows, L, *shape_NSH), jnp.dtype(dtype))
-        return (jax.ShapeDtypeStruct((rows, *shape_NSH), jnp.dtype(dtype)),) * L
-
-    return tuple(Cache(layers(size), layers(size)) for size in sizes)
+def empty(shapes: tuple[Block, ...], device: Any = None) -> tuple[Block, ...]:
+    """Returns blocks of zeros of the given shapes on a device."""
+    zeros = {x: np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)}
+    # The buffers are donated, so they must not alias the host's array.
+    return jax.tree.map(lambda x: jax.device_put(zeros[x], device, may_alias=False), shapes)
 
 
-def empty(
-    model: config.ModelConfig,
-    rows: int,
-    sizes: tuple[int, ...],
-    dtype: str,
-    device: Any = None,
-    *,
-    stacked: bool = False,
-) -> tuple[Cache, ...]:
-    """Returns a cache of zeros, in parts of these sizes, on a device."""
-    wanted = shapes(model, rows, sizes, dtype, stacked=stacked)
-    of_shape = {x: np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(wanted)}
-
-    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(of_shape[x], device, may_alias=False)
-
-    return jax.tree.map(zeros, wanted)
+def stack(block: Block) -> Block:
+    """Returns a block of ``L`` arrays as a block of one array."""
+    return Block(jnp.stack(block.keys, axis=1), jnp.stack(block.values, axis=1))
 
 
-def holding(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
-    """Returns the sizes of the parts that hold any of the first ``slots`` slots.
-
-    >>> holding((64, 64, 36), 64), holding((64, 64, 36), 65)
-    ((64,), (64, 64))
-    """
-    starts = itertools.accumulate(sizes, initial=0)
-    return tuple(size for size, start in zip(sizes, starts, strict=False) if start < slots)
-
-
-def split(new: Cache, sizes: tuple[int, ...]) -> tuple[Cache, ...]:
-    """Returns ``new``, with zeros behind it, in parts of these sizes."""
-    parts, start = [], 0
-    for size in sizes:
-        stop = start + size
-
-        def cut(x: jax.Array, start: int = start, stop: int = stop) -> jax.Array:
-            own = x[..., start:stop, :]
-            return jnp.pad(own, (*[(0, 0)] * (x.ndim - 2), (0, stop - start - own.shape[-2]), (0, 0)))
-
-        parts.append(jax.tree.map(cut, new))
-        start = stop
-    return tuple(parts)
-
-
-def append(part: Cache, new: Cache, slot_B: jax.Array) -> Cache:
-    """Writes one token's keys and values at each row's slot, counted from the part's first.
-
-    A row whose slot is not in the part is left as it is.
+def append(cache: Cache, token: Block, slot_B: jax.Array) -> Cache:
+    """Writes the keys and values of one token per row into the writable blocks.
 
     Args:
-        part: The part, stacked or not.
-        new: ``L`` arrays ``[B, N, 1, H]``.
-        slot_B: Slots.
+        cache: The cache.
+        token: ``L`` arrays ``[B, N, 1, H]``.
+        slot_B: Slot of each row, counted from the first frozen block's first slot. A row whose slot is negative
+            or lies in no writable block is left unchanged.
     """
-    S = part.slots
-    slot_B = jnp.where(slot_B < 0, S, slot_B)  # a negative index would count from the end
+    start = sum(block.num_slots for block in cache.frozen)
+    blocks: list[Block] = []
+    for block in cache.writable:
+        blocks.append(_append(block, token, slot_B - start))
+        start += block.num_slots
+    return cache._replace(writable=tuple(blocks))
+
+
+def _append(block: Block, token: Block, slot_B: jax.Array) -> Block:
+    slot_B = jnp.where(slot_B < 0, block.num_slots, slot_B)  # a negative index would count from the end
     row_B = jnp.arange(slot_B.shape[0])
 
-    def write(old: jax.Array, token: jax.Array) -> jax.Array:
-        at = (row_B, *[slice(None)] * (old.ndim - 3), slot_B)
-        return old.at[at].set(token[..., 0, :], mode="drop", unique_indices=True)
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        index = (row_B, *[slice(None)] * (old.ndim - 3), slot_B)
+        return old.at[index].set(new[..., 0, :], mode="drop", unique_indices=True)
 
-    return jax.tree.map(write, part, stack(new) if part.is_stacked else new)
+    return jax.tree.map(write, block, stack(token) if block.is_stacked else token)
 
 
-def pinned(cache: tuple[Cache, ...]) -> tuple[Cache, ...]:
-    """Returns a cache that lies as it came: a loop's XLA would turn on entry, and back, 2.4 GB for 64 rows of GPT-2.
+def _slice(block: Block, start: int, stop: int) -> Block:
+    """Returns slots ``[start, stop)`` of a block, padded with zeros beyond its last slot."""
 
-    On a CPU it does not, and a program that says so cannot be exported: there the cache is returned as it is.
+    def cut(x: jax.Array) -> jax.Array:
+        own = x[..., start:stop, :]
+        return jnp.pad(own, (*[(0, 0)] * (x.ndim - 2), (0, stop - start - own.shape[-2]), (0, 0)))
+
+    return jax.tree.map(cut, block)
+
+
+def with_fixed_layout(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """Constrains stacked blocks to the memory layout of their axes.
+
+    Without the constraint, XLA chooses another layout inside a loop on a GPU and transposes the cache on entry and
+    exit: 2.4 GB for 64 rows of GPT-2. On a CPU it does not, and a constrained program could not be exported, so
+    unstacked blocks are returned unchanged.
     """
-    if not all(part.is_stacked for part in cache):
-        return cache
-    return jax.tree.map(lambda x: layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim)))), cache)
+    if not all(block.is_stacked for block in blocks):
+        return blocks
+    return jax.tree.map(lambda x: layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim)))), blocks)

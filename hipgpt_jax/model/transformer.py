@@ -38,20 +38,19 @@ class Transformer(nn.Module):
             whatever it is, and parameters are as ``init`` makes them; ``cast`` narrows them.
         remat: Whether a backward pass computes the activations of a block again instead of keeping them.
         attention: One of ``attention.IMPLEMENTATIONS``; ``devices.Device.attention`` chooses it.
-        exact: Whether products are made in ``dtype`` whatever JAX is set to. Else float32 is rounded to
+        full_precision: Whether products are made in ``dtype`` whatever JAX is set to. Else float32 is rounded to
             TF32 on NVIDIA's GPUs, unless ``JAX_DEFAULT_MATMUL_PRECISION`` says otherwise. On a CPU it
             changes no bit.
-        turned: Whether the kernels are turned, as ``parameters.turned`` makes them, and the head multiplies a single
-            row as products that are summed. On a GPU XLA else widens all of the head to float32 for that, which took
-            0.10 ms of a token of GPT-2 on an H200.
+        transposed_kernels: Whether kernels are ``[out, in]``, as ``parameters.transpose_kernels`` makes them, and the
+            head multiplies a single row as products that are summed.
     """
 
     config: config.ModelConfig
     dtype: str = "float32"
     remat: bool = False
     attention: str = "xla"
-    exact: bool = False
-    turned: bool = False
+    full_precision: bool = False
+    transposed_kernels: bool = False
 
     def setup(self) -> None:
         model = self.config
@@ -60,7 +59,7 @@ class Transformer(nn.Module):
         make = nn.remat(block.Block, static_argnums=(2, 3)) if self.remat else block.Block
         self.wte = embed(model.vocab_size)
         self.wpe = embed(model.max_seq_len)
-        self.h = [make(model, self.dtype, self.attention, self.turned) for _ in range(model.num_layers)]
+        self.h = [make(model, self.dtype, self.attention, self.transposed_kernels) for _ in range(model.num_layers)]
         self.ln_f = block.LayerNorm()
 
     def __call__(self, tokens_BT: jax.Array, *, dropout: float) -> jax.Array:
@@ -79,7 +78,7 @@ class Transformer(nn.Module):
             x_MD, _ = self._hidden(tokens_BT, dropout, layers)
             return self._logits(x_MD).reshape(*tokens_BT.shape, -1)
 
-    def prefill(self, tokens_BT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
+    def prefill(self, tokens_BT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, kv.Block]:
         """Logits of the token after each row's first ``length`` ones, and the cache they leave.
 
         The last block computes its output for the last of those alone: a context of 256 tokens of D256 L8
@@ -98,9 +97,11 @@ class Transformer(nn.Module):
             layers = [functools.partial(read, layer.variables) for layer in self.h[:-1]]
             x_MD, new = self._hidden(tokens_BT, 0.0, layers)
             x_BD, k_BNTH, v_BNTH = self._block("last")(self.h[-1].variables, x_MD, length_B)
-            return self._logits(x_BD), kv.Cache((*new.keys, k_BNTH), (*new.values, v_BNTH))
+            return self._logits(x_BD), kv.Block((*new.keys, k_BNTH), (*new.values, v_BNTH))
 
-    def decode(self, token_B: jax.Array, past: tuple[kv.Cache, ...], length_B: jax.Array) -> tuple[jax.Array, kv.Cache]:
+    def decode(
+        self, token_B: jax.Array, blocks: tuple[kv.Block, ...], length_B: jax.Array
+    ) -> tuple[jax.Array, kv.Block]:
         """Logits of the token after ``token``, which stands at position ``length`` behind the cache.
 
         Args:
@@ -117,23 +118,23 @@ class Transformer(nn.Module):
         decode, new = self._block("decode"), []
         with self._precision():
             for index, layer in enumerate(self.h):
-                own = [part.layer(index) for part in past]
+                own = [each.layer(index) for each in blocks]
                 x_BD, k_BN1H, v_BN1H = decode(layer.variables, x_BD, own, length_B)
                 new.append((k_BN1H, v_BN1H))
-            return self._logits(x_BD), kv.Cache(*map(tuple, zip(*new, strict=True)))
+            return self._logits(x_BD), kv.Block(*map(tuple, zip(*new, strict=True)))
 
     def _block(self, method: str, **fixed: Any) -> Callable[..., Any]:
-        return block.function(self.config, self.dtype, self.attention, self.turned, method, **fixed)
+        return block.function(self.config, self.dtype, self.attention, self.transposed_kernels, method, **fixed)
 
     def _precision(self) -> contextlib.AbstractContextManager[None]:
-        return jax.default_matmul_precision(self.dtype) if self.exact else contextlib.nullcontext()
+        return jax.default_matmul_precision(self.dtype) if self.full_precision else contextlib.nullcontext()
 
     def _hidden(
         self,
         tokens_BT: jax.Array,
         dropout: float,
         layers: Sequence[Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]],
-    ) -> tuple[jax.Array, kv.Cache]:
+    ) -> tuple[jax.Array, kv.Block]:
         """Runs blocks on rows of tokens; the dense layers see ``[B * T, D]``.
 
         On a CPU the training step on ``[B * T, D]`` is 1.5 (D128 L4) to 3.6 times (D256 L8) faster
@@ -149,7 +150,7 @@ class Transformer(nn.Module):
             x_MD, k_BNTH, v_BNTH = layer(x_MD)
             keys.append(k_BNTH)
             values.append(v_BNTH)
-        return x_MD, kv.Cache(tuple(keys), tuple(values))
+        return x_MD, kv.Block(tuple(keys), tuple(values))
 
     def _look_up(self, embed: nn.Embed, ids: jax.Array) -> jax.Array:
         """Rows of an embedding; their gradients are added up in its type, and not in that of the arithmetic."""
@@ -157,6 +158,8 @@ class Transformer(nn.Module):
 
     def _logits(self, x_MD: jax.Array) -> jax.Array:
         x_MD, head_VD = block.normalize(self.ln_f, x_MD), self.wte.embedding.astype(self.dtype)
-        if self.turned and len(x_MD) == 1:
+        if self.transposed_kernels and len(x_MD) == 1:
+            # For a product of one row, XLA widens the whole head to float32 on a GPU: 0.10 ms per token of GPT-2 on an
+            # H200.
             return jnp.sum(x_MD.astype(jnp.float32) * head_VD.astype(jnp.float32), axis=-1)[None]
         return block.head(x_MD, head_VD)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hipgpt_jax.generation import events, sampler, samples, sampling
+from hipgpt_jax.generation import requests, sampling, scheduler
 from hipgpt_jax.records import record, replay, rounding
 from hipgpt_jax.text import tokenizer
 
@@ -95,7 +95,7 @@ class Judge:
     whatever follows it.
     """
 
-    def __init__(self, engine: sampler.Sampler, vocabulary: tokenizer.Tokenizer) -> None:
+    def __init__(self, engine: scheduler.Scheduler, vocabulary: tokenizer.Tokenizer) -> None:
         self._engine, self._vocabulary = engine, vocabulary
         self._computed: tuple[Any, np.ndarray] = (None, np.zeros(0))
 
@@ -189,7 +189,7 @@ class Judge:
         start = replay.window_start(recorded, length)
         seen_V = np.zeros(self._engine.model.vocab_size, bool)
         seen_V[list(ids[:length])] = True
-        key = sampling.sample_key(sampling.key_words(recorded.seed, recorded.prompt_ids, recorded.sample))
+        key = sampling.sample_key(sampling.seed_words(recorded.seed, recorded.prompt_ids, recorded.sample))
         uniform = float(sampling.uniform(key, jax.numpy.uint32(place)))
         logits_V = self._logits(ids[start : start + self._engine.window])[length - start - 1]
         return rounding.Draw(logits_V, seen_V, recorded.settings.configs()[2], uniform, tolerance)
@@ -203,29 +203,14 @@ class Judge:
             self._computed = ids, np.asarray(_forward(self._engine.module, self._engine.params, padded_1T))[0]
         return self._computed[1]
 
-    def _retell(self, recorded: record.Record) -> samples.Sample:
-        """Returns the sample that the recorded ids make, with the text and the end that follow from them."""
+    def _retell(self, recorded: record.Record) -> requests.Sequence:
+        """Returns the sequence of the recorded ids, with the text and the end that follow from them."""
         request = replay.request(recorded)
-        dictated = _Dictated(recorded.ids, self._engine.limit(request))
-        job = samples.Job(id=recorded.id, prompt=recorded.prompt, request=request)
-        *_, last = samples.make(dictated, self._vocabulary, [job], measure=True)
-        return last.sample
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dictated:
-    """An engine that draws given ids."""
-
-    ids: tuple[int, ...]
-    limit: int
-
-    def run(self, requests: Iterable[events.Request], *, measure: bool = False) -> Iterator[events.Event]:
-        for index, request in enumerate(requests):
-            for place, token in enumerate(self.ids):
-                event = events.event_of(index, token, None, request, last=place == self.limit - 1)
-                yield event
-                if event.finish_reason is not None:
-                    return
+        sequence = requests.Sequence(request, self._engine.max_tokens(request), self._vocabulary)
+        for token in recorded.ids:
+            if sequence.append(token).finish_reason is not None:
+                break
+        return sequence
 
 
 @functools.partial(jax.jit, static_argnums=0)

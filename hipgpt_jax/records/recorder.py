@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hipgpt_jax import config, devices, numerics
-from hipgpt_jax.generation import samples
+from hipgpt_jax.generation import requests
 from hipgpt_jax.records import provenance, record, writer
 from hipgpt_jax.runs import loading
 
@@ -50,28 +50,27 @@ class Recorder:
             environment=numerics.environment(),
         )
 
-    def build(self, sample: samples.Sample) -> record.Record:
-        """Returns the record of a finished sample with token statistics."""
-        request = sample.job.request
-        numbers_4T = np.array([fact.numbers_4 for fact in sample.facts], np.float32).reshape(-1, 4).T
+    def build(self, sequence: requests.Sequence) -> record.Record:
+        """Returns the record of a finished sequence with token statistics."""
+        request = sequence.request
         return record.Record(
-            id=sample.job.id,
+            id=request.id,
             sample=request.sample,
             seed=request.generation.seed,
-            prompt=sample.job.prompt,
+            prompt=request.prompt,
             prompt_ids=request.prompt_ids,
             prompt_dropped=max(0, len(request.prompt_ids) - self._files.window),
-            ids=tuple(sample.ids),
-            tokens=tuple(sample.tokens),
-            text=sample.text,
-            finish_reason=str(sample.finish_reason),
-            stop=sample.stop,
-            error=sample.error,
-            logprobs=_shortest(numbers_4T[0]),
-            ranks=tuple(numbers_4T[1].astype(int).tolist()),
-            margins=_shortest(numbers_4T[2]),
-            gaps=_shortest(numbers_4T[3]),
-            top_logprobs=self._top_logprobs(sample),
+            ids=tuple(sequence.ids),
+            tokens=tuple(sequence.tokens),
+            text=sequence.text,
+            finish_reason=str(sequence.finish_reason),
+            stop=sequence.stop,
+            error=sequence.error,
+            logprobs=_shortest(one.logprob for one in sequence.stats),
+            ranks=tuple(int(one.rank) for one in sequence.stats),
+            margins=_shortest(one.margin for one in sequence.stats),
+            gaps=_shortest(one.gap for one in sequence.stats),
+            top_logprobs=self._top_logprobs(sequence),
             settings=self._settings(request.generation, request.sampling),
             run=self._run,
             numerics=self._numerics,
@@ -80,8 +79,8 @@ class Recorder:
             started=self._started,
             timings=record.Timings(
                 load=round(self._load_seconds, 6),
-                first_token=None if sample.first_token is None else round(sample.first_token, 6),
-                total=round(sample.total, 6),
+                first_token=None if sequence.first_token is None else round(sequence.first_token, 6),
+                total=round(sequence.total, 6),
             ),
         )
 
@@ -110,17 +109,16 @@ class Recorder:
     def _settings(self, generation: config.GenerationConfig, sampling: config.SamplingConfig) -> record.Settings:
         return record.Settings.of(self._files.decoding, generation, sampling, self._files.window)
 
-    def _top_logprobs(self, sample: samples.Sample) -> tuple[tuple[tuple[int, float, str], ...], ...] | None:
-        count = sample.job.request.generation.top_logprobs
+    def _top_logprobs(self, sequence: requests.Sequence) -> tuple[tuple[tuple[int, float, str], ...], ...] | None:
+        count = sequence.request.generation.top_logprobs
         if not count:
             return None
         show = self._files.vocabulary.show
         return tuple(
             tuple(
-                (token, logprob, show(token))
-                for token, logprob in zip(fact.top[0][:count].tolist(), _shortest(fact.top[1][:count]), strict=True)
+                (token, logprob, show(token)) for token, logprob in zip(ids.tolist(), _shortest(logprobs), strict=True)
             )
-            for fact in sample.facts
+            for ids, logprobs in (one.top_logprobs(count) for one in sequence.stats)
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import events
+from hipgpt_jax.generation import requests
 from hipgpt_jax.records import record
 
 # The engine allocates KV cache for every slot, however few records there are.
@@ -31,14 +31,16 @@ def decoding_config(recorded: record.Record, width: int | None = None) -> config
     return dataclasses.replace(decoding, width=width, dtype=recorded.numerics.dtype)
 
 
-def request(recorded: record.Record) -> events.Request:
+def request(recorded: record.Record) -> requests.Request:
     """Returns the request that a record answers.
 
     Raises:
         ValueError: A setting is out of range.
     """
     _, generation, sampling = recorded.settings.configs()
-    return events.Request(
+    return requests.Request(
+        id=recorded.id,
+        prompt=recorded.prompt,
         prompt_ids=recorded.prompt_ids,
         sample=recorded.sample,
         generation=dataclasses.replace(generation, seed=recorded.seed),
@@ -46,7 +48,7 @@ def request(recorded: record.Record) -> events.Request:
     )
 
 
-def shortened(asked: events.Request, recorded: record.Record) -> events.Request:
+def shortened(asked: requests.Request, recorded: record.Record) -> requests.Request:
     """Returns a request with the fewest tokens that decide whether the record is true: one more than it holds.
 
     The extra token is generated only if the record ends too early. ``num_tokens`` of a forged record can be any number.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import candidates
+from hipgpt_jax.generation import topk
 
 # Shares of the probability are sums of float32 numbers, which err by a few units of 6e-8 whatever the logits are.
 _SLACK = 1e-5
@@ -62,7 +62,7 @@ class Draw:
             self._low_V, self._high_V = (
                 _penalize(self._logits_V + step, seen_V, penalty) for step in (-tolerance, tolerance)
             )
-            if self._temperature >= candidates.SMALLEST_TEMPERATURE:
+            if self._temperature >= topk.SMALLEST_TEMPERATURE:
                 self._find_nucleus(settings)
 
     def _find_nucleus(self, settings: config.SamplingConfig) -> None:
@@ -107,7 +107,7 @@ class Draw:
         """Returns the margins with which a token may be drawn; None where rounding cannot lead to that token."""
         if not self._is_finite:
             return None
-        if self._temperature < candidates.SMALLEST_TEMPERATURE:
+        if self._temperature < topk.SMALLEST_TEMPERATURE:
             return self.gaps(token) if self._high_V[token] >= self._low_V.max() else None
         around = _Around(self._low_V, self._high_V, self._low_weight_V, self._high_weight_V, token)
         found = []
@@ -119,7 +119,7 @@ class Draw:
         return Interval(min(one.low for one in found) - _SLACK, max(one.high for one in found) + _SLACK)
 
     def _margin(self, around: "_Around", kept: int) -> Interval:
-        """Returns the margins of a draw from ``kept`` candidates, as ``sampling.Choice`` defines them."""
+        """Returns the margins of a draw from ``kept`` candidates, as ``logprobs.margin`` defines them."""
         u, lows, highs = self._uniform, [1.0], [1.0]
         if around.most_above > 0:
             lows.append(u - around.begins(kept).high)

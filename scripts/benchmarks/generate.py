@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import peers, table
 from hipgpt_jax import config
-from hipgpt_jax.generation import carry, decoding, events, sampler, sampling
+from hipgpt_jax.generation import decoding, requests, sampling, scheduler
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import weights
@@ -59,9 +59,9 @@ def _between(times: Sequence[float]) -> tuple[float, float]:
 
 
 def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
-    engine = sampler.Sampler(model, params, config.DecodingConfig())
+    engine = scheduler.Scheduler(model, params, config.DecodingConfig())
     generation = config.GenerationConfig(num_tokens=num_tokens)
-    asked = events.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
+    asked = requests.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
 
     def request() -> tuple[float, float]:
         return _between([time.perf_counter() for event in engine.run([asked]) if event.token is not None])
@@ -70,33 +70,30 @@ def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Re
 
 
 def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
-    module, W = transformer.Transformer(model), model.max_seq_len
-    key = jax.random.key_data(sampling.sample_key(sampling.key_words(0, _PROMPT_IDS, 0)))
-    rows = carry.Rows(key[None], sampling.settings([_SAMPLING]))
-    prompt_1T = jnp.asarray([_PROMPT_IDS], jnp.int32)
-    context_BS = jnp.pad(prompt_1T, ((0, 0), (0, W - prompt_1T.size)))
-    seen_BV = jnp.zeros((1, model.vocab_size), bool).at[0, prompt_1T[0]].set(True)
-    sizes = kv.part_sizes(W)
-    _, blank = carry.blank(1, W, model.vocab_size)
-    start = blank._replace(length_B=blank.length_B + prompt_1T.size, context_BS=context_BS, seen_BV=seen_BV)
+    module, W, V = transformer.Transformer(model), model.max_seq_len, model.vocab_size
+    key = jax.random.key_data(sampling.sample_key(sampling.seed_words(0, _PROMPT_IDS, 0)))
+    start = decoding.initial_state(key[None], _PROMPT_IDS, _SAMPLING, eos_id=-1, W=W, V=V)
+    layout = kv.cpu_layout(W)
 
     @jax.jit
-    def read(params: Any) -> tuple[carry.State, Any]:
-        logits_BV, cache = decoding.read(module, params, prompt_1T, start.length_B, sizes=sizes)
-        return decoding.draw(rows, start, logits_BV), (*cache, *kv.empty(model, 1, sizes[len(cache) :], "float32"))
+    def prefill(params: Any) -> decoding.DecodeState:
+        blocks = decoding.prefill_cache(module, params, start.context_BS[:, : len(_PROMPT_IDS)], layout)
+        blocks = (*blocks, *kv.empty(layout.shapes(model, 1, "float32", first=len(blocks))))
+        state = start._replace(cache=kv.Cache((), blocks), limit_B=jnp.array([num_tokens]))
+        return decoding.decode_step(module, params, state)[0]
 
     @jax.jit
-    def decode(params: Any, state: carry.State, cache: Any) -> jax.Array:
-        def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
-            carry = decoding.decode_step(module, params, rows, *carry)
-            return carry, carry[0].token_B
+    def decode(params: Any, state: decoding.DecodeState) -> jax.Array:
+        def step(state: decoding.DecodeState, _: None) -> tuple[decoding.DecodeState, jax.Array]:
+            state, output = decoding.decode_step(module, params, state)
+            return state, output.token_B
 
-        return jax.lax.scan(step, (state, cache), None, length=num_tokens - 1)[1]
+        return jax.lax.scan(step, state, None, length=num_tokens - 1)[1]
 
     def request() -> tuple[float, float]:
-        ready = jax.block_until_ready(read(params))
+        ready = jax.block_until_ready(prefill(params))
         began = time.perf_counter()
-        np.asarray(decode(params, *ready))
+        np.asarray(decode(params, ready))
         return num_tokens - 1, time.perf_counter() - began
 
     return request

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import generate, table, train
 from hipgpt_jax import config, devices, training_config
-from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.generation import requests, scheduler
 from hipgpt_jax.model import transformer
 from hipgpt_jax.training import flops
 
@@ -117,11 +117,11 @@ def training(
 
 
 def _sampled(model: config.ModelConfig, params: Any, attention: str, width: int, num_tokens: int) -> table.Request:
-    engine = sampler.Sampler(model, params, config.DecodingConfig(width=width, dtype=DTYPE), attention)
+    engine = scheduler.Scheduler(model, params, config.DecodingConfig(width=width, dtype=DTYPE), attention)
     generation = config.GenerationConfig(num_tokens=num_tokens)
     prompts = np.random.RandomState(width).randint(0, model.vocab_size, (width, _PROMPT_TOKENS)).tolist()
     asked = [
-        events.Request(prompt_ids=tuple(ids), sample=0, generation=generation, sampling=config.SamplingConfig())
+        requests.Request(prompt_ids=tuple(ids), sample=0, generation=generation, sampling=config.SamplingConfig())
         for ids in prompts
     ]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import generate, peers, plain, table
 from hipgpt_jax import config
-from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.generation import requests, scheduler
 
 _STRIDES = (1, 64)
 _SHARE = 4  # of the window's length is made a request, beyond it
@@ -31,8 +31,8 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
 
 
 def _rolling(model: config.ModelConfig, params: Any, prompt: np.ndarray, stride: int) -> table.Request:
-    engine = sampler.Sampler(model, params, config.DecodingConfig(window_stride=stride))
-    asked = events.Request(
+    engine = scheduler.Scheduler(model, params, config.DecodingConfig(window_stride=stride))
+    asked = requests.Request(
         prompt_ids=tuple(prompt.tolist()),
         sample=0,
         generation=config.GenerationConfig(num_tokens=2**31),
@@ -41,7 +41,7 @@ def _rolling(model: config.ModelConfig, params: Any, prompt: np.ndarray, stride:
     number = max(model.max_seq_len // _SHARE, 2 * stride)
 
     def request() -> tuple[float, float]:
-        tokens: Iterator[events.Event] = engine.run([asked])
+        tokens: Iterator[requests.Output] = engine.run([asked])
         next(tokens)
         began = time.perf_counter()
         for _ in range(number):

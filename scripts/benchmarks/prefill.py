@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import generate, table
 from hipgpt_jax import config
-from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.generation import requests, scheduler
 from hipgpt_jax.model import transformer
 
 OURS, FORWARD, PRODUCTS = "to the first token", "bare forward pass", "products alone"
@@ -55,13 +55,13 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
 
 
 def _first_token(model: config.ModelConfig, params: Any, prompts: np.ndarray) -> table.Request:
-    engine = sampler.Sampler(model, params, config.DecodingConfig())
+    engine = scheduler.Scheduler(model, params, config.DecodingConfig())
     number = 0
 
     def request() -> tuple[float, float]:
         nonlocal number
         number += 1  # another prompt each time: the same one would be read once
-        asked = events.Request(
+        asked = requests.Request(
             prompt_ids=tuple(prompts[number % len(prompts)].tolist()),
             sample=0,
             generation=config.GenerationConfig(num_tokens=2),

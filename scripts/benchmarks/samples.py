@@ -73,9 +73,9 @@ def _make(run: api.Run, num_tokens: int, path: Path | None) -> table.Request:
     def request() -> tuple[float, float]:
         began = time.perf_counter()
         out = writer.RecordFile(path, overwrite=True) if path else None
-        for update in run.make(run.jobs(asked), measure=out is not None):
-            if out and update.finish_reason:
-                out.append(run.recorder.build(update.sample))
+        for output in run.outputs(run.requests(asked), measure=out is not None):
+            if out and output.finish_reason:
+                out.append(run.recorder.build(output.sequence))
         if out:
             out.close()
         return _SAMPLES * num_tokens, time.perf_counter() - began

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import generate, peers, table
 from hipgpt_jax import config, devices
-from hipgpt_jax.generation import events, sampler
+from hipgpt_jax.generation import requests, scheduler
 
 _WIDTHS = (16, 64)
 _PROMPT_TOKENS = 8
@@ -27,10 +27,10 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     torch, hugging_face = peers.torch(), peers.hugging_face(model, params, directory)
 
     def ours(prompts: np.ndarray) -> table.Request:
-        engine = sampler.Sampler(model, params, config.DecodingConfig(width=len(prompts)))
+        engine = scheduler.Scheduler(model, params, config.DecodingConfig(width=len(prompts)))
         generation = config.GenerationConfig(num_tokens=num_tokens)
         asked = [
-            events.Request(
+            requests.Request(
                 prompt_ids=tuple(ids.tolist()), sample=0, generation=generation, sampling=config.SamplingConfig()
             )
             for ids in prompts

@@ -1,4 +1,4 @@
-"""Kept programs: the same bits whether found or made, found only by what they follow from, and never in the way."""
+"""The cache of traced programs: the same bits whether found or traced, exact keys, and no failure from damage."""
 
 import gc
 import hashlib
@@ -22,9 +22,12 @@ import programs as cli
 import pytest
 
 from hipgpt_jax import compilation, config, disk_cache
-from hipgpt_jax.generation import carry, exported, programs, sampler
+from hipgpt_jax.generation import engine, export_cache, sampling, scheduler
 
-OURS = {f"jit({name})" for name in ("fill", "enter", "put", "steps", "roll", "roll_row", "where")}
+OURS = {f"jit({name})" for name in ("sample_key", "prefill", "insert", "decode", "slide", "slide_slot", "merge")}
+
+
+PARAMS = sampling.sampling_params([config.SamplingConfig()])
 
 
 def cache_in(directory: Path, told: list[str] | None = None) -> disk_cache.DiskCache:
@@ -41,7 +44,7 @@ def told() -> list[str]:
 @pytest.fixture
 def place(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = cache_in(tmp_path, told)
-    monkeypatch.setattr(exported, "_cache", lambda: cache)
+    monkeypatch.setattr(export_cache, "_cache", lambda: cache)
     return tmp_path
 
 
@@ -49,17 +52,17 @@ def _never(*args: object) -> None:
     raise AssertionError(f"the model is traced: {args}")
 
 
-def fresh(**settings: Any) -> sampler.Sampler:
+def fresh(**settings: Any) -> scheduler.Scheduler:
     """Returns a sampler that has compiled nothing yet."""
     decode = config.DecodingConfig(**{"window": 11, **settings})
-    return sampler.Sampler(fakes.MODEL, fakes.random_params(fakes.MODEL), decode)
+    return scheduler.Scheduler(fakes.MODEL, fakes.random_params(fakes.MODEL), decode)
 
 
-def drawn(engine: sampler.Sampler, lengths: Sequence[int]) -> list[tuple[Any, ...]]:
+def drawn(source: scheduler.Scheduler, lengths: Sequence[int]) -> list[tuple[Any, ...]]:
     """Returns tokens and the bits of their numbers; 9 of them after each prompt, so some contexts roll."""
     asked = [fakes.request(fakes.prompt(length), num_tokens=9, sample=length) for length in lengths]
-    events = list(engine.run(asked, measure=True))
-    return [(event.index, event.token, event.facts and np.asarray(event.facts.numbers_4).tobytes()) for event in events]
+    events = list(source.run(asked, measure=True))
+    return [(event.index, event.token, event.stats and fakes.stats_bytes(event.stats)) for event in events]
 
 
 @pytest.mark.slow
@@ -77,9 +80,9 @@ def test_bits_are_the_same_without_made_and_found_which_traces_nothing(
     found = []
     for directory in (None, tmp_path, tmp_path):
         cache = directory and cache_in(directory)
-        monkeypatch.setattr(exported, "_cache", lambda cache=cache: cache)
+        monkeypatch.setattr(export_cache, "_cache", lambda cache=cache: cache)
         if found and directory == tmp_path and any(tmp_path.iterdir()):
-            monkeypatch.setattr(programs, "_module", _never)
+            monkeypatch.setattr(engine, "_module", _never)
         with fakes.compilations() as compiled:
             numbers = drawn(fresh(**settings), lengths)
         found.append((numbers, sorted(name for name in compiled if name in OURS)))
@@ -116,7 +119,7 @@ finally:
 
 @pytest.mark.slow
 def test_no_damage_to_the_cache_changes_a_token_or_ends_the_process(tmp_path: Path) -> None:
-    """By the command: bits of executables and exported programs, chosen by a fixed seed, and files that are cut."""
+    """By the command: bits of executables and export_cache programs, chosen by a fixed seed, and files that are cut."""
     asked = ("--run-name", "shakespeare", "--prompt", "To be", "--num_tokens", "9", "--output", "-")
 
     def generate() -> tuple[str, list[str]]:
@@ -144,23 +147,23 @@ def test_no_damage_to_the_cache_changes_a_token_or_ends_the_process(tmp_path: Pa
     assert generate() == (right, [])
 
 
-def double(state: carry.Rows) -> carry.Rows:
+def double(state: sampling.SamplingParams) -> sampling.SamplingParams:
     return jax.tree.map(lambda x: 2 * x, state)
 
 
-def halve(state: carry.Rows) -> carry.Rows:
-    return jax.tree.map(lambda x: x // 2 if x.dtype == np.uint32 else x / 2, state)
+def halve(state: sampling.SamplingParams) -> sampling.SamplingParams:
+    return jax.tree.map(lambda x: x // 2 if x.dtype == np.int32 else x / 2, state)
 
 
 def doubled() -> float:
     """Returns the temperature of blank rows, which is 1, doubled by a program from the cache."""
-    return float(jax.jit(exported.kept(double, ""))(carry.blank(1, 1, 1)[0]).settings.temperature_B[0])
+    return float(jax.jit(export_cache.cached(double, ""))(PARAMS).temperature_B[0])
 
 
 def put_program(function: Callable[..., Any], path: Path, *, named: str | None = None) -> None:
     """Puts a program with a right digest where that of ``double`` is."""
     function.__name__ = named or function.__name__
-    shapes = jax.tree.map(exported._shape, (carry.blank(1, 1, 1)[0],))
+    shapes = jax.tree.map(export_cache._shape, (PARAMS,))
     program = jax.export.export(jax.jit(function))(*shapes).serialize()
     cache_in(path.parent).put(path.name, bytes(program))
 
@@ -183,7 +186,7 @@ def test_a_program_of_another_name_or_signature_is_refused(place: Path, told: li
     whole = path.read_bytes()
     exports = cache_in(place)
 
-    def swapped(state: carry.Rows) -> tuple[carry.Rows, ...]:
+    def swapped(state: sampling.SamplingParams) -> tuple[sampling.SamplingParams, ...]:
         return (state, state)
 
     put_program(halve, path)
@@ -191,7 +194,9 @@ def test_a_program_of_another_name_or_signature_is_refused(place: Path, told: li
     assert doubled() == 2
     assert "it is the program 'halve'" in told[0]
     assert path.read_bytes() == whole
-    shapes = jax.tree.map(exported._shape, carry.blank(2, 1, 1)[0])  # its argument is of two rows
+    shapes = jax.tree.map(
+        export_cache._shape, sampling.sampling_params([config.SamplingConfig()] * 2)
+    )  # its argument is of two rows
     exports.put(path.name, bytes(jax.export.export(jax.jit(double))(shapes).serialize()))
     assert doubled() == 2
     assert path.read_bytes() == whole
@@ -233,16 +238,16 @@ def test_a_program_is_found_by_all_that_it_follows_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jax_settings: Callable[..., None]
 ) -> None:
     def place(settings: str = "s") -> str:
-        exported._code.cache_clear()
-        return exported._prefix(settings)
+        export_cache._code.cache_clear()
+        return export_cache._prefix(settings)
 
     places = [place(), place("t")]
     with jax.default_matmul_precision("bfloat16"):
         places.append(place())
     with jax.default_prng_impl("rbg"):
         places.append(place())
-    shutil.copytree(exported._PACKAGE, tmp_path / "code", ignore=shutil.ignore_patterns("shipped", "__pycache__"))
-    monkeypatch.setattr(exported, "_PACKAGE", tmp_path / "code")
+    shutil.copytree(export_cache._PACKAGE, tmp_path / "code", ignore=shutil.ignore_patterns("shipped", "__pycache__"))
+    monkeypatch.setattr(export_cache, "_PACKAGE", tmp_path / "code")
     assert place() == places[0], "where the code lies does not matter"
     for name in ("config.py", "model/attention.py", "generation/sampling.py"):
         with (tmp_path / "code" / name).open("a") as file:
@@ -251,9 +256,9 @@ def test_a_program_is_found_by_all_that_it_follows_from(
     monkeypatch.setattr("importlib.metadata.version", lambda package: f"{package} of tomorrow")
     places.append(place())
     assert len(set(places)) == len(places) == 8
-    exported._code.cache_clear()
+    export_cache._code.cache_clear()
     arguments = [0.0, 1, np.float32(0), np.int32(0), np.zeros(3), np.zeros(4)]
-    assert len({exported._digest(exported._shape(x)) for x in arguments}) == 6
+    assert len({export_cache._digest(export_cache._shape(x)) for x in arguments}) == 6
 
 
 def test_programs_are_kept_beside_those_of_xla_on_a_cpu_alone(
@@ -263,36 +268,36 @@ def test_programs_are_kept_beside_those_of_xla_on_a_cpu_alone(
     monkeypatch.setattr(compilation, "_active", cache)
     for other in ("", None, "gs://bucket/cache", "some/place"):
         jax_settings(compilation_cache_dir=other)
-        assert exported._cache() is None
-        assert not exported.any_kept("")
+        assert export_cache._cache() is None
+        assert not export_cache.has_cached("")
     jax_settings(compilation_cache_dir=str(tmp_path))
-    assert exported._cache() is cache
-    assert not exported.any_kept("")
+    assert export_cache._cache() is cache
+    assert not export_cache.has_cached("")
     assert doubled() == 2
-    assert (exported.any_kept(""), exported.any_kept("other")) == (True, False)
+    assert (export_cache.has_cached(""), export_cache.has_cached("other")) == (True, False)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        assert exported._cache() is None
+        assert export_cache._cache() is None
     jax_settings(enable_compilation_cache=False)
-    assert exported._cache() is None
+    assert export_cache._cache() is None
 
 
-def test_compiled_code_goes_with_its_sampler() -> None:
+def test_compiled_code_is_freed_with_its_scheduler() -> None:
     """Without a search for garbage: XLA maps memory for each program, of which Linux allows 65,530 pieces a process."""
-    engine = fresh()
-    drawn(engine, (2,))
-    programs_of = weakref.ref(engine._programs)
+    source = fresh()
+    drawn(source, (2,))
+    executables = weakref.ref(source._executables)
     gc.disable()
     try:
-        del engine
-        assert programs_of() is None
+        del source
+        assert executables() is None
     finally:
         gc.enable()
 
 
 def test_a_directory_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(exported, "_cache", lambda: cache_in(tmp_path / "file" / "programs"))
-    assert not exported.any_kept("")
-    assert jax.jit(exported.kept(double, ""))(carry.blank(1, 1, 1)[0])
+    monkeypatch.setattr(export_cache, "_cache", lambda: cache_in(tmp_path / "file" / "programs"))
+    assert not export_cache.has_cached("")
+    assert jax.jit(export_cache.cached(double, ""))(PARAMS)
     assert os.listdir(tmp_path) == ["file"]

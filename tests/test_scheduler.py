@@ -1,7 +1,6 @@
-"""The sampler against a naive loop of full forward passes, and how samples begin and end."""
+"""The scheduler against a naive loop of full forward passes, and how samples begin and end."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,21 +13,21 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import batch, events, lane, sampler, sampling
-from hipgpt_jax.generation import programs as compiled
+from hipgpt_jax.generation import engine, requests, sampling, scheduler
 from hipgpt_jax.model import cache, transformer
 
 MODEL = fakes.MODEL
 WINDOW = 11
 PARAMS = fakes.random_params(MODEL)
+SEQUENCE = requests.Sequence(fakes.request(), 8)
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 forward = jax.jit(transformer.Transformer(MODEL).apply, static_argnames="dropout")
-choose = jax.jit(lambda *args: sampling.choose(*args).token_B)
+choose = jax.jit(lambda *args: sampling.sample(*args).token_B)
 uniform = jax.jit(sampling.uniform)
 
 
-def naive(request: events.Request, window: int, stride: int) -> list[int]:
+def naive(request: requests.Request, window: int, stride: int) -> list[int]:
     """Generates by a full forward pass over the window for every token; nothing is kept between them.
 
     With ``m`` tokens from the first one read, the window starts at the first multiple of the stride
@@ -37,8 +36,8 @@ def naive(request: events.Request, window: int, stride: int) -> list[int]:
     """
     ids = list(request.prompt_ids)
     first = max(0, len(ids) - window)
-    key = sampling.sample_key(sampling.key_words(request.generation.seed, request.prompt_ids, request.sample))
-    settings = sampling.settings([request.sampling])
+    key = sampling.sample_key(sampling.seed_words(request.generation.seed, request.prompt_ids, request.sample))
+    settings = sampling.sampling_params([request.sampling])
     for t in range(request.generation.num_tokens):
         dropped = max(0, math.ceil((len(ids) - first - window) / stride) * stride)
         context = ids[first + dropped :]
@@ -52,13 +51,13 @@ def naive(request: events.Request, window: int, stride: int) -> list[int]:
 
 
 @pytest.fixture
-def narrow() -> sampler.Sampler:
-    return fakes.make_sampler()
+def narrow() -> scheduler.Scheduler:
+    return fakes.make_scheduler()
 
 
 @pytest.fixture
-def wide() -> sampler.Sampler:
-    return fakes.make_sampler(width=3)
+def wide() -> scheduler.Scheduler:
+    return fakes.make_scheduler(width=3)
 
 
 @pytest.mark.parametrize(
@@ -76,32 +75,32 @@ def test_generation_is_the_naive_loop_far_past_the_window(window: int, stride: i
     others = {"width": width} if width > 1 else {}
     if (window, stride) != (WINDOW, 1):
         others |= {"window": window, "window_stride": stride}
-    source = fakes.make_sampler(**others)
-    requests = [
+    source = fakes.make_scheduler(**others)
+    wanted = [
         fakes.request(fakes.prompt(length), num_tokens=window + 10 + length % 4, sample=place, **settings)
         for place, length in enumerate((1, window, window - 1 or 2, window + 1, 2 * window + 3, 6))
         for settings in (GREEDY, {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.3})
     ]
-    drawn = fakes.tokens_of(source, requests)
-    assert drawn == [naive(one, window, stride) for one in requests]
+    drawn = fakes.tokens_of(source, wanted)
+    assert drawn == [naive(one, window, stride) for one in wanted]
     assert len({token for tokens in drawn for token in tokens}) > 30
 
 
-def test_stop_ends_where_the_window_is_full(narrow: sampler.Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ends_where_the_window_is_full(narrow: scheduler.Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule belongs to the driver, so the programs compiled for another rule serve."""
-    monkeypatch.setattr(narrow, "_decode", fakes.make_sampler(overflow="stop")._decode)
-    requests = [fakes.request(fakes.prompt(n), num_tokens=30) for n in (1, 4, WINDOW - 1, WINDOW, WINDOW + 1)]
-    requests.append(fakes.request(fakes.prompt(4), num_tokens=3))
-    drawn = fakes.tokens_of(narrow, requests)
+    monkeypatch.setattr(narrow, "_decoding", fakes.make_scheduler(overflow="stop")._decoding)
+    wanted = [fakes.request(fakes.prompt(n), num_tokens=30) for n in (1, 4, WINDOW - 1, WINDOW, WINDOW + 1)]
+    wanted.append(fakes.request(fakes.prompt(4), num_tokens=3))
+    drawn = fakes.tokens_of(narrow, wanted)
     assert [len(tokens) for tokens in drawn] == [WINDOW, WINDOW - 3, 2, 1, 1, 3]
-    for one, tokens in zip(requests, drawn, strict=True):
+    for one, tokens in zip(wanted, drawn, strict=True):
         assert tokens == naive(one, WINDOW, 1)[: len(tokens)]
-    reasons = [event.finish_reason for event in narrow.run(requests) if event.finish_reason is not None]
-    assert reasons == ["length"] * len(requests)
+    reasons = [event.finish_reason for event in narrow.run(wanted) if event.finish_reason is not None]
+    assert reasons == ["length"] * len(wanted)
 
 
 def test_error_refuses_what_cannot_fit_and_says_the_numbers() -> None:
-    source = fakes.make_sampler(overflow="error")
+    source = fakes.make_scheduler(overflow="error")
     source.check(fakes.request(fakes.prompt(4), num_tokens=WINDOW - 3))
     with pytest.raises(ValueError, match=r"prompt of 4 tokens and 9 new ones need a window of 12: it holds 11"):
         list(source.run([fakes.request(fakes.prompt(4), num_tokens=WINDOW - 2)]))
@@ -109,18 +108,18 @@ def test_error_refuses_what_cannot_fit_and_says_the_numbers() -> None:
         list(source.run([fakes.request(fakes.prompt(WINDOW + 1), num_tokens=1)]))
 
 
-def test_refused_requests(narrow: sampler.Sampler) -> None:
+def test_refused_requests(narrow: scheduler.Scheduler) -> None:
     with pytest.raises(ValueError, match="prompt is empty: it must hold at least one token"):
         list(narrow.run([fakes.request(())]))
     with pytest.raises(ValueError, match="eos_id must be -1 or below the vocabulary's size 150: got 150"):
         list(narrow.run([fakes.request(eos_id=MODEL.vocab_size)]))
     with pytest.raises(ValueError, match="window must be at most the run's own 16"):
-        fakes.make_sampler(window=MODEL.max_seq_len + 1)
+        fakes.make_scheduler(window=MODEL.max_seq_len + 1)
     with pytest.raises(ValueError, match="window_stride must be at most the window of 11 tokens: got 12"):
-        fakes.make_sampler(window_stride=WINDOW + 1)
+        fakes.make_scheduler(window_stride=WINDOW + 1)
 
 
-def test_eos_ends_its_row_alone_and_is_its_last_token(wide: sampler.Sampler) -> None:
+def test_eos_ends_its_row_alone_and_is_its_last_token(wide: scheduler.Scheduler) -> None:
     """Every token of a row in turn is made the id that ends it, and its last one, and none."""
     plain = [fakes.request(fakes.prompt(n), num_tokens=n + 12) for n in (2, 9, 4)]
     expected = fakes.tokens_of(wide, plain)
@@ -138,55 +137,34 @@ def test_eos_ends_its_row_alone_and_is_its_last_token(wide: sampler.Sampler) -> 
                 assert [event.finish_reason for event in own] == reasons
 
 
-def test_a_request_may_end_its_sample_with_any_token_but_the_end_token(wide: sampler.Sampler) -> None:
-    """``ends`` hears of every token once, in order, and the token it ends with is still the sample's."""
-    plain = [fakes.request(fakes.prompt(n), num_tokens=12) for n in (2, 9, 4)]
-    expected = fakes.tokens_of(wide, plain)
-    heard: list[list[int]] = [[], [], []]
-
-    def listen(row: int, token: int) -> bool:
-        heard[row].append(token)
-        return len(heard[row]) == 4 * (row + 1)
-
-    ending = [dataclasses.replace(one, ends=functools.partial(listen, row)) for row, one in enumerate(plain)]
-    happened = list(wide.run(ending))
-    assert heard == [tokens[: 4 * (row + 1)] for row, tokens in enumerate(expected)]
-    assert heard == [[event.token for event in happened if event.index == row] for row in range(3)]
-    assert sorted(event.index for event in happened if event.finish_reason == "stop") == [0, 1, 2]
-    silent = dataclasses.replace(
-        plain[0], ends=lambda token: True, generation=fakes.request(eos_id=expected[0][0]).generation
-    )
-    assert [event.finish_reason for event in wide.run([silent])] == ["eos"]
-
-
 @pytest.mark.parametrize("length", [2, WINDOW + 2])
-def test_work_stops_after_eos(length: int, narrow: sampler.Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_stops_after_eos(length: int, narrow: scheduler.Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the window it is the last token on the device too; beyond it at most one more is under way."""
     (tokens,) = fakes.tokens_of(narrow, [fakes.request(fakes.prompt(length), num_tokens=30)])
     drawn = next(t for t in range(4, 30) if tokens[t] not in tokens[:t])
-    counts, states = [], []
-    start = batch.Batch.step
+    counts, sampled = [], []
+    decode = engine.Engine.decode
 
-    def spy(self: batch.Batch, wanted: dict[int, int]) -> list[batch.Drawn]:
-        found = start(self, wanted)
-        counts.extend(each.counts[0] for each in found)
-        states.append(self._state)
-        return found
+    def spy(self: engine.Engine, limits: Mapping[int, int]) -> list[engine.Decoded]:
+        decoded = decode(self, limits)
+        counts.extend(each.counts[0] for each in decoded)
+        sampled.append(int(self._state.num_sampled_B[0]))
+        return decoded
 
-    monkeypatch.setattr(batch.Batch, "step", spy)
+    monkeypatch.setattr(engine.Engine, "decode", spy)
     happened = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
     assert len(happened) == drawn + 1
-    assert drawn + 1 <= states[-1].index_B[0] <= drawn + 1 + (length + drawn >= WINDOW)
+    assert drawn + 1 <= sampled[-1] <= drawn + 1 + (length + drawn >= WINDOW)
     counts.clear()
     list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30)]))
     assert sum(counts) == 30, "nothing follows the last"
 
 
-def test_no_tokens_asked_for_is_an_end_without_work(wide: sampler.Sampler) -> None:
+def test_no_tokens_asked_for_is_an_end_without_work(wide: scheduler.Scheduler) -> None:
     nothing = fakes.request(num_tokens=0)
-    ends = [events.Event(index=i, finish_reason="length") for i in range(4)]
     with fakes.compilations() as compiled:
-        assert list(fakes.make_sampler(width=3).run([nothing] * 4)) == ends
+        outputs = list(fakes.make_scheduler(width=3).run([nothing] * 4))
+    assert [(one.index, one.token, one.finish_reason) for one in outputs] == [(i, None, "length") for i in range(4)]
     assert not compiled
     some = fakes.request(fakes.prompt(7), num_tokens=5)
     assert fakes.tokens_of(wide, [nothing, some, nothing, nothing]) == [[], naive(some, WINDOW, 1), [], []]
@@ -198,12 +176,12 @@ def test_requests_are_taken_as_they_are_needed(width: int, ahead: int) -> None:
     """So that any number of them runs in constant memory; wide steps read prompts together, so they look ahead."""
     taken = []
 
-    def endless() -> Iterator[events.Request]:
+    def endless() -> Iterator[requests.Request]:
         for sample in range(10**9):
             taken.append(sample)
             yield fakes.request(num_tokens=2, sample=sample)
 
-    happened = fakes.make_sampler(width=width).run(endless())
+    happened = fakes.make_scheduler(width=width).run(endless())
     for _ in range(2 * width):
         next(happened)
     assert len(taken) == width + ahead
@@ -213,28 +191,29 @@ def test_requests_are_taken_as_they_are_needed(width: int, ahead: int) -> None:
 
 def test_bucket_is_tight_monotone_and_within_the_window() -> None:
     for window in (1, 5, 8, 11, 32, 100, 1024):
-        sizes = [compiled.bucket(length, window) for length in range(1, window + 1)]
+        sizes = [engine.prefill_bucket(length, window) for length in range(1, window + 1)]
         assert sizes == sorted(sizes)
         assert all(length <= size <= window for length, size in enumerate(sizes, 1))
         assert all(3 * (size - length) <= size for length, size in enumerate(sizes, 1) if size > 8)
         assert len(set(sizes)) <= 2 * math.log2(max(8, window)) - 3
-    assert compiled.bucket(1, 1024) == 8
+    assert engine.prefill_bucket(1, 1024) == 8
 
 
 @hypothesis.settings(deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(1, 5), st.randoms())
 def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int], width: int, random: Any) -> None:
     samples = [
-        [events.Event(index=i, token=t) for t in range(length)] + [events.Event(index=i, finish_reason="length")]
+        [requests.Output(index=i, token=t, sequence=SEQUENCE) for t in range(length)]
+        + [requests.Output(index=i, finish_reason="length", sequence=SEQUENCE)]
         for i, length in enumerate(lengths)
     ]
-    given: list[events.Event] = []
+    given: list[requests.Output] = []
     for first in range(0, len(samples), width):
         group = [list(sample) for sample in samples[first : first + width]]
         while any(group):
             given.append(random.choice([sample for sample in group if sample]).pop(0))
     taken = []
-    ordered = events.in_order(event for event in given if taken.append(event) or True)
+    ordered = requests.in_order(event for event in given if taken.append(event) or True)
     for place, event in enumerate(expected := [event for sample in samples for event in sample]):
         assert next(ordered) == event
         assert set(expected[: place + 1]) <= set(taken)
@@ -245,21 +224,21 @@ def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int
 
 def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long and short samples in three rows: every one is what it is alone, none has a token too many, in few steps."""
-    source = fakes.make_sampler(width=3, window=16)
+    source = fakes.make_scheduler(width=3, window=16)
     steps: list[int] = []
     tokens: list[int] = []
-    following = batch.Batch.step
+    decode = engine.Engine.decode
 
-    def spy(self: batch.Batch, wanted: Mapping[int, int]) -> list[batch.Drawn]:
-        drawn = following(self, wanted)
-        steps.extend(max(each.counts.values()) for each in drawn)
-        tokens.extend(sum(each.counts.values()) for each in drawn)
-        return drawn
+    def spy(self: engine.Engine, limits: Mapping[int, int]) -> list[engine.Decoded]:
+        decoded = decode(self, limits)
+        steps.extend(max(each.counts.values()) for each in decoded)
+        tokens.extend(sum(each.counts.values()) for each in decoded)
+        return decoded
 
-    monkeypatch.setattr(batch.Batch, "step", spy)
+    monkeypatch.setattr(engine.Engine, "decode", spy)
     lengths = [16, 4, 4, 4, 4, 2, 6, 15, 4]
-    requests = [fakes.request(fakes.prompt(1), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
-    assert fakes.tokens_of(source, requests) == [naive(one, 16, 1) for one in requests]
+    wanted = [fakes.request(fakes.prompt(1), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
+    assert fakes.tokens_of(source, wanted) == [naive(one, 16, 1) for one in wanted]
     assert sum(tokens) == sum(lengths)
     assert sum(steps) <= 27, "in groups of three, which wait for their longest, they would be 35"
 
@@ -269,10 +248,10 @@ def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(
     measure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A position is no number, which the next sample in the row never reads, though the cache holds it still."""
-    monkeypatch.setattr(cache, "SMALLEST_PART", 4)
+    monkeypatch.setattr(cache, "SMALLEST_BLOCK", 4)
     params = fakes.random_params(MODEL)
     params["wpe"]["embedding"][10] = np.nan
-    source = sampler.Sampler(MODEL, params, config.DecodingConfig(window=WINDOW))
+    source = scheduler.Scheduler(MODEL, params, config.DecodingConfig(window=WINDOW))
     broken = fakes.request(fakes.prompt(8), num_tokens=5)
     well = fakes.request(fakes.prompt(3), num_tokens=8, top_k=3)
     apart = [event.token for event in source.run([well], measure=measure)]
@@ -284,18 +263,18 @@ def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(
     assert [event.token for event in together if event.index == 1] == apart
 
 
-def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: sampler.Sampler) -> None:
-    programs, reads = narrow._programs, []
-    fill = programs.fill
+def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: scheduler.Scheduler) -> None:
+    prefilled: list[int] = []
+    prefill = engine.Executables.prefill
     asked = [fakes.request(fakes.prompt(6), num_tokens=3, sample=k) for k in range(4)]
     expected = fakes.tokens_of(narrow, asked)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "fill", lambda *args: reads.append(1) or fill(*args))
+        patch.setattr(engine.Executables, "prefill", lambda *args: prefilled.append(1) or prefill(*args))
         narrow.load(PARAMS)
         assert fakes.tokens_of(narrow, asked) == expected
-        assert len(reads) == 1
+        assert len(prefilled) == 1
         fakes.tokens_of(narrow, [fakes.request(fakes.prompt(5), num_tokens=2), asked[0]])
-        assert len(reads) == 3, "one prompt is held"
+        assert len(prefilled) == 3, "one prompt is held"
         narrow.load(fakes.random_params(MODEL, seed=5))
         assert fakes.tokens_of(narrow, asked) != expected
         narrow.load(PARAMS)
@@ -303,17 +282,27 @@ def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: sampl
 
 
 @pytest.mark.slow
-def test_lanes_side_by_side_are_each_a_sampler_of_their_rows() -> None:
-    """On a CPU a width of 16 is two lanes of 8 rows; their events come in one order whatever the threads do."""
-    assert [lane.count(width, "cpu", MODEL) for width in (1, 8, 15, 16, 17, 64)] == [1, 1, 1, 2, 1, 2]
-    assert lane.count(64, "gpu", MODEL) == 1
-    assert lane.count(64, "cpu", dataclasses.replace(MODEL, embed_dim=512, ff_hidden_dim=2048)) == 1
-    wide = fakes.make_sampler(width=16)
-    requests = [fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n % 5 + 6, sample=n) for n in range(40)]
-    drawn = fakes.tokens_of(wide, requests)
-    assert drawn == fakes.tokens_of(fakes.make_sampler(width=8), requests)
-    assert drawn == [naive(one, WINDOW, 1) for one in requests]
-    events_of = [[(event.index, event.token) for event in wide.run(requests)] for _ in range(2)]
+def test_replicas_side_by_side_give_the_tokens_of_their_slots_alone() -> None:
+    """On a CPU a width of 16 is two replicas of 8 slots; their events come in one order whatever the threads do."""
+    assert [engine.backend_for("cpu", MODEL, 11, width).num_replicas for width in (1, 8, 15, 16, 17, 64)] == [
+        1,
+        1,
+        1,
+        2,
+        1,
+        2,
+    ]
+    assert engine.backend_for("gpu", MODEL, 11, 64).num_replicas == 1
+    assert (
+        engine.backend_for("cpu", dataclasses.replace(MODEL, embed_dim=512, ff_hidden_dim=2048), 11, 64).num_replicas
+        == 1
+    )
+    wide = fakes.make_scheduler(width=16)
+    wanted = [fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n % 5 + 6, sample=n) for n in range(40)]
+    drawn = fakes.tokens_of(wide, wanted)
+    assert drawn == fakes.tokens_of(fakes.make_scheduler(width=8), wanted)
+    assert drawn == [naive(one, WINDOW, 1) for one in wanted]
+    events_of = [[(event.index, event.token) for event in wide.run(wanted)] for _ in range(2)]
     assert events_of[0] == events_of[1]
 
 
@@ -329,7 +318,7 @@ def test_lanes_side_by_side_are_each_a_sampler_of_their_rows() -> None:
 )
 def test_nothing_compiles_after_the_first_token(width: int, length: int, stride: int, measure: bool) -> None:
     """Not where the text fills another part of the cache, nor where the window rolls, nor where it falls back to."""
-    source = fakes.make_sampler.__wrapped__(width=width, window_stride=stride)
+    source = fakes.make_scheduler.__wrapped__(width=width, window_stride=stride)
     request = fakes.request(fakes.prompt(length), num_tokens=WINDOW + 9, top_logprobs=3)
     stream = source.run([request], measure=measure)
     next(stream)
@@ -341,33 +330,35 @@ def test_nothing_compiles_after_the_first_token(width: int, length: int, stride:
 @pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_alternatives_are_found_by_one_program_within_the_window_and_another_comes_when_it_rolls(width: int) -> None:
     """Steps tell of several tokens at once, a window that rolls of one."""
-    source = fakes.make_sampler.__wrapped__(width=width)
+    source = fakes.make_scheduler.__wrapped__(width=width)
     for num_tokens, expected in ((4, 1), (WINDOW, 1), (WINDOW, 0)):
         with fakes.compilations() as compiled:
             drawn = source.run([fakes.request((5,), num_tokens=num_tokens + 1, top_logprobs=3)], measure=True)
-            assert all(event.facts is not None and len(event.facts.top[0]) > 0 for event in drawn)
-        assert compiled.count("jit(likeliest)") == expected
+            assert all(event.stats is not None and len(event.stats.top_logprobs(3)[0]) == 3 for event in drawn)
+        assert compiled.count("jit(top_logprobs)") == expected
 
 
 @pytest.mark.slow
-def test_two_lanes_compile_no_program_twice() -> None:
+def test_two_replicas_compile_no_program_twice() -> None:
     """Both take in samples at once, from prompts of one bucket in a new sampler."""
-    fresh = sampler.Sampler(MODEL, fakes.random_params(MODEL), config.DecodingConfig(width=16))
+    fresh = scheduler.Scheduler(MODEL, fakes.random_params(MODEL), config.DecodingConfig(width=16))
     wanted = [fakes.request(fakes.prompt(3), sample=n, num_tokens=4) for n in range(16)]
     with fakes.compilations() as names:
         fakes.tokens_of(fresh, wanted)
-    assert {"jit(fill)", "jit(steps)"} <= set(names)
+    assert {"jit(prefill)", "jit(decode)"} <= set(names)
     assert len(names) == len(set(names))
 
 
 @pytest.mark.slow
 def test_slots_are_made_when_a_text_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dataclasses.replace(MODEL, max_seq_len=256, num_layers=1)
-    engine = sampler.Sampler(model, fakes.random_params(model), config.DecodingConfig())
+    source = scheduler.Scheduler(model, fakes.random_params(model), config.DecodingConfig())
     made: list[int] = []
     empty = cache.empty
-    monkeypatch.setattr(cache, "empty", lambda *args, **kwargs: made.extend(args[2]) or empty(*args, **kwargs))
+    monkeypatch.setattr(
+        cache, "empty", lambda *args: made.extend(block.keys[0].shape[2] for block in args[0]) or empty(*args)
+    )
     for num_tokens, parts in ((60, 1), (61, 2), (300, 4)):
         made.clear()
-        assert len(fakes.tokens_of(engine, [fakes.request(fakes.prompt(5), num_tokens=num_tokens)])[0]) == num_tokens
+        assert len(fakes.tokens_of(source, [fakes.request(fakes.prompt(5), num_tokens=num_tokens)])[0]) == num_tokens
         assert made == [64] * (parts - 1), "the first is what was read of the prompt"

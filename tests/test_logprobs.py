@@ -1,4 +1,4 @@
-"""What a record says of a token: against a slow reference, and that saying it changes nothing."""
+"""Statistics of a token, against a slow reference, and that measuring them changes nothing."""
 
 import dataclasses
 from typing import Any
@@ -11,21 +11,21 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import events, sampling
+from hipgpt_jax.generation import requests, sampling, scheduler
 
 SIZES = (2, 7, 16, 17, 18, 128, 129, 130, 300)
-choose = jax.jit(sampling.choose)
+choose = jax.jit(sampling.sample)
 
 
 def drawn(logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float) -> int:
-    row = sampling.settings([settings])
+    row = sampling.sampling_params([settings])
     return int(choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32)).token_B[0])
 
 
 def measured(
     logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float
 ) -> tuple[float, float]:
-    row = sampling.settings([settings])
+    row = sampling.sampling_params([settings])
     found = choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32))
     return float(found.margin_B[0]), float(found.gap_B[0])
 
@@ -131,14 +131,14 @@ SHAPES: list[Any] = [
 ]
 
 
-def with_alternatives(request: events.Request) -> events.Request:
+def with_alternatives(request: requests.Request) -> requests.Request:
     return dataclasses.replace(request, generation=dataclasses.replace(request.generation, top_logprobs=3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
-    source = fakes.make_sampler(**shape)
+    source = fakes.make_scheduler(**shape)
     settings: list[tuple[int, dict[str, Any]]] = [
         (2, {}),
         (13, {"temperature": 0.0}),
@@ -147,9 +147,11 @@ def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
     ]
     wanted = [fakes.request(fakes.prompt(n), num_tokens=25, seed=n, **others) for n, others in settings]
     plain = list(source.run(wanted))
-    facts = list(source.run(map(with_alternatives, wanted), measure=True))
-    assert [(e.index, e.token, e.finish_reason) for e in facts] == [(e.index, e.token, e.finish_reason) for e in plain]
-    assert all((event.facts is None) == (event.token is None) for event in facts)
+    measured_ = list(source.run(map(with_alternatives, wanted), measure=True))
+    assert [(e.index, e.token, e.finish_reason) for e in measured_] == [
+        (e.index, e.token, e.finish_reason) for e in plain
+    ]
+    assert all((event.stats is None) == (event.token is None) for event in measured_)
     with fakes.compilations() as compiled:
         other = fakes.request(fakes.prompt(3), num_tokens=20, top_k=7, temperature=0.3)
         list(source.run([with_alternatives(other)], measure=True))
@@ -157,11 +159,11 @@ def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_facts_are_those_of_a_full_forward_pass(shape: dict[str, Any]) -> None:
+def test_statistics_are_those_of_a_full_forward_pass(shape: dict[str, Any]) -> None:
     """Log-probability, rank and alternatives, against float64 over the model's own logits of the window."""
     from hipgpt_jax.model import transformer
 
-    source = fakes.make_sampler(**shape)
+    source = fakes.make_scheduler(**shape)
     params = fakes.random_params(fakes.MODEL)
     forward = jax.jit(
         lambda tokens: transformer.Transformer(fakes.MODEL).apply({"params": params}, tokens, dropout=0.0)
@@ -172,16 +174,16 @@ def test_facts_are_those_of_a_full_forward_pass(shape: dict[str, Any]) -> None:
     stride = shape.get("window_stride", 1)
     for event in source.run([one], measure=True):
         assert event.token is not None
-        assert event.facts is not None
+        assert event.stats is not None
         first = max(0, -((11 - len(context)) // stride) * stride)
         window = context[first:]
         logits = np.asarray(forward(np.asarray([window + [0] * (11 - len(window))], np.int32)))[0, len(window) - 1]
         logprobs = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
         order = np.argsort(-logprobs, kind="stable")
-        logprob, rank = event.facts.numbers_4[0], int(event.facts.numbers_4[1])
+        logprob, rank = event.stats.logprob, event.stats.rank
         assert logprob == pytest.approx(logprobs[event.token], abs=1e-4)
         assert abs(logprobs[order[rank - 1]] - logprobs[event.token]) < 1e-4
-        top_id, top_logprob = event.facts.top
+        top_id, top_logprob = event.stats.top_logprobs(config.MAX_ALTERNATIVES)
         assert len(top_id) == config.MAX_ALTERNATIVES
         np.testing.assert_allclose(top_logprob, logprobs[order[:20]], atol=1e-4)
         np.testing.assert_allclose(logprobs[top_id], logprobs[order[:20]], atol=1e-4)
@@ -193,8 +195,6 @@ def test_facts_are_those_of_a_full_forward_pass(shape: dict[str, Any]) -> None:
 def test_numbers_that_are_not_finite_end_a_sample_as_an_error(measure: bool) -> None:
     params = fakes.random_params(fakes.MODEL)
     params["wte"]["embedding"][7] = np.nan
-    from hipgpt_jax.generation import sampler
-
-    broken = sampler.Sampler(fakes.MODEL, params, config.DecodingConfig(window=11))
-    happened = list(broken.run([fakes.request()], measure=measure))
-    assert happened == [events.Event(index=0, finish_reason="error")]
+    broken = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11))
+    (output,) = broken.run([fakes.request()], measure=measure)
+    assert (output.token, output.stats, output.finish_reason) == (None, None, "error")
