@@ -42,7 +42,7 @@ def _run(script: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_no_setting_reaches_the_random_numbers() -> None:
+def test_random_numbers_do_not_depend_on_settings_of_jax() -> None:
     plain = _run(_RANDOM)
     settings = {
         "JAX_RANDOM_SEED_OFFSET": "1",
@@ -55,13 +55,13 @@ def test_no_setting_reaches_the_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_key_of_a_seed_is_that_of_jax_without_an_offset(seed: int) -> None:
+def test_key_of_a_seed_equals_that_of_jax_without_an_offset(seed: int) -> None:
     expected = jax.random.key_data(jax.random.key(np.uint32(seed), impl="threefry2x32"))
     assert jax.random.key_data(numerics.key_of(seed)).tolist() == expected.tolist() == [0, seed]
     assert jax.random.key_data(jax.jit(numerics.key_of)(np.uint32(seed))).tolist() == [0, seed]
 
 
-def test_the_package_makes_keys_from_raw_words_alone() -> None:
+def test_package_makes_keys_from_raw_words_only() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("key", "PRNGKey", "prng_key"):

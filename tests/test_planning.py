@@ -18,7 +18,7 @@ SAMPLING = config.SamplingConfig()
 
 
 class Many:
-    """Prompts that are made as they are read."""
+    """Prompts that are generated while they are read."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -39,7 +39,7 @@ def plan_of(
 
 
 def record_of(found: loading.RunFiles, prompt: prompts.Prompt, sample: int, **generation: Any) -> Any:
-    """Returns a record that a plan with these settings takes for its own."""
+    """Returns a record with the settings of a plan."""
     asked = config.GenerationConfig(**generation)
     base = records.make_record()
     own = {"num_tokens": asked.num_tokens, "eos_id": asked.eos_id, "stop": asked.stop, "top_logprobs": 0}
@@ -49,7 +49,7 @@ def record_of(found: loading.RunFiles, prompt: prompts.Prompt, sample: int, **ge
     )
 
 
-def test_a_billion_samples_are_counted_by_arithmetic(found: loading.RunFiles, tmp_path: Path) -> None:
+def test_a_billion_samples_take_no_memory_or_time(found: loading.RunFiles, tmp_path: Path) -> None:
     out = writer.RecordFile(tmp_path / "a.jsonl")
     began = time.process_time()
     tracemalloc.start()
@@ -77,7 +77,7 @@ def test_memory_does_not_grow_with_the_prompts(found: loading.RunFiles) -> None:
     assert peaks[1] - peaks[0] < 80 * 10_000  # 4 kB for each, when all were resolved first
 
 
-def test_finished_samples_are_not_planned_again(found: loading.RunFiles, tmp_path: Path) -> None:
+def test_finished_samples_are_skipped(found: loading.RunFiles, tmp_path: Path) -> None:
     one, other = prompts.Prompt(text="ROMEO:"), prompts.Prompt(text="JULIET:")
     out = writer.RecordFile(tmp_path / "a.jsonl")
     for sample in (0, 1, 4):
@@ -106,7 +106,7 @@ def test_finished_samples_are_not_planned_again(found: loading.RunFiles, tmp_pat
         ),
     ],
 )
-def test_a_prompt_anywhere_is_checked_before_the_first_is_generated_from(
+def test_all_prompts_are_checked_first(
     found: loading.RunFiles, several: list[prompts.Prompt], generation: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -114,6 +114,6 @@ def test_a_prompt_anywhere_is_checked_before_the_first_is_generated_from(
 
 
 @pytest.mark.parametrize("width", [10**9, 10**30])
-def test_a_batch_that_no_memory_holds_is_refused_by_name(width: int) -> None:
+def test_a_width_beyond_the_memory_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match=r"width must be smaller: 1000.* slots need at least .* GiB of memory"):
         loading.open_run("shakespeare", None, config.DecodingConfig(width=width))

@@ -33,13 +33,13 @@ def line_of(**changes: Any) -> dict[str, Any]:
     return json.loads(records.make_record().to_json()) | changes
 
 
-def test_the_schema_is_a_schema_and_records_follow_it() -> None:
+def test_schema_is_valid_and_accepts_records() -> None:
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     for made in (records.make_record(), records.babble(40, 1), records.with_tokens("a", "\u2028", "é")):
         assert list(jsonschema.Draft7Validator(SCHEMA).iter_errors(json.loads(made.to_json()))) == []
 
 
-def test_schema_classes_and_docstrings_name_the_same_fields() -> None:
+def test_schema_dataclasses_and_docstrings_have_the_same_fields() -> None:
     properties = SCHEMA["properties"]
     assert properties.keys() - {"schema", "contract"} == {field.name for field in dataclasses.fields(record.Record)}
     for name, part in {**PARTS, "": record.Record}.items():
@@ -52,7 +52,7 @@ def test_schema_classes_and_docstrings_name_the_same_fields() -> None:
     assert not any(one["additionalProperties"] for one in objects)
 
 
-def test_a_record_survives_its_line() -> None:
+def test_parse_inverts_to_json() -> None:
     nasty = '\n\r\t"\\\u2028\u0000</script>😀'
     for made in (records.make_record(prompt=nasty, text=nasty), records.babble(40, 1), records.with_tokens()):
         line = made.to_json()
@@ -60,13 +60,13 @@ def test_a_record_survives_its_line() -> None:
         assert record.parse(line.encode(), "it") == made
 
 
-def test_no_line_has_what_json_has_not() -> None:
+def test_to_json_refuses_numbers_that_are_not_finite() -> None:
     for number in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match="not JSON compliant"):
             records.make_record(logprobs=(number, -1.0)).to_json()
 
 
-def test_a_file_is_read_line_by_line_and_a_torn_end_is_passed_over(tmp_path: Path) -> None:
+def test_read_skips_a_torn_last_line(tmp_path: Path) -> None:
     made = [records.make_record(sample=i) for i in range(3)]
     lines = "".join(one.to_json() + "\n" for one in made)
     path = tmp_path / "a.jsonl"
@@ -77,7 +77,7 @@ def test_a_file_is_read_line_by_line_and_a_torn_end_is_passed_over(tmp_path: Pat
         list(record.read(tmp_path / "none.jsonl"))
 
 
-def test_what_is_no_file_of_records_is_named_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_refuses_directories_pipes_and_endless_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="is a directory: give a record file in it"):
         list(record.read(tmp_path))
     os.mkfifo(tmp_path / "pipe")
@@ -139,7 +139,9 @@ def test_what_is_no_file_of_records_is_named_for_what_it_is(tmp_path: Path, monk
         (json.dumps(line_of(run=line_of()["run"] | {"weights_sha256": "x"})), "record.run.weights_sha256 must match"),
     ],
 )
-def test_what_is_no_record_is_told_with_its_line(tmp_path: Path, line: str | bytes, message: str) -> None:
+def test_read_reports_the_line_and_the_reason_of_an_invalid_record(
+    tmp_path: Path, line: str | bytes, message: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes((line.encode() if isinstance(line, str) else line) + b"\n")
     with pytest.raises(ValueError, match=message.replace("it line", f"{path} line")):
@@ -148,8 +150,8 @@ def test_what_is_no_record_is_told_with_its_line(tmp_path: Path, line: str | byt
 
 @hypothesis.given(st.integers(0, 2**32), st.binary(min_size=1, max_size=3))
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
-def test_a_damaged_line_is_a_record_or_a_value_error(seed: int, replacement: bytes) -> None:
-    """And what is still read as one follows the schema, by another implementation of it."""
+def test_damaged_lines_raise_value_errors_or_follow_the_schema(seed: int, replacement: bytes) -> None:
+    """Lines that are still accepted are checked with another implementation of JSON Schema."""
     line = bytearray(records.with_tokens("a", "b").to_json().encode())
     at = random.Random(seed).randrange(len(line))
     line[at : at + len(replacement)] = replacement
@@ -160,7 +162,7 @@ def test_a_damaged_line_is_a_record_or_a_value_error(seed: int, replacement: byt
     assert list(jsonschema.Draft7Validator(SCHEMA).iter_errors(json.loads(found.to_json()))) == []
 
 
-def test_mutated_records_are_refused_in_one_line_or_shown_on_a_page() -> None:
+def test_mutated_records_are_refused_in_one_line_or_rendered() -> None:
     value = json.loads(records.babble(4, 1, prompt_ids=(3, 4)).to_json())
     refused = []
     for seed in range(800):
@@ -174,7 +176,7 @@ def test_mutated_records_are_refused_in_one_line_or_shown_on_a_page() -> None:
     assert [message for message in refused if not re.fullmatch("it .{,250}", message)] == []
 
 
-def test_blank_lines_a_bom_and_crlf_are_read(tmp_path: Path) -> None:
+def test_read_accepts_blank_lines_a_bom_and_crlf(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     line = records.make_record().to_json().encode()
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\n \t\n\n")
@@ -182,7 +184,7 @@ def test_blank_lines_a_bom_and_crlf_are_read(tmp_path: Path) -> None:
     assert [line.number for line in record.lines(path)] == [1, 3]
 
 
-def test_arguments_tell_no_directory() -> None:
+def test_arguments_have_no_directories() -> None:
     argv = ["/home/ann/bin/x", "--run-name", "r", "--flagfile=/home/ann/a.flags", "--output", "../ann/o.jsonl"]
     argv += [
         "--run-dir",
@@ -198,7 +200,7 @@ def test_arguments_tell_no_directory() -> None:
     assert provenance.arguments("hipgpt-x", argv) == kept
 
 
-def test_a_user_without_a_home_directory_has_nothing_to_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

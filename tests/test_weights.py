@@ -75,8 +75,8 @@ def leaves(params: Any) -> list[tuple[tuple[str, ...], np.ndarray]]:
 
 @SETTINGS
 @given(seed=st.integers(0, 2**32 - 1))
-def test_float32_comes_back_to_the_bit(scratch: Path, seed: int) -> None:
-    """Any bits: zeros of either sign, the smallest numbers, infinities and what is no number."""
+def test_float32_round_trip_is_bitwise(scratch: Path, seed: int) -> None:
+    """Of any bits: zeros of either sign, subnormal numbers, infinities and NaNs."""
     rng = np.random.RandomState(seed)
     params = jax.tree.map(
         lambda leaf: rng.randint(0, 2**32, leaf.shape, np.uint32).view(np.float32), fakes.random_params(MODEL)
@@ -85,14 +85,14 @@ def test_float32_comes_back_to_the_bit(scratch: Path, seed: int) -> None:
     assert_same_bits(weights.read(scratch, MODEL), params)
 
 
-def test_arrays_of_a_device_come_back_to_the_bit(tmp_path: Path) -> None:
+def test_device_arrays_round_trip_is_bitwise(tmp_path: Path) -> None:
     params = jax.tree.map(jnp.asarray, fakes.random_params(MODEL))
     weights.write(tmp_path / "run.bin", params, MODEL)
     assert_same_bits(weights.read(tmp_path / "run.bin", MODEL), params)
 
 
-def test_an_array_that_lies_transposed_in_memory_comes_back_as_it_was(tmp_path: Path) -> None:
-    """NumPy's view of a device's array may have any strides."""
+def test_transposed_arrays_round_trip(tmp_path: Path) -> None:
+    """NumPy views of device arrays can have any strides."""
     params = fakes.random_params(MODEL)
     lying = jax.tree.map(np.asfortranarray, params)
     weights.write(tmp_path / "run.bin", lying, MODEL)
@@ -100,8 +100,8 @@ def test_an_array_that_lies_transposed_in_memory_comes_back_as_it_was(tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_the_nearest_there_is(tmp_path: Path, dtype: str) -> None:
-    """And of two as near the even one, whichever half; 2**-25 is half of float16's smallest."""
+def test_half_precision_rounds_to_nearest_even(tmp_path: Path, dtype: str) -> None:
+    """For float16 and bfloat16; 2**-25 is half of the smallest float16."""
     half_type = np.dtype(dtype)
     step = float(np.finfo(np.float16).eps if dtype == "float16" else 2**-7)
     params = fakes.random_params(MODEL)
@@ -123,7 +123,7 @@ def test_half_precision_is_the_nearest_there_is(tmp_path: Path, dtype: str) -> N
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
-def test_the_file_is_hugging_faces_gpt2(tmp_path: Path, dtype: str, stored: str) -> None:
+def test_file_has_the_names_and_shapes_of_hugging_face(tmp_path: Path, dtype: str, stored: str) -> None:
     params = fakes.random_params(MODEL)
     weights.write(tmp_path / "run.bin", params, MODEL, dtype)
     with safetensors.safe_open(tmp_path / "run.bin", framework="numpy") as file:
@@ -137,8 +137,8 @@ def test_the_file_is_hugging_faces_gpt2(tmp_path: Path, dtype: str, stored: str)
         np.testing.assert_array_equal(file.get_tensor("ln_f.weight"), params["ln_f"]["scale"].astype(dtype))
 
 
-def test_jax_takes_what_was_read_without_a_copy(tmp_path: Path) -> None:
-    """Else the weights would be held twice; and a tensor larger than a part comes back whole."""
+def test_jax_does_not_copy_weights(tmp_path: Path) -> None:
+    """The weights are not held twice, and tensors larger than the parts they are read in are complete."""
     model = config.ModelConfig(vocab_size=70_001, embed_dim=16, num_heads=2, ff_hidden_dim=8, num_layers=1)
     params = fakes.random_params(model)
     weights.write(tmp_path / "run.bin", params, model)
@@ -161,7 +161,7 @@ def test_the_eleventh_block_is_named_by_its_number() -> None:
         config.ModelConfig(),
     ],
 )
-def test_the_layout_is_the_models(model: config.ModelConfig) -> None:
+def test_layout_matches_the_model(model: config.ModelConfig) -> None:
     initialise = functools.partial(transformer.Transformer(model).init, dropout=0.0)
     shapes = jax.eval_shape(initialise, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     found = jax.tree_util.tree_leaves_with_path(shapes)
@@ -191,7 +191,7 @@ def test_foreign_bytes_are_refused(scratch: Path, content: bytes) -> None:
 @SETTINGS
 @given(data=st.data())
 def test_a_damaged_header_is_refused_or_harmless(scratch: Path, whole: bytes, data: st.DataObject) -> None:
-    """One byte of the header changes: another name, shape, type or place, or no JSON any more."""
+    """One byte of the header changes: a name, shape, type or offset, or the JSON is invalid."""
     end = 8 + int.from_bytes(whole[:8], "little")
     place = data.draw(st.integers(0, end - 1), "place")
     byte = data.draw(st.integers(0, 255), "byte")

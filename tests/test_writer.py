@@ -35,7 +35,7 @@ def samples_in(path: Path) -> list[int]:
     return [one.sample for one in record.read(path)]
 
 
-def test_lines_are_appended_and_known_again(tmp_path: Path) -> None:
+def test_appended_samples_are_found_when_the_file_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = [records.make_record(sample=i) for i in range(2)]
     assert len(fill(path, *first).finished) == 0
@@ -45,7 +45,7 @@ def test_lines_are_appended_and_known_again(tmp_path: Path) -> None:
     assert list(record.read(path)) == [*first, records.make_record(sample=2, id="q")]
 
 
-def test_overwriting_waits_for_the_first_record(tmp_path: Path) -> None:
+def test_overwriting_happens_at_the_first_record(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0))
     fill(path, overwrite=True)
@@ -54,12 +54,12 @@ def test_overwriting_waits_for_the_first_record(tmp_path: Path) -> None:
     assert samples_in(path) == [5, 6]
 
 
-def test_a_file_that_got_no_record_is_not_left_behind(tmp_path: Path) -> None:
+def test_a_new_file_without_a_record_is_removed(tmp_path: Path) -> None:
     fill(tmp_path / "a.jsonl")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overwriting_spares_the_old_records_when_the_new_one_cannot_be_written(tmp_path: Path) -> None:
+def test_overwriting_keeps_the_old_records_if_the_new_one_is_invalid(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0))
     out = writer.RecordFile(path, overwrite=True)
@@ -69,7 +69,7 @@ def test_overwriting_spares_the_old_records_when_the_new_one_cannot_be_written(t
     assert samples_in(path) == [0]
 
 
-def test_a_link_leads_to_the_file_and_stays(tmp_path: Path) -> None:
+def test_a_link_is_followed_and_kept(tmp_path: Path) -> None:
     link, target = tmp_path / "link.jsonl", tmp_path / "target.jsonl"
     link.symlink_to("target.jsonl")
     fill(link)
@@ -106,7 +106,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
         (records.make_record().to_json().replace('"sample":0', '"sample":[]') + "\n", "line 1 is not a valid record"),
     ],
 )
-def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, message: str) -> None:
+def test_other_files_are_refused_and_unchanged(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -115,12 +115,12 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, me
 
 
 @pytest.mark.parametrize("name", ["none/a.jsonl", "."])
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, name: str) -> None:
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(OSError, match=r"--output .* cannot be written: (No such file|Is a directory)"):
         writer.RecordFile(tmp_path / name)
 
 
-def test_two_may_not_write_one_file(tmp_path: Path) -> None:
+def test_a_file_has_one_writer_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     out = writer.RecordFile(path)
     with pytest.raises(ValueError, match="is being written by another process"):
@@ -149,7 +149,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     out.close()
 
 
-def test_every_setting_of_a_record_is_in_one_fingerprint_or_the_other() -> None:
+def test_fingerprints_cover_all_settings_and_numerics() -> None:
     value = json.loads(records.make_record().to_json())
     own, shared = fingerprints(records.make_record())
     known = {*own, *shared}
@@ -157,7 +157,7 @@ def test_every_setting_of_a_record_is_in_one_fingerprint_or_the_other() -> None:
     assert known >= set(value["numerics"]) - {"machine", "processor", "instruction_sets", "cores"}
 
 
-def test_a_prompt_whose_records_were_made_by_several_settings_is_refused(tmp_path: Path) -> None:
+def test_a_prompt_with_records_of_several_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0), records.make_record(sample=1, seed=8))
     out = writer.RecordFile(path)
@@ -169,7 +169,7 @@ def test_a_prompt_whose_records_were_made_by_several_settings_is_refused(tmp_pat
 
 @given(st.lists(st.integers(0, 3000), unique=True, max_size=60), st.integers(0, 3200), st.integers(0, 3200))
 @settings(deadline=None, derandomize=True, database=None, max_examples=200)
-def test_samples_are_a_set_whatever_their_order(added: list[int], number: int, first: int) -> None:
+def test_samples_are_a_set_in_any_order(added: list[int], number: int, first: int) -> None:
     found = writer.Samples()
     assert all(found.add("a", sample, "basis") for sample in added)
     assert not any(found.add("a", sample, "basis") for sample in added)
@@ -192,7 +192,7 @@ def test_finished_samples_take_little_memory() -> None:
     assert next(found.missing("in order", 10**9)) == 100_000  # by arithmetic, not by counting
 
 
-def test_overwriting_replaces_files_of_records_alone(tmp_path: Path) -> None:
+def test_overwriting_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "thesis.txt"
     for content in ("all of my work\n", '{"prompt":"ROMEO:"}\n', '{"schema":1}', " "):
         path.write_text(content)
@@ -205,7 +205,7 @@ def test_overwriting_replaces_files_of_records_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"schema":', "{", '{"schema":1,"contr', "no record"])
-def test_a_file_that_may_be_somebody_elses_is_not_cut(tmp_path: Path, content: str) -> None:
+def test_a_torn_line_that_may_not_be_a_record_is_not_cut(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="line 1 is not a record: use another --output"):
@@ -213,7 +213,7 @@ def test_a_file_that_may_be_somebody_elses_is_not_cut(tmp_path: Path, content: s
     assert path.read_text() == content
 
 
-def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+def test_a_last_line_without_its_line_feed_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     fill(path, records.make_record(sample=0))
     path.write_bytes(path.read_bytes().rstrip())
@@ -222,8 +222,8 @@ def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     assert samples_in(path) == [0, 1]
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    """A limit on the file's size stands for the disk: the system writes a part of the line and then refuses."""
+def test_a_full_disk_leaves_complete_lines(tmp_path: Path) -> None:
+    """A limit on the file size stands in for a full disk: the system writes a part of the line, then fails."""
     path = tmp_path / "a.jsonl"
     line = len(records.make_record().to_json()) + 1
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_device_is_written_to_as_it_is() -> None:
+def test_devices_can_be_written() -> None:
     out = writer.RecordFile(Path("/dev/full"))
     with pytest.raises(OSError, match="No space left"):
         out.append(records.make_record())
@@ -252,7 +252,7 @@ def test_a_device_is_written_to_as_it_is() -> None:
     fill(Path("/dev/null"), records.make_record(), records.make_record())
 
 
-def test_a_reader_that_goes_away_is_noticed(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_an_error(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     command = [sys.executable, "-c", "import sys; open(sys.argv[1]).read(10)", str(pipe)]
