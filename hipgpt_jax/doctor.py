@@ -395,7 +395,7 @@ def _check_unfinished_run(run: str, path: Path) -> Check:
     link, steps = path / directory.LATEST_CONFIG, directory.steps(path)
     if link.is_symlink():
         return _check_dangling_link(run, link, directory.config_path(path, steps[-1]) if steps else None)
-    if directory.is_begun(path):
+    if directory.has_checkpoint(path):
         return Check("run", f"{run}: started, no complete checkpoint yet; --resume continues it")
     return Check("run", f"{run}: a directory without a checkpoint; {_train_command(run)} starts there")
 

@@ -347,16 +347,16 @@ def test_a_name_is_refused_where_its_longest_file_would_not_fit(tmp_path: Path, 
     assert directory.check_new_name("n" * 221, 4000)
 
 
-def test_a_run_has_begun_once_there_is_something_to_go_on_from(run: Path) -> None:
-    assert directory.is_begun(run)
+def test_a_run_has_a_checkpoint_if_it_can_be_resumed(run: Path) -> None:
+    assert directory.has_checkpoint(run)
     (run / "latest_config.json").unlink()
-    assert directory.is_begun(run)
+    assert directory.has_checkpoint(run)
     for at in directory.steps(run):
         (run / directory.config_name("tiny", at)).unlink()
-    assert not directory.is_begun(run)
-    assert not directory.is_begun(run / "nosuch")
+    assert not directory.has_checkpoint(run)
+    assert not directory.has_checkpoint(run / "nosuch")
     (run / "train_state").mkdir()
     (run / "train_state" / "7.orbax-checkpoint-tmp").mkdir()
-    assert not directory.is_begun(run)
+    assert not directory.has_checkpoint(run)
     (run / "train_state" / "7").mkdir()
-    assert directory.is_begun(run)
+    assert directory.has_checkpoint(run)

@@ -150,8 +150,8 @@ class Start:
     def _check_new(self) -> None:
         """Raises an error if a new run cannot be started, or if --reset would delete anything but a run."""
         here = self.directory
-        is_begun = directory.is_begun(here)
-        if is_begun and not train_flags.RESET.value:
+        has_checkpoint = directory.has_checkpoint(here)
+        if has_checkpoint and not train_flags.RESET.value:
             if (here / manifest.MANIFEST_NAME).is_file():
                 preparation.check_same_data(here, **_sources())
             raise ValueError(f"run {here.name!r} exists already: --resume continues it, --reset replaces it")
@@ -162,7 +162,7 @@ class Start:
                     f"{here} contains files that no run writes, such as {other.relative_to(here)}: move them, or give "
                     f"another --run-name"
                 )
-            if not is_begun and not reset.is_leftover(here):
+            if not has_checkpoint and not reset.is_leftover(here):
                 raise ValueError(f"{here} exists and is not a run: give another --run-name")
             if os.path.ismount(os.path.realpath(here)):
                 raise ValueError(f"{here} is a mount point, which cannot be replaced: mount the directory above it")
@@ -174,7 +174,7 @@ class Start:
     def _check_resumed(self) -> None:
         """Raises an error if the run cannot be resumed; finds the state to resume from and removes leftovers."""
         here = self.directory
-        if not (directory.is_begun(here) or (here / directory.SETTINGS_NAME).is_file()):
+        if not (directory.has_checkpoint(here) or (here / directory.SETTINGS_NAME).is_file()):
             raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
         reset.check_writable(here)
         if (here / manifest.MANIFEST_NAME).is_file():

@@ -195,7 +195,7 @@ def weights_beside(config: Path) -> Path:
     return config.with_name(config.name.removesuffix("_config.json") + ".bin")
 
 
-def is_begun(directory: Path) -> bool:
+def has_checkpoint(directory: Path) -> bool:
     """Returns whether a run has a checkpoint or a training state to resume from."""
     if not directory.is_dir():
         return False

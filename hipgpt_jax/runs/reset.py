@@ -31,7 +31,7 @@ def find_foreign(run_directory: Path) -> Path | None:
 def is_leftover(run_directory: Path) -> bool:
     """Returns whether a directory is empty or holds a run killed before its first checkpoint, and nothing else."""
     is_empty = not any(run_directory.iterdir())
-    is_run = (run_directory / _MANIFEST).is_file() and not directory.is_begun(run_directory)
+    is_run = (run_directory / _MANIFEST).is_file() and not directory.has_checkpoint(run_directory)
     return (is_empty or is_run) and find_foreign(run_directory) is None
 
 
