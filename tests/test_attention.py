@@ -10,7 +10,7 @@ import pytest
 from hipgpt_jax.model import attention
 
 B, N, H = 2, 3, 8
-attend = jax.jit(attention.attend, static_argnames="dropout")
+attend = jax.jit(attention.causal_attention, static_argnames="dropout")
 
 
 def heads(T: int, seed: int = 0) -> list[np.ndarray]:
@@ -71,8 +71,12 @@ def test_cudnns_attention_is_asked_for_where_it_is_chosen_and_nothing_is_dropped
         return reference(*arrays, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    own = attention.attend(*map(jnp.asarray, heads(70)), dropout=0.0, dropout_key=None)
-    found = attention.attend(*map(jnp.asarray, heads(70)), dropout=0.0, dropout_key=None, implementation="cudnn")
+    own = attention.causal_attention(*map(jnp.asarray, heads(70)), dropout=0.0, dropout_key=None)
+    found = attention.causal_attention(
+        *map(jnp.asarray, heads(70)), dropout=0.0, dropout_key=None, implementation="cudnn"
+    )
     np.testing.assert_allclose(found, own, atol=1e-5)
-    attention.attend(*map(jnp.asarray, heads(70)), dropout=0.1, dropout_key=jax.random.key(0), implementation="cudnn")
+    attention.causal_attention(
+        *map(jnp.asarray, heads(70)), dropout=0.1, dropout_key=jax.random.key(0), implementation="cudnn"
+    )
     assert asked == ["cudnn"]

@@ -131,7 +131,7 @@ def test_dropout_reaches_the_attention_weights() -> None:
     """With values of one, attention gives the sum of its weights: 1, or what dropping left, 1 on average."""
     q_BTNH, k_BTNH = np.random.RandomState(0).normal(size=(2, 40, 30, 4, 8)).astype(np.float32)
     ones_BTNH = np.ones_like(q_BTNH)
-    attend = jax.jit(attention.attend, static_argnames="dropout")
+    attend = jax.jit(attention.causal_attention, static_argnames="dropout")
     whole_BTNH = attend(q_BTNH, k_BTNH, ones_BTNH, dropout=0.0, dropout_key=None)
     np.testing.assert_allclose(whole_BTNH, 1, rtol=1e-5)
     left_BTNH = attend(q_BTNH, k_BTNH, ones_BTNH, dropout=0.2, dropout_key=jax.random.key(2))

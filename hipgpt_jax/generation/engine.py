@@ -155,7 +155,7 @@ def _module(
     from hipgpt_jax.model import transformer
 
     return transformer.Transformer(
-        model, dtype, attention=attention, full_precision=True, transposed_kernels=transposes_kernels
+        model, dtype, attention_impl=attention, full_precision=True, transposed_kernels=transposes_kernels
     )
 
 

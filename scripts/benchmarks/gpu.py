@@ -90,7 +90,7 @@ def training(
     """
     settings = training_config.TrainConfig(batch_size=batch_size, warmup_steps=0, min_lr=1e-3, dtype=DTYPE)
     attention = device.attention(DTYPE, model.head_dim, trains=True)
-    module = transformer.Transformer(model, DTYPE, attention=attention)
+    module = transformer.Transformer(model, DTYPE, attention_impl=attention)
     shape = (_STEPS, batch_size, model.max_seq_len + 1)
     tokens = np.random.RandomState(0).randint(0, model.vocab_size, shape).astype(np.int32)
     request, losses = train.steps(module, settings, tokens)
