@@ -20,8 +20,8 @@ from hipgpt_jax.cli import arguments, train_flags, train_start
 from hipgpt_jax.runs import lock, states
 
 TINY = (
-    *("--data-path", "text.txt", "--vocab-size", "256", "--warmup-steps", "2", "--mesh", "data=1"),
-    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16"),
+    *("--data-path", "text.txt", "--vocab-size", "256", "--warmup-steps", "2"),
+    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16", "--mesh", "data=1"),
 )
 Run = Callable[..., programs.Result]
 
@@ -166,11 +166,12 @@ def test_a_damaged_state_falls_back_to_the_older_one_and_to_the_same_bits(
 
 def test_a_reset_that_cannot_train_leaves_the_old_run(run: Run, work: Path) -> None:
     before = tree(work / "checkpoints/mine")
-    result = run("--run-name", "mine", "--reset", "--steps", "9", "--lr", "1e38", "--clip", "1e38", "--log-every", "1")
+    flags = ("--run-name", "mine", "--reset", "--vocab-size", "300", "--log-every", "1")
+    result = run(*flags, "--steps", "9", "--lr", "1e38", "--clip", "1e38")
     assert result.code == 1
     assert "run 'mine' is again what it was before --reset" in result.err
     assert tree(work / "checkpoints/mine") == before
-    result = run("--run-name", "mine", "--reset", "--steps", "2", "--seed", "5")
+    result = run(*flags, "--steps", "2", "--seed", "5")
     assert result.code == 0, result.err
     assert sorted(os.listdir(work / "checkpoints")) == ["mine"]
     assert not (work / "checkpoints/mine/mine_step4.bin").exists()
@@ -190,7 +191,8 @@ def test_a_hangup_saves_the_run_and_a_closed_pipe_does_not_end_it(
         if line["step"] == 3:
             signal.raise_signal(signal.SIGHUP)
 
-    flags = ("--run-name", "long", "--steps", "500", "--ckpt-every", "500", "--log-every", "1", "--eval-batches", "1")
+    # The training program is that of test_train_cli, which is slow to compile.
+    flags = ("--run-name", "long", "--vocab-size", "300", "--steps", "12", "--dropout", "0.1", "--log-every", "1")
     with monkeypatch.context() as patched:
         patched.setattr(metrics, "append", hang_up)
         result = run(*flags)
@@ -199,8 +201,8 @@ def test_a_hangup_saves_the_run_and_a_closed_pipe_does_not_end_it(
     reader, writer = os.pipe()
     os.close(reader)
     command = programs.command("train", *TINY, *flags, "--resume")
-    done = subprocess.run(command, env=programs.environment(), stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(command, env=programs.environment(), stdout=writer, stderr=subprocess.PIPE, timeout=300)
     os.close(writer)
     assert done.returncode == 0
     assert b"stdout: Broken pipe: continuing without it\n" in done.stderr
-    assert states.find_intact(work / "checkpoints/long") == (500, [])
+    assert states.find_intact(work / "checkpoints/long") == (12, [])
