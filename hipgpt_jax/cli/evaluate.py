@@ -15,7 +15,7 @@ import absl.flags
 import numpy as np
 
 from hipgpt_jax import api, config, files
-from hipgpt_jax.cli import flags, outputs, program
+from hipgpt_jax.cli import flags, output, program
 from hipgpt_jax.records import provenance
 from hipgpt_jax.runs import directory, loading
 from hipgpt_jax.text import corpus, dataset, manifest, preparation, prompts
@@ -83,7 +83,7 @@ def _evaluate() -> None:
     origin = provenance.Invocation(argv=provenance.arguments("hipgpt-evaluate", sys.argv))
     run_name = program.required(_RUN_NAME)
     _check_flags()
-    output = _check_output()
+    target = _check_output()
     decoding = flags.build(config.DecodingConfig, FLAGS)
     source = loading.open_run(run_name, directory.parse_step(_STEP.value), decoding)
     stride = source.window if _STRIDE.value is None else _STRIDE.value
@@ -93,13 +93,13 @@ def _evaluate() -> None:
         )
     texts = _read_prompts(source) if _has_prompts() else None
     data = None if texts else _read_text(source)
-    with _open(output) as out:
+    with _open(target) as out:
         device = program.start_device(_DEVICE.value, decoding.dtype)
         checkpoint = source.checkpoint
         program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, window {source.window}, stride {stride}")
         run = api.Run(source, device, origin)
         if texts:
-            _score_texts(run, texts, stride, out, shows_table=not _is_stdout(output))
+            _score_texts(run, texts, stride, out, shows_table=not _is_stdout(target))
         elif data:
             count = functools.partial(source.vocabulary.count_bytes, end_id=data.end_id)
             print(f"{program.printable(data.name)}: {len(data.ids)} tokens, {count(data.ids)} bytes")
@@ -127,11 +127,11 @@ def _check_output() -> Path | None:
     if _OUTPUT.value is None:
         program.require_stdout("the scores")
         return None
-    path = outputs.path_of(_OUTPUT.value)
+    path = output.path_of(_OUTPUT.value)
     if path.is_file() and not files.is_stream(path) and not _OVERWRITE.value:
         raise ValueError(f"--output {path} exists: give another name, or --overwrite")
     source = None if _PROMPTS_FILE.value is None else Path(_PROMPTS_FILE.value)
-    outputs.check("output", path, source=source, kind="file of hipgpt-evaluate", is_ours=_is_ours)
+    output.check("output", path, source=source, kind="file of hipgpt-evaluate", is_ours=_is_ours)
     if not _is_stdout(path):
         program.outlive_stdout(matters=True)  # stdout shows the table
     return path

@@ -9,7 +9,7 @@ import sys
 import absl.flags
 
 from hipgpt_jax import api, config
-from hipgpt_jax.cli import flags, program, writing
+from hipgpt_jax.cli import flags, generate_output, output, program
 from hipgpt_jax.records import planning, provenance, writer
 from hipgpt_jax.runs import directory, loading
 
@@ -43,7 +43,7 @@ _OUTPUT = _string(
     "output",
     None,
     "Record file to append to, one JSON line per sample; samples that it already holds are skipped. - writes the "
-    "records to stdout instead of the text. With --prompts_file, text is not printed.",
+    "records to stdout instead of the text. Records of a --prompts_file are written instead of the text, too.",
 )
 _OVERWRITE = _boolean("overwrite", False, "Replace the records in --output.")
 _DEVICE = flags.define_shared(FLAGS, "device")
@@ -75,7 +75,7 @@ def _generate() -> None:
     checkpoint = source.checkpoint
     if FLAGS.eos_id is None:
         generation = dataclasses.replace(generation, eos_id=checkpoint.eos_id)
-    with writing.open_output(_OUTPUT.value, overwrite=_OVERWRITE.value, inputs=[_PROMPTS_FILE.value]) as out:
+    with output.open_records(_OUTPUT.value, overwrite=_OVERWRITE.value, inputs=[_PROMPTS_FILE.value]) as out:
         records = out if isinstance(out, writer.RecordFile) else None
         if FLAGS.seed == -1:
             generation = dataclasses.replace(generation, seed=_draw_seed(records))
@@ -90,7 +90,7 @@ def _generate() -> None:
         if records:
             records.check_shared(run.recorder.shared_fingerprint())
             program.outlive_stdout(matters=shows_text)
-        writing.write(run, plan, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
+        generate_output.write(run, plan, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
 
 
 def _check_flags(generation: config.GenerationConfig) -> None:
@@ -98,7 +98,7 @@ def _check_flags(generation: config.GenerationConfig) -> None:
         program.note(f"--stop {program.printable(text)!r} has a backslash and a letter: a line break is $'\\n' in bash")
     if generation.top_logprobs and _OUTPUT.value is None:
         raise ValueError("--top_logprobs needs --output: alternatives are only recorded")
-    if _OVERWRITE.value and (_OUTPUT.value is None or writing.is_stdout(_OUTPUT.value)):
+    if _OVERWRITE.value and (_OUTPUT.value is None or output.is_stdout(_OUTPUT.value)):
         raise ValueError("--overwrite needs --output FILE, the record file to replace")
     if _OUTPUT.value in (None, "-"):
         program.require_stdout("the text")

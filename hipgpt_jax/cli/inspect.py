@@ -6,7 +6,7 @@ from pathlib import Path
 import absl.flags
 
 from hipgpt_jax import files
-from hipgpt_jax.cli import flags, outputs, program
+from hipgpt_jax.cli import flags, output, program
 from hipgpt_jax.records import record
 from hipgpt_jax.report import page
 
@@ -30,13 +30,13 @@ def main() -> None:
 
 
 def _inspect() -> None:
-    records, target = Path(program.required(_RECORDS)), outputs.path_of(program.required(_HTML))
-    outputs.check(
+    records, target = Path(program.required(_RECORDS)), output.path_of(program.required(_HTML))
+    output.check(
         "html",
         target,
         source=records,
         kind="page of hipgpt-inspect",
-        is_ours=lambda path: outputs.begins_with(path, page.MARKER),
+        is_ours=lambda path: output.begins_with(path, page.MARKER),
     )
     document = page.Page(_TITLE.value or records.name)
     is_torn = False

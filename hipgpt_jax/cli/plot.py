@@ -7,7 +7,7 @@ from pathlib import Path
 import absl.flags
 
 from hipgpt_jax import files
-from hipgpt_jax.cli import outputs, program
+from hipgpt_jax.cli import output, program
 from hipgpt_jax.report import curves
 from hipgpt_jax.runs import directory
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _plot() -> None:
-    words, target = program.required(_RUN_NAME), outputs.path_of(program.required(_OUTPUT))
+    words, target = program.required(_RUN_NAME), output.path_of(program.required(_OUTPUT))
     metrics = _check_metrics(_METRICS.value)
     try:
         from hipgpt_jax.report import plots
@@ -60,12 +60,12 @@ def _plot() -> None:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'hipgpt-jax[plots]'") from error
     if target.suffix.lower() not in plots.SUFFIXES and not (files.is_stream(target) and not target.suffix):
         raise ValueError(f"--output must end in {' or '.join(plots.SUFFIXES)}: got {str(target)!r}")
-    outputs.check(
+    output.check(
         "output",
         target,
         source=None,
         kind="figure of hipgpt-plot",
-        is_ours=lambda path: outputs.begins_with(path, plots.MARKER),
+        is_ours=lambda path: output.begins_with(path, plots.MARKER),
     )
     runs = _read(words)
     unit = curves.choose_unit(runs, _UNIT.value) if "loss" in metrics else "token"

@@ -67,10 +67,7 @@ def run(
     def work() -> None:
         usage = arguments.parse(values, sys.argv[1:], operand)
         if usage is None:
-            try:
-                main()
-            except ValueError as error:
-                raise ValueError(flags.translate(str(error), values)) from error
+            main()
         else:
             print(version.__version__ if usage == "version" else help_text(name, summary, values, operand))
 
@@ -80,8 +77,8 @@ def run(
         signal.signal(signal.SIGINT, cli.interrupt)
     with warnings.catch_warnings():
         warnings.showwarning = functools.partial(_show_warning, name)
-        code = _attempt(name, error_code, work)
-        code = _attempt(name, error_code, sys.stdout.flush) or code or streams.exit_code()
+        code = _attempt(name, error_code, work, values)
+        code = _attempt(name, error_code, sys.stdout.flush, values) or code or streams.exit_code()
     if is_process:
         signal.setitimer(signal.ITIMER_REAL, 0)  # which cli.interrupt may have set
         signal.signal(signal.SIGINT, cli.end_at_once)
@@ -89,7 +86,7 @@ def run(
         sys.exit(code)
 
 
-def _attempt(name: str, error_code: int, work: Callable[[], None]) -> int:
+def _attempt(name: str, error_code: int, work: Callable[[], None], values: absl.flags.FlagValues) -> int:
     """Does work and returns the exit code."""
     try:
         work()
@@ -105,7 +102,8 @@ def _attempt(name: str, error_code: int, work: Callable[[], None]) -> int:
         if cli.interrupted:
             streams.note("")
             return 128 + signal.SIGINT
-        streams.report(name, "error", error)
+        has_fields = isinstance(error, (ValueError, MemoryError)) and str(error)
+        streams.report(name, "error", flags.translate(str(error), values) if has_fields else error)
         streams.give_up_stdout()
         return error_code
     return 0

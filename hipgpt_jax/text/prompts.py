@@ -226,8 +226,6 @@ def _parse(line: str, location: str) -> Prompt:
     if "id" in value:
         config.require_text("id", value["id"])
     text, name = value.pop("prompt", None), value.pop("id", None)
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"prompt must be a text of at least one character: got {config.shortened(text)}")
     settings: dict[str, Any] = {}
     for key, setting in value.items():
         if key not in _SETTINGS:
@@ -236,6 +234,8 @@ def _parse(line: str, location: str) -> Prompt:
         if _SETTINGS[key] in settings:
             raise ValueError(f"{_SETTINGS[key]} is given twice, under two names: {', '.join(value)}")
         settings[_SETTINGS[key]] = setting
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"prompt must be a text of at least one character: got {config.shortened(text)}")
     if settings.get("seed") == -1:
         raise ValueError("seed must be an integer of at least 0: -1, which draws a seed, is for the flag --seed")
     return Prompt(

@@ -1,13 +1,19 @@
-"""Checks of output files before the work begins."""
+"""Files of output flags: their names, checks before the work begins, and record files."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from hipgpt_jax import files
 from hipgpt_jax.cli import program
+from hipgpt_jax.records import writer
 
 _STDOUT = Path("/dev/stdout")
+_NAMES_OF_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 def path_of(name: str) -> Path:
@@ -56,3 +62,47 @@ def begins_with(path: Path, marker: bytes) -> bool:
     """Returns whether the first 4 KiB of a file contain a marker."""
     with path.open("rb") as file:
         return marker in file.read(4096)
+
+
+@contextlib.contextmanager
+def open_records(
+    name: str | None, *, overwrite: bool, inputs: Iterable[str | None]
+) -> Iterator[writer.RecordFile | TextIO | None]:
+    """Opens the file of ``--output``.
+
+    Args:
+        name: The flag's value.
+        overwrite: Whether to replace existing records.
+        inputs: Input files of the same command; the output must be none of them.
+
+    Yields:
+        A record file, stdout if ``name`` is ``-`` or another name of stdout, or None if it is None.
+    """
+    if name is None or is_stdout(name):
+        yield None if name is None else sys.stdout
+        return
+    for path in filter(None, inputs):
+        if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
+            raise ValueError(f"--output {name} is an input of this command: give another name")
+    out = writer.RecordFile(Path(name), overwrite=overwrite)
+    try:
+        if out.dropped:
+            program.note(f"{name}: dropped an incomplete last line of {out.dropped} bytes, left by a killed command")
+        yield out
+    finally:
+        out.close()
+
+
+def is_stdout(name: str) -> bool:
+    """Returns whether a file name means stdout; raises ValueError for a file to which stdout is redirected."""
+    if name in _NAMES_OF_STDOUT:
+        return True
+    try:
+        target, stdout = os.stat(name), os.fstat(1)
+    except (OSError, ValueError):
+        return False
+    if not os.path.samestat(target, stdout) or stat.S_ISCHR(target.st_mode):
+        return False
+    if stat.S_ISREG(target.st_mode):
+        raise ValueError(f"--output {name} is the file to which stdout is redirected: give another, or --output -")
+    return True

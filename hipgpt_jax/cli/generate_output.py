@@ -1,0 +1,185 @@
+"""Output of ``hipgpt-generate``: text, records, a progress bar, and statistics at the end."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from hipgpt_jax import api, compilation
+from hipgpt_jax.cli import program
+from hipgpt_jax.records import writer
+
+if TYPE_CHECKING:
+    from hipgpt_jax.generation import requests
+    from hipgpt_jax.records import planning
+    from hipgpt_jax.runs import loading
+
+
+def write(
+    run: api.Run,
+    plan: "planning.Plan",
+    out: writer.RecordFile | TextIO | None,
+    *,
+    shows_text: bool,
+    stream: bool,
+    echo: bool,
+) -> None:
+    """Generates the samples of a plan and writes them.
+
+    Args:
+        run: The run.
+        plan: The prompts and their samples.
+        out: Destination of the records.
+        shows_text: Whether to print the text, sample by sample.
+        stream: Whether to print each token at once.
+        echo: Whether to print the prompt before its text.
+
+    Raises:
+        ValueError: A sample ended in an error; the others are complete.
+    """
+    from hipgpt_jax.generation import requests
+
+    if isinstance(out, writer.RecordFile):
+        if plan.left < plan.samples:
+            program.note(f"{out.path} has {plan.samples - plan.left} of the samples: {plan.left} are left")
+        if plan.repeated:
+            program.note(f"{plan.repeated} prompts repeat earlier ones: their equal samples are generated once")
+    statistics = _Statistics(load=run.load_seconds, programs=compilation.Compilations())
+    with _progress_bar(plan.left, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
+        samples = run.requests(_note_long_prompts(plan, run.files.window))
+        outputs = _record(run, run.outputs(samples, measure=out is not None), out, statistics, advance)
+        if shows_text:
+            _print_text(requests.in_order(outputs), stream=stream, echo=echo)
+        else:
+            for _ in outputs:
+                pass
+    program.note(str(statistics))
+    if statistics.errors:
+        raise ValueError(
+            f"{statistics.errors} of {statistics.samples} samples ended in an error; the last: {statistics.last_error}"
+        )
+
+
+def _note_long_prompts(plan: "planning.Plan", window: int) -> "Iterator[loading.ResolvedPrompt]":
+    """Yields the prompts of a plan, and prints notes about those that are longer than the window."""
+    number = 0
+    for prompt in plan:
+        length = len(prompt.prompt_ids)
+        number += length > window
+        if length > window and number == 1:
+            name = "the prompt" if plan.prompts == 1 else f"prompt {prompt.id}"
+            program.note(f"{name} has {length} tokens: the first {length - window} are beyond the window and not read")
+        yield prompt
+    if number > 1:
+        program.note(f"{number} of {plan.prompts} prompts are longer than the window: only their ends are read")
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Statistics:
+    """Times of a command in seconds, and numbers of samples and tokens.
+
+    Attributes:
+        load: Time to load the run.
+        programs: Counts of compilations.
+        start: Start of the generation on the clock.
+        first_token: Time from the start to the first token.
+        first_programs: Compilations before it.
+        last_token: Time from the start to the newest token.
+        tokens: Tokens.
+        samples: Finished samples.
+        errors: Samples that ended in an error.
+        last_error: The last error.
+    """
+
+    load: float
+    programs: compilation.Compilations
+    start: float = dataclasses.field(default_factory=time.perf_counter)
+    first_token: float = 0.0
+    first_programs: str = ""
+    last_token: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+    errors: int = 0
+    last_error: str = ""
+
+    def add(self, output: "requests.Output") -> None:
+        if output.token is not None:
+            self.last_token = time.perf_counter() - self.start
+            if not self.tokens:
+                self.first_token, self.first_programs = self.last_token, str(self.programs)
+            self.tokens += 1
+        self.samples += output.finish_reason is not None
+        if output.finish_reason == "error":
+            self.errors += 1
+            self.last_error = str(output.sequence.error)
+
+    def __str__(self) -> str:
+        counts = f"{self.tokens} tokens" if self.samples < 2 else f"{self.samples} samples, {self.tokens} tokens"
+        parts = [f"loaded in {self.load:.2f} s"]
+        if self.tokens:
+            parts.append(f"first token {self.first_token:.2f} s later ({self.first_programs})")
+        if self.tokens > 1:
+            parts.append(f"then {(self.tokens - 1) / (self.last_token - self.first_token):.0f} tokens/s")
+        total = self.load + time.perf_counter() - self.start
+        return f"{counts}: {', '.join(parts)}, {total:.2f} s in total"
+
+
+def _record(
+    run: api.Run,
+    outputs: "Iterable[requests.Output]",
+    out: writer.RecordFile | TextIO | None,
+    statistics: _Statistics,
+    advance: Callable[[_Statistics], None],
+) -> "Iterator[requests.Output]":
+    """Yields outputs after counting them and writing the records of finished samples."""
+    for output in outputs:
+        statistics.add(output)
+        if output.finish_reason is not None and out is not None:
+            record = run.recorder.build(output.sequence)
+            if isinstance(out, writer.RecordFile):
+                out.append(record)
+            else:
+                out.flush()
+                out.buffer.write(record.to_json().encode() + b"\n")  # UTF-8, whatever the locale
+                out.buffer.flush()
+        advance(statistics)
+        yield output
+
+
+def _print_text(outputs: "Iterable[requests.Output]", *, stream: bool, echo: bool) -> None:
+    is_start = True
+    for output in outputs:
+        if is_start and echo:
+            sys.stdout.write(program.displayable(output.sequence.request.prompt))
+        sys.stdout.write(program.displayable(output.text))
+        is_start = output.finish_reason is not None
+        if is_start:
+            sys.stdout.write("\n")
+        if stream:
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, *, is_shown: bool) -> Iterator[Callable[[_Statistics], None]]:
+    """Yields a callback that updates a progress bar on stderr, if that is a terminal."""
+    if not (is_shown and sys.stderr.isatty()):
+        yield lambda statistics: None
+        return
+    from rich import console, progress
+
+    columns = (
+        progress.TextColumn("{task.completed}/{task.total} samples"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        task = bar.add_task("samples", total=total, rate=0.0)
+
+        def advance(statistics: _Statistics) -> None:
+            rate = statistics.tokens / max(statistics.last_token, 1e-9)
+            bar.update(task, completed=statistics.samples, rate=rate)
+
+        yield advance
