@@ -39,8 +39,8 @@ class LossError(ValueError):
 def validated(value: Any) -> dict[str, Any]:
     """Returns the parts of a parsed ``tokenizer.json`` that turn text into ids, if they are lossless.
 
-    Truncation, padding and the post-processor are dropped: they add or remove tokens, and some of their settings make
-    the tokenizers library panic.
+    All other parts are dropped, which leaves them at the defaults of the tokenizers library: none. Truncation, padding
+    and the post-processor add or remove tokens, and some of their settings make the library panic.
 
     Raises:
         LossError: Some text would not be restored from its ids, or the ids are random.
@@ -61,24 +61,14 @@ def validated(value: Any) -> dict[str, Any]:
     _check_pre_tokenizer(value.get("pre_tokenizer"))
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": added,
-        "normalizer": None,
         "pre_tokenizer": value["pre_tokenizer"],
-        "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": model.get("ignore_merges") is True,
             "vocab": model["vocab"],
             "merges": merges,
+            "ignore_merges": model.get("ignore_merges") is True,
         },
     }
 
