@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import engine, requests, scheduler, topk
+from hipgpt_jax.generation import backends, engine, requests, scheduler, topk
 
 # Settings that 64 candidates suffice for, and that need more of the 150.
 NARROW: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"top_k": 40, "repetition_penalty": 1.3}, {"eos_id": 7})
@@ -101,7 +101,7 @@ def test_a_large_model_on_a_cpu_draws_one_token_by_a_program(
     asked = [fakes.request((5,), num_tokens=13)]
     tokens = fakes.tokens_of(fakes.make_scheduler("cpu"), asked)
     counts.clear()
-    monkeypatch.setattr(engine, "_MOST_WEIGHTS_FOR_SEVERAL_STEPS", 1)
+    monkeypatch.setattr(backends, "_MOST_WEIGHTS_FOR_SEVERAL_STEPS", 1)
     decode = config.DecodingConfig(window=11)
     large = scheduler.Scheduler(fakes.MODEL, fakes.random_params(fakes.MODEL), decode, platform="cpu")
     assert fakes.tokens_of(large, asked) == tokens

@@ -22,7 +22,7 @@ import programs as cli
 import pytest
 
 from hipgpt_jax import compilation, config, disk_cache
-from hipgpt_jax.generation import engine, export_cache, sampling, scheduler
+from hipgpt_jax.generation import executables, export_cache, sampling, scheduler
 
 OURS = {f"jit({name})" for name in ("sample_key", "prefill", "insert", "decode", "slide", "slide_slot", "merge")}
 
@@ -82,7 +82,7 @@ def test_bits_are_the_same_without_made_and_found_which_traces_nothing(
         cache = directory and cache_in(directory)
         monkeypatch.setattr(export_cache, "_cache", lambda cache=cache: cache)
         if found and directory == tmp_path and any(tmp_path.iterdir()):
-            monkeypatch.setattr(engine, "_module", _never)
+            monkeypatch.setattr(executables, "_module", _never)
         with fakes.compilations() as compiled:
             numbers = drawn(fresh(**settings), lengths)
         found.append((numbers, sorted(name for name in compiled if name in OURS)))
@@ -286,11 +286,11 @@ def test_compiled_code_is_freed_with_its_scheduler() -> None:
     """Without a search for garbage: XLA maps memory for each program, of which Linux allows 65,530 pieces a process."""
     source = fresh()
     drawn(source, (2,))
-    executables = weakref.ref(source._executables)
+    programs = weakref.ref(source._programs)
     gc.disable()
     try:
         del source
-        assert executables() is None
+        assert programs() is None
     finally:
         gc.enable()
 

@@ -11,7 +11,7 @@ import pytest
 
 import hipgpt_jax
 from hipgpt_jax import compilation, config
-from hipgpt_jax.generation import engine
+from hipgpt_jax.generation import backends, executables
 from hipgpt_jax.records import record, replay
 
 DATA = Path(__file__).parent / "data"
@@ -62,13 +62,15 @@ def test_programs_are_the_same_text(shape: str, monkeypatch: pytest.MonkeyPatch)
     # With a cache, which another test of this process may have set, a program is traced from its exported form.
     monkeypatch.setattr(compilation, "active", lambda: None)
     model, slots, window, stride, dtype, platform = SHAPES[shape]
-    made = engine.Executables(model, dtype, window, stride, "xla", engine.backend_for(platform, model, window, slots))
+    made = executables.Executables(
+        model, dtype, window, stride, "xla", backends.backend_for(platform, model, window, slots)
+    )
     made.load(fakes.random_params(model))
     needed = [
-        engine.Program("prefill", rows=slots, length=8),
+        executables.Program("prefill", rows=slots, length=8),
         *made.programs_for(3, window + 2, top_logprobs=True),
     ]
-    texts = [made._lower(program).as_text() for program in needed]
+    texts = [made.lower(program).as_text() for program in needed]
     assert hashlib.sha256("\n".join(map(_without_names, texts)).encode()).hexdigest()[:16] == HASHES[shape]
 
 

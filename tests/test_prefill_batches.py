@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import engine, requests, scheduler
+from hipgpt_jax.generation import executables, requests, scheduler
 
 WIDTH = 6  # rows of a bucket of 8; one of 11 has 5
 
@@ -18,13 +18,13 @@ WIDTH = 6  # rows of a bucket of 8; one of 11 has 5
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Contexts and rows of each call of ``Executables.prefill``."""
     found: list[tuple[int, int]] = []
-    prefill = engine.Executables.prefill
+    prefill = executables.Executables.prefill
 
-    def spy(self: engine.Executables, contexts: Sequence[tuple[int, ...]], rows: int) -> object:
+    def spy(self: executables.Executables, contexts: Sequence[tuple[int, ...]], rows: int) -> object:
         found.append((len(contexts), rows))
         return prefill(self, contexts, rows)
 
-    monkeypatch.setattr(engine.Executables, "prefill", spy)
+    monkeypatch.setattr(executables.Executables, "prefill", spy)
     return found
 
 
@@ -72,8 +72,10 @@ def test_a_prompt_of_one_token_is_not_read(width: int, monkeypatch: pytest.Monke
     """The first step takes it in; of what an earlier sample left in the row nothing is seen."""
     source, one = fakes.make_scheduler(width=width), fakes.request((5,), num_tokens=9)
     after_others = fakes.tokens_of(source, [*asked_for([9] * width), one])[-1]
-    run, names = engine.Executables.run, []
-    monkeypatch.setattr(engine.Executables, "run", lambda self, *args: names.append(args[0].name) or run(self, *args))
+    run, names = executables.Executables.run, []
+    monkeypatch.setattr(
+        executables.Executables, "run", lambda self, *args: names.append(args[0].name) or run(self, *args)
+    )
     assert fakes.tokens_of(source, [one]) == [after_others]
     assert "decode" in names
     assert "prefill" not in names

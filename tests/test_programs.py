@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, engine
+from hipgpt_jax.generation import backends, decoding, executables
 from hipgpt_jax.model import cache as kv
 
 MODEL = config.ModelConfig(vocab_size=700, max_seq_len=256, embed_dim=96, num_heads=3, ff_hidden_dim=352, num_layers=2)
@@ -27,25 +27,25 @@ def moved(compiled: Any) -> list[int]:
     return [math.prod(map(int, shape.split(","))) for shape in sizes]
 
 
-def executables_for(rows: int, model: config.ModelConfig = MODEL, dtype: str = "float32") -> engine.Executables:
+def executables_for(rows: int, model: config.ModelConfig = MODEL, dtype: str = "float32") -> executables.Executables:
     window = model.max_seq_len
-    made = engine.Executables(model, dtype, window, 1, "xla", engine.backend_for("cpu", model, window, rows))
+    made = executables.Executables(model, dtype, window, 1, "xla", backends.backend_for("cpu", model, window, rows))
     made.load(fakes.random_params(model))
     return made
 
 
-def optimized(made: engine.Executables, name: str, **key: int) -> Any:
+def optimized(made: executables.Executables, name: str, **key: int) -> Any:
     """Returns the optimized HLO of a program."""
-    return made._lower(engine.Program(name, **key)).compile().as_text()
+    return made.lower(executables.Program(name, **key)).compile().as_text()
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_decoding_copies_no_weights_and_no_cache_and_updates_the_cache_in_place(rows: int) -> None:
     made = executables_for(rows)
     blocks = made.blocks(rows, 0, 2)
-    writable = made.split(blocks).writable
+    writable = made.backend.split(blocks).writable
     assert len(writable) == (1 if rows == 1 else 2), "a single slot writes to the last block alone"
-    step = made._lower(engine.Program("decode", blocks=2)).compile()
+    step = made.lower(executables.Program("decode", blocks=2)).compile()
     assert moved(step), "the pattern finds the small copies there are"
     assert max(moved(step)) < min(KERNEL, blocks[0].keys[0].size)
     memory: Any = step.memory_analysis()
@@ -66,10 +66,10 @@ def test_a_prompt_is_prefilled_without_the_head_and_the_last_feed_forward_layer(
 
 
 def test_a_user_s_own_xla_flag_decides() -> None:
-    ((flag, _),) = engine.in_place_options({}).items()
-    assert engine.in_place_options({"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}) == {flag: True}
+    ((flag, _),) = backends.in_place_options({}).items()
+    assert backends.in_place_options({"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}) == {flag: True}
     for value in ("true", "false"):
-        assert engine.in_place_options({"XLA_FLAGS": f"--{flag}={value}"}) == {}
+        assert backends.in_place_options({"XLA_FLAGS": f"--{flag}={value}"}) == {}
 
 
 @pytest.mark.slow
@@ -87,14 +87,14 @@ def test_decoding_in_place_gives_the_bits_of_a_step_that_copies_the_cache(rows: 
     expected = jax.tree.map(jnp.copy, state)
     plain = jax.jit(functools.partial(decoding.decode_step, made.module, made.params))
     while (longest := int(length_B.max())) < model.max_seq_len:
-        live, count = made.plan_steps(longest)
+        live, count = made.backend.plan_steps(longest)
         count = min(most, count)
         steps_B = rng.randint(0, count + 1, rows).astype(np.int32)
         steps_B[length_B.argmax()] = count
         length_B += steps_B
-        cache = made.split(blocks[:live])
+        cache = made.backend.split(blocks[:live])
         limited = state._replace(limit_B=length_B, cache=cache._replace(frozen=()))
-        state, output = made.run(engine.Program("decode", blocks=live), made.params, limited, cache.frozen)
+        state, output = made.run(executables.Program("decode", blocks=live), made.params, limited, cache.frozen)
         blocks = (*cache.frozen, *state.cache.writable, *blocks[live:])
         for index in range(count):
             limit_B = length_B - steps_B + np.minimum(steps_B, index + 1)
@@ -116,7 +116,7 @@ def test_a_replica_s_slot_that_ends_takes_no_further_step_and_the_others_go_on()
     def decode(limits: list[int], ends: list[int]) -> tuple[decoding.DecodeState, np.ndarray]:
         state = made.blank_state()._replace(limit_B=np.array(limits, np.int32), eos_B=np.array(ends, np.int32))
         state = state._replace(cache=kv.Cache((), made.empty_blocks(0, 1)))
-        state, output = made.run(engine.Program("decode", blocks=1), made.params, state, ())
+        state, output = made.run(executables.Program("decode", blocks=1), made.params, state, ())
         return state, np.asarray(output.token_B)
 
     whole, token_TB = decode([4, 4], [-1, -1])

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import engine, requests, sampling, scheduler
+from hipgpt_jax.generation import backends, engine, executables, requests, sampling, scheduler
 from hipgpt_jax.model import cache, transformer
 
 MODEL = fakes.MODEL
@@ -191,12 +191,12 @@ def test_requests_are_taken_as_they_are_needed(width: int, ahead: int) -> None:
 
 def test_bucket_is_tight_monotone_and_within_the_window() -> None:
     for window in (1, 5, 8, 11, 32, 100, 1024):
-        sizes = [engine.prefill_bucket(length, window) for length in range(1, window + 1)]
+        sizes = [backends.prefill_bucket(length, window) for length in range(1, window + 1)]
         assert sizes == sorted(sizes)
         assert all(length <= size <= window for length, size in enumerate(sizes, 1))
         assert all(3 * (size - length) <= size for length, size in enumerate(sizes, 1) if size > 8)
         assert len(set(sizes)) <= 2 * math.log2(max(8, window)) - 3
-    assert engine.prefill_bucket(1, 1024) == 8
+    assert backends.prefill_bucket(1, 1024) == 8
 
 
 @hypothesis.settings(deadline=None, derandomize=True, database=None)
@@ -265,11 +265,11 @@ def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(
 
 def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: scheduler.Scheduler) -> None:
     prefilled: list[int] = []
-    prefill = engine.Executables.prefill
+    prefill = executables.Executables.prefill
     asked = [fakes.request(fakes.prompt(6), num_tokens=3, sample=k) for k in range(4)]
     expected = fakes.tokens_of(narrow, asked)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Executables, "prefill", lambda *args: prefilled.append(1) or prefill(*args))
+        patch.setattr(executables.Executables, "prefill", lambda *args: prefilled.append(1) or prefill(*args))
         narrow.load(PARAMS)
         assert fakes.tokens_of(narrow, asked) == expected
         assert len(prefilled) == 1
@@ -284,7 +284,7 @@ def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: sched
 @pytest.mark.slow
 def test_replicas_side_by_side_give_the_tokens_of_their_slots_alone() -> None:
     """On a CPU a width of 16 is two replicas of 8 slots; their events come in one order whatever the threads do."""
-    assert [engine.backend_for("cpu", MODEL, 11, width).num_replicas for width in (1, 8, 15, 16, 17, 64)] == [
+    assert [backends.backend_for("cpu", MODEL, 11, width).num_replicas for width in (1, 8, 15, 16, 17, 64)] == [
         1,
         1,
         1,
@@ -292,9 +292,9 @@ def test_replicas_side_by_side_give_the_tokens_of_their_slots_alone() -> None:
         1,
         2,
     ]
-    assert engine.backend_for("gpu", MODEL, 11, 64).num_replicas == 1
+    assert backends.backend_for("gpu", MODEL, 11, 64).num_replicas == 1
     assert (
-        engine.backend_for("cpu", dataclasses.replace(MODEL, embed_dim=512, ff_hidden_dim=2048), 11, 64).num_replicas
+        backends.backend_for("cpu", dataclasses.replace(MODEL, embed_dim=512, ff_hidden_dim=2048), 11, 64).num_replicas
         == 1
     )
     wide = fakes.make_scheduler(width=16)

@@ -6,7 +6,7 @@ its arithmetic is the same whatever the other slots hold.
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +72,19 @@ _Carried = tuple[jax.Array, DecodeState, StepOutput]  # step, state, outputs
 
 def blank_state(B: int, W: int, V: int) -> DecodeState:
     """Returns unused slots as NumPy arrays, without a cache."""
-    zero_B: Any = np.zeros(B, np.int32)
-    context_BS: Any = np.zeros((B, W), np.int32)
-    seen_BV: Any = np.zeros((B, V), bool)
-    key_B2: Any = np.zeros((B, 2), np.uint32)
-    params = sampling.sampling_params([config.SamplingConfig()] * B)
-    return DecodeState(key_B2, params, zero_B, zero_B, zero_B, zero_B, zero_B, context_BS, seen_BV, NO_CACHE)
+    zero_B = sampling.host_array([0] * B, np.int32)
+    return DecodeState(
+        key_B2=sampling.host_array(np.zeros((B, 2), np.uint32), np.uint32),
+        params=sampling.sampling_params([config.SamplingConfig()] * B),
+        eos_B=zero_B,
+        limit_B=zero_B,
+        num_sampled_B=zero_B,
+        token_B=zero_B,
+        length_B=zero_B,
+        context_BS=sampling.host_array(np.zeros((B, W), np.int32), np.int32),
+        seen_BV=sampling.host_array(np.zeros((B, V), bool), bool),
+        cache=NO_CACHE,
+    )
 
 
 def initial_state(
@@ -100,18 +107,15 @@ def initial_state(
         V: Size of the vocabulary.
     """
     *context, token = prompt_ids[-W:]
-    blank = blank_state(1, W, V)
-    context_1S, seen_1V = np.array(blank.context_BS), np.array(blank.seen_BV)
-    context_1S[0, : len(context)] = context
-    seen_1V[0, list(prompt_ids)] = True
-    of_slot: Any = {
-        "eos_B": np.array([eos_id], np.int32),
-        "token_B": np.array([token], np.int32),
-        "length_B": np.array([len(context)], np.int32),
-        "context_BS": context_1S,
-        "seen_BV": seen_1V,
-    }
-    return blank._replace(key_B2=key_12, params=sampling.sampling_params([settings]), **of_slot)
+    return blank_state(1, W, V)._replace(
+        key_B2=key_12,
+        params=sampling.sampling_params([settings]),
+        eos_B=sampling.host_array([eos_id], np.int32),
+        token_B=sampling.host_array([token], np.int32),
+        length_B=sampling.host_array([len(context)], np.int32),
+        context_BS=sampling.host_array([[*context, *[0] * (W - len(context))]], np.int32),
+        seen_BV=sampling.host_array(np.isin(np.arange(V), prompt_ids)[None], bool),
+    )
 
 
 def prefill(

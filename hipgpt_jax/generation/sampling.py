@@ -7,12 +7,13 @@ guarantees only a distribution across versions.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from hipgpt_jax import config, numerics
 from hipgpt_jax.generation import logprobs, topk
@@ -29,18 +30,19 @@ class SamplingParams(NamedTuple):
 
 def sampling_params(settings: Sequence[config.SamplingConfig]) -> SamplingParams:
     """Returns the settings of each slot as arrays."""
+    # A temperature above 3.4e38 becomes infinite: all candidates that are kept are equally likely.
+    with np.errstate(over="ignore"):
+        return SamplingParams(
+            host_array([one.temperature for one in settings], np.float32),
+            host_array([one.top_k if one.top_k < 2**31 else 0 for one in settings], np.int32),  # 0 keeps all too
+            host_array([one.top_p for one in settings], np.float32),
+            host_array([one.repetition_penalty for one in settings], np.float32),
+        )
 
-    def column(values: Iterable[float], dtype: type) -> Any:
-        # A temperature above 3.4e38 becomes infinite: all candidates that are kept are equally likely.
-        with np.errstate(over="ignore"):
-            return np.array(list(values), dtype)
 
-    return SamplingParams(
-        column((one.temperature for one in settings), np.float32),
-        column((one.top_k if one.top_k < 2**31 else 0 for one in settings), np.int32),  # 0 keeps all too
-        column((one.top_p for one in settings), np.float32),
-        column((one.repetition_penalty for one in settings), np.float32),
-    )
+def host_array(values: npt.ArrayLike, dtype: npt.DTypeLike) -> jax.Array:
+    """Returns a NumPy array, typed as the JAX array that a jitted function makes of it."""
+    return cast(jax.Array, np.asarray(values, dtype))
 
 
 def seed_words(seed: int, prompt_ids: Sequence[int], sample: int) -> np.ndarray:

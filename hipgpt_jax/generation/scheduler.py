@@ -7,10 +7,8 @@ steps and inserts, the caller's while outputs are appended to sequences. The wai
 the caller's thread alone.
 """
 
-import collections
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,16 +17,12 @@ import jax
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import engine, logprobs, requests
-from hipgpt_jax.model import cache as kv
+from hipgpt_jax.generation import backends, engine, executables, logprobs, requests, waiting
 from hipgpt_jax.model import parameters
 from hipgpt_jax.text import tokenizer
 
 if TYPE_CHECKING:
     from hipgpt_jax.model import transformer
-
-_PREFILL_TOKENS = 64  # per program, padding included
-_LOOKAHEAD = 64  # requests
 
 
 class Scheduler:
@@ -64,25 +58,25 @@ class Scheduler:
         self.model = model
         self.window = decoding.resolve_window(model)
         self._decoding = decoding
-        backend = engine.backend_for(platform or jax.default_backend(), model, self.window, decoding.width)
-        self._executables = engine.Executables(
+        backend = backends.backend_for(platform or jax.default_backend(), model, self.window, decoding.width)
+        self._programs = executables.Executables(
             model, decoding.dtype, self.window, decoding.window_stride, attention, backend
         )
-        self._executables.load(params)
+        self._programs.load(params)
 
     @property
     def module(self) -> "transformer.Transformer":
         """The model as a Flax module."""
-        return self._executables.module
+        return self._programs.module
 
     @property
     def params(self) -> parameters.Params:
         """Its parameters on the device."""
-        return self._executables.params
+        return self._programs.params
 
     def load(self, params: parameters.Params) -> None:
         """Loads other parameters of the same model; nothing is recompiled."""
-        self._executables.load(params)
+        self._programs.load(params)
 
     def check(self, request: requests.Request) -> None:
         """Raises ValueError if a request cannot be served."""
@@ -118,8 +112,8 @@ class Scheduler:
         Raises:
             ValueError: A request is empty, or cannot fit the window while overflow is an error.
         """
-        replicas = [_Replica(self._executables, measure=measure) for _ in range(self._executables.backend.num_replicas)]
-        queue = _WaitingQueue(self._executables, self._sequences(incoming, vocabulary, keeps=measure))
+        replicas = [_Replica(self._programs, measure=measure) for _ in range(self._programs.backend.num_replicas)]
+        queue = waiting.WaitingQueue(self._programs, self._sequences(incoming, vocabulary, keeps=measure))
         with contextlib.ExitStack() as stack:
             # JAX runs the programs that one thread dispatches on a CPU one after the other, so each replica has its
             # own.
@@ -155,7 +149,7 @@ class Scheduler:
             yield requests.Sequence(request, self.max_tokens(request), vocabulary, index=index, keeps=keeps)
 
     def _fill_slots(
-        self, replicas: "list[_Replica]", threads: list[futures.ThreadPoolExecutor], queue: "_WaitingQueue"
+        self, replicas: "list[_Replica]", threads: list[futures.ThreadPoolExecutor], queue: waiting.WaitingQueue
     ) -> Iterator[requests.Output]:
         """Gives free slots to the next requests; yields the ends of those that may have no token."""
         # Each replica inserts in its own thread: 64 prompts at D256 L8 take 140 ms instead of 180 ms on 2 cores.
@@ -174,77 +168,6 @@ class Scheduler:
                     break
         for insert in inserts:
             insert.result()
-
-
-class _PrefillBatch:
-    """Contexts of one bucket, prefilled by one program when the first of them is needed."""
-
-    def __init__(self, executables: engine.Executables, contexts: list[tuple[int, ...]], rows: int) -> None:
-        self.row_index = {context: row for row, context in enumerate(contexts)}
-        self._executables, self._rows = executables, rows
-        self._lock = threading.Lock()
-        self._blocks: tuple[kv.Block, ...] | None = None
-
-    def prefix(self, context: tuple[int, ...]) -> engine.Prefix:
-        """Returns a prefilled context; several replicas may call this at once."""
-        with self._lock:
-            if self._blocks is None:
-                self._blocks = self._executables.prefill(list(self.row_index), self._rows)
-        return engine.Prefix(self._blocks, row=self.row_index[context], rows=self._rows)
-
-
-@dataclasses.dataclass
-class _Waiting:
-    sequence: requests.Sequence
-    context: tuple[int, ...]  # what is prefilled: the first step takes in the last token of the prompt
-    batch: _PrefillBatch | None = None
-
-
-class _WaitingQueue:
-    """The sequences to come, in order, each with the batch in which its prompt is prefilled.
-
-    A prompt's numbers depend on the rows of its prefill program, so those follow from the batch size and the bucket
-    alone: as many as make 64 tokens, and no more than a replica has slots. If fewer prompts are at hand, the other rows
-    are padding. So sequences are taken from their source ahead of need, unless a replica has one slot.
-    """
-
-    # 8 prompts of 8 tokens take 11 ms together and 32 ms one by one at D256 L8, 85 and 340 ms at GPT-2's size.
-
-    def __init__(self, executables: engine.Executables, source: Iterator[requests.Sequence]) -> None:
-        self._executables, self._source = executables, source
-        self._lookahead = _LOOKAHEAD if executables.backend.num_slots > 1 else 1
-        self._waiting: collections.deque[_Waiting] = collections.deque()
-        self._last: _PrefillBatch | None = None  # the samples of a prompt may be more than the lookahead
-
-    def take(self) -> tuple[requests.Sequence, _PrefillBatch | None] | None:
-        """Returns the next sequence and its batch, None if it may have no token; None after the last sequence."""
-        while len(self._waiting) < self._lookahead and (sequence := next(self._source, None)) is not None:
-            context = sequence.request.prompt_ids[-self._executables.window :][:-1]
-            self._waiting.append(_Waiting(sequence, context))
-        if not self._waiting:
-            return None
-        if self._waiting[0].batch is None and self._waiting[0].sequence.max_tokens:
-            self._assign_batch(self._waiting[0].context)
-        first = self._waiting.popleft()
-        first.sequence.start()
-        return first.sequence, first.batch
-
-    def _assign_batch(self, context: tuple[int, ...]) -> None:
-        """Assigns a batch to the first sequence, and to all others whose contexts are in it."""
-        unassigned = [one for one in self._waiting if one.batch is None and one.sequence.max_tokens]
-        if self._last is None or context not in self._last.row_index:
-            bucket = self._bucket(context)
-            rows = max(1, min(self._executables.backend.num_slots, _PREFILL_TOKENS // bucket))
-            contexts = [
-                one for one in dict.fromkeys(each.context for each in unassigned) if self._bucket(one) == bucket
-            ]
-            self._last = _PrefillBatch(self._executables, contexts[:rows], rows)
-        for one in unassigned:
-            if one.context in self._last.row_index:
-                one.batch = self._last
-
-    def _bucket(self, context: tuple[int, ...]) -> int:
-        return engine.prefill_bucket(len(context), self._executables.window)
 
 
 @dataclasses.dataclass(eq=False)
@@ -281,10 +204,10 @@ class _Program(NamedTuple):
 class _Replica:
     """An engine, and the sequences in its slots."""
 
-    def __init__(self, executables: engine.Executables, *, measure: bool) -> None:
-        self._executables, self._measures = executables, measure
-        self._engine = engine.Engine(executables)
-        self._slots: list[_Slot | None] = [None] * executables.backend.num_slots
+    def __init__(self, programs: executables.Executables, *, measure: bool) -> None:
+        self._programs, self._measures = programs, measure
+        self._engine = engine.Engine(programs)
+        self._slots: list[_Slot | None] = [None] * programs.backend.num_slots
         self._in_flight: list[_Program] = []
 
     @property
@@ -295,17 +218,17 @@ class _Replica:
     def is_busy(self) -> bool:
         return any(self._slots)
 
-    def insert(self, index: int, sequence: requests.Sequence, batch: _PrefillBatch) -> None:
+    def insert(self, index: int, sequence: requests.Sequence, batch: waiting.PrefillBatch) -> None:
         """Gives a free slot to a sequence; the next step samples its first token.
 
         The prompt is prefilled except for its last token, which that step takes in like any other, so all tokens are
         sampled by one program.
         """
         # A separate program for the first token made a start with a cold cache take 5.0 s instead of 3.3 s.
-        context = sequence.request.prompt_ids[-self._executables.window :][:-1]
+        context = sequence.request.prompt_ids[-self._programs.window :][:-1]
         records_top = self._measures and sequence.request.generation.top_logprobs > 0
-        needed = self._executables.programs_for(len(context), sequence.max_tokens, top_logprobs=records_top)
-        with self._executables.compiling(needed):
+        needed = self._programs.programs_for(len(context), sequence.max_tokens, top_logprobs=records_top)
+        with self._programs.compiling(needed):
             self._slots[index] = _Slot(sequence)
             self._engine.insert(batch.prefix(context), index, sequence.request)
 
@@ -325,7 +248,7 @@ class _Replica:
         """
         # 64 slots of D256 L8 that end at different tokens make 3534 tokens/s; 3099 if slots idle in the next program.
         slots = [each for program in programs for each in program.slots.values()]
-        backend = self._executables.backend
+        backend = self._programs.backend
         if backend.waits_for_ends:
             waits_for_stops = backend.num_slots == 1 and backend.max_steps > 1
             if any(
@@ -342,7 +265,7 @@ class _Replica:
 
     def _step_limit(self, slot: _Slot) -> int:
         """Returns the most tokens of a program; the first one of a single slot on a CPU is not kept waiting."""
-        return 1 if self._executables.backend.freezes_blocks and not slot.num_dispatched else slot.budget
+        return 1 if self._programs.backend.freezes_blocks and not slot.num_dispatched else slot.budget
 
     def _count(self, decoded: engine.Decoded, slots: dict[int, _Slot]) -> _Program:
         """Counts dispatched tokens, and dispatches what is recorded of them."""
@@ -357,9 +280,9 @@ class _Replica:
             decoded.first_slot,
             decoded.output.token_B,
             decoded.output.stats if self._measures else None,
-            self._executables.top_logprobs(decoded.output.logits_BV) if records_top else None,
+            self._programs.top_logprobs(decoded.output.logits_BV) if records_top else None,
         )
-        if not self._executables.backend.waits_for_ends:
+        if not self._programs.backend.waits_for_ends:
             for x in jax.tree.leaves(program[2:]):  # a copy that is requested later would come after further steps
                 x.copy_to_host_async()
         return program

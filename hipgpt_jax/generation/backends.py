@@ -1,0 +1,152 @@
+"""Everything that differs between decoding on a CPU and on a GPU."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+from hipgpt_jax import config
+from hipgpt_jax.generation import topk
+from hipgpt_jax.model import cache as kv
+
+_REGION_ANALYSIS = "xla_cpu_copy_insertion_use_region_analysis"
+
+_SMALLEST_BUCKET = 8
+
+# Steps per program. One token of GPT-2 keeps an H200 busy for 0.45 ms and its host, which passes 160 arrays, updates
+# 216 captured kernels and fetches, for 1.4 ms. On a CPU, eight steps make a single slot of the documented default 2.5
+# times as fast as one, of D256 L8 1.17 times. Several slots on a CPU gain nearly as much from four steps, and a slot
+# that ends idles half as long: 64 slots of D256 L8 that stop at different tokens make 3382 tokens/s with four steps,
+# 2907 with eight and 3306 with one; slots that end together 4189, 4420 and 4016.
+_MAX_STEPS = 8
+_MAX_STEPS_OF_SEVERAL_ON_CPU = 4
+# On a CPU, a model with more weights gains nothing from several steps, and its text would arrive in bursts.
+_MOST_WEIGHTS_FOR_SEVERAL_STEPS = 2**24
+
+_SMALLEST_DIVIDED = 16
+_PRODUCT_ON_ALL_CORES = 4 * 2**20  # bytes of float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """Everything that differs between a CPU and a GPU; see ``backend_for``.
+
+    Attributes:
+        layout: Blocks of the KV cache.
+        plan: Candidates of a slide step, which serves all slots.
+        decode_plans: Candidates of each decode program. Slots that need the full vocabulary use the last program, all
+            others the first.
+        max_steps: Most steps of a decode program.
+        waits_for_ends: Whether a decode program ends when no slot is active, and a program that may be the last of a
+            slot is awaited before the next is dispatched. A GPU would rather compute in vain than wait.
+        crosses_blocks: Whether a program may take steps beyond the last block that it needs at first.
+        freezes_blocks: Whether all blocks but the last are only read. Possible with one slot that crosses no blocks.
+        transposes_kernels: Whether kernels are stored transposed; see ``parameters.transpose_kernels``.
+        exports_programs: Whether traced programs are cached on disk. cuDNN's attention cannot be exported.
+        compiler_options: XLA options of the decode programs.
+        num_replicas: Number of engines that the slots are divided among.
+        num_slots: Slots of each.
+    """
+
+    layout: kv.Layout
+    plan: topk.Plan
+    decode_plans: tuple[topk.Plan, ...]
+    max_steps: int
+    waits_for_ends: bool
+    crosses_blocks: bool
+    freezes_blocks: bool
+    transposes_kernels: bool
+    exports_programs: bool
+    compiler_options: Mapping[str, bool]
+    num_replicas: int
+    num_slots: int
+
+    def plan_steps(self, longest: int) -> tuple[int, int]:
+        """Returns the cache blocks that a decode program reads for a longest context, and the most steps it takes.
+
+        On a CPU it stops at the end of the block with the next slot, since reading a block before it is needed costs
+        time. On a GPU it reads all blocks that its steps might need, so that steps never depend on a request's end.
+        """
+        layout, most = self.layout, self.max_steps
+        if self.crosses_blocks:
+            return layout.num_blocks(min(longest + most, layout.starts[-1])), most
+        num_blocks = layout.num_blocks(longest + 1)
+        return num_blocks, min(most, layout.starts[num_blocks] - longest)
+
+    def split(self, blocks: tuple[kv.Block, ...]) -> kv.Cache:
+        """Divides blocks into those that a decode program only reads and those that it may write."""
+        num_frozen = len(blocks) - 1 if self.freezes_blocks else 0
+        return kv.Cache(blocks[:num_frozen], blocks[num_frozen:])
+
+
+def backend_for(platform: str, model: config.ModelConfig, window: int, batch_size: int) -> Backend:
+    """Returns the backend of a platform, ``cpu`` or a GPU's name.
+
+    Args:
+        platform: The platform.
+        model: Shape of the model.
+        window: Tokens that the model sees.
+        batch_size: Slots of all replicas.
+    """
+    is_cpu = platform == "cpu"
+    plan = topk.plan_for(model.vocab_size, platform)
+    num_replicas = _num_replicas(model, batch_size) if is_cpu else 1
+    num_slots = batch_size // num_replicas
+    return Backend(
+        layout=kv.cpu_layout(window) if is_cpu else kv.gpu_layout(window),
+        plan=plan,
+        decode_plans=(plan,) if is_cpu else (plan.smallest, plan.full_vocab),
+        max_steps=_max_steps_on_cpu(model, num_slots) if is_cpu else _MAX_STEPS,
+        waits_for_ends=is_cpu,
+        crosses_blocks=not is_cpu,
+        freezes_blocks=is_cpu and num_slots == 1,
+        transposes_kernels=not is_cpu,
+        exports_programs=is_cpu,
+        compiler_options=in_place_options(os.environ) if is_cpu else {},
+        num_replicas=num_replicas,
+        num_slots=num_slots,
+    )
+
+
+def _num_replicas(model: config.ModelConfig, batch_size: int) -> int:
+    """Returns the number of engines that step side by side on a CPU.
+
+    The number of cores does not enter, because the slots of a replica are part of the arithmetic.
+    """
+    # XLA's products and attention of up to 64 rows keep one core busy. D256 L8, 2 cores: a step of 16 slots takes 3.7
+    # ms in two replicas and 5.1 ms in one; with 256 tokens in the cache 7.0 and 11.3 ms. 8 slots gain nothing.
+    # Products of 4 MB and more keep both cores busy, and two replicas read them twice: 16 slots of D512 L8 take 22.6
+    # ms in two and 19.9 ms in one; of GPT-2, 91 and 68 ms, and 64 slots 174 and 151 ms.
+    largest = 4 * model.embed_dim * model.ff_hidden_dim
+    is_divided = batch_size >= _SMALLEST_DIVIDED and batch_size % 2 == 0 and largest < _PRODUCT_ON_ALL_CORES
+    return 2 if is_divided else 1
+
+
+def _max_steps_on_cpu(model: config.ModelConfig, num_slots: int) -> int:
+    D, F = model.embed_dim, model.ff_hidden_dim
+    weights = model.num_layers * (4 * D * D + 2 * D * F) + model.vocab_size * D
+    if weights > _MOST_WEIGHTS_FOR_SEVERAL_STEPS:
+        return 1
+    return _MAX_STEPS if num_slots == 1 else _MAX_STEPS_OF_SEVERAL_ON_CPU
+
+
+def in_place_options(environ: Mapping[str, str]) -> dict[str, bool]:
+    """Returns the XLA options by which a decode program on a CPU updates the cache in place.
+
+    Without the analysis, XLA copies every buffer that is both read and written: 96 copies of 3 MB for GPT-2, 108 to
+    160 ms per token. If ``XLA_FLAGS`` sets the option, that value is used.
+    """
+    return {} if _REGION_ANALYSIS in environ.get("XLA_FLAGS", "") else {_REGION_ANALYSIS: True}
+
+
+def prefill_bucket(length: int, window: int) -> int:
+    """Returns the padded length of a context: 8, 12, 16, 24, 32, 48, … or the window.
+
+    All lengths of a bucket share one program, and at most a third of a bucket above 8 is padding.
+
+    >>> [prefill_bucket(length, window=100) for length in (1, 9, 13, 70, 100)]
+    [8, 12, 16, 96, 100]
+    """
+    size = _SMALLEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, window)

@@ -1,0 +1,83 @@
+"""The queue of sequences that wait for a slot, and the batches in which their prompts are prefilled."""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Iterator
+
+from hipgpt_jax.generation import backends, engine, executables, requests
+from hipgpt_jax.model import cache as kv
+
+_PREFILL_TOKENS = 64  # per program, padding included
+_LOOKAHEAD = 64  # requests
+
+
+class PrefillBatch:
+    """Contexts of one bucket, prefilled by one program when the first of them is needed."""
+
+    def __init__(self, programs: executables.Executables, contexts: list[tuple[int, ...]], rows: int) -> None:
+        self.row_index = {context: row for row, context in enumerate(contexts)}
+        self._programs, self._rows = programs, rows
+        self._lock = threading.Lock()
+        self._blocks: tuple[kv.Block, ...] | None = None
+
+    def prefix(self, context: tuple[int, ...]) -> engine.Prefix:
+        """Returns a prefilled context; several replicas may call this at once."""
+        with self._lock:
+            if self._blocks is None:
+                self._blocks = self._programs.prefill(list(self.row_index), self._rows)
+            return engine.Prefix(self._blocks, row=self.row_index[context], rows=self._rows)
+
+
+@dataclasses.dataclass
+class _Waiting:
+    sequence: requests.Sequence
+    context: tuple[int, ...]  # what is prefilled: the first step takes in the last token of the prompt
+    batch: PrefillBatch | None = None
+
+
+class WaitingQueue:
+    """The sequences to come, in order, each with the batch in which its prompt is prefilled.
+
+    A prompt's numbers depend on the rows of its prefill program, so those follow from the batch size and the bucket
+    alone: as many as make 64 tokens, and no more than a replica has slots. If fewer prompts are at hand, the other rows
+    are padding. So sequences are taken from their source ahead of need, unless a replica has one slot.
+    """
+
+    # 8 prompts of 8 tokens take 11 ms together and 32 ms one by one at D256 L8, 85 and 340 ms at GPT-2's size.
+
+    def __init__(self, programs: executables.Executables, source: Iterator[requests.Sequence]) -> None:
+        self._programs, self._source = programs, source
+        self._lookahead = _LOOKAHEAD if programs.backend.num_slots > 1 else 1
+        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._last: PrefillBatch | None = None  # the samples of a prompt may be more than the lookahead
+
+    def take(self) -> tuple[requests.Sequence, PrefillBatch | None] | None:
+        """Returns the next sequence and its batch, None if it may have no token; None after the last sequence."""
+        while len(self._waiting) < self._lookahead and (sequence := next(self._source, None)) is not None:
+            context = sequence.request.prompt_ids[-self._programs.window :][:-1]
+            self._waiting.append(_Waiting(sequence, context))
+        if not self._waiting:
+            return None
+        if self._waiting[0].batch is None and self._waiting[0].sequence.max_tokens:
+            self._assign_batch(self._waiting[0].context)
+        first = self._waiting.popleft()
+        first.sequence.start()
+        return first.sequence, first.batch
+
+    def _assign_batch(self, context: tuple[int, ...]) -> None:
+        """Assigns a batch to the first sequence, and to all others whose contexts are in it."""
+        unassigned = [one for one in self._waiting if one.batch is None and one.sequence.max_tokens]
+        if self._last is None or context not in self._last.row_index:
+            bucket = self._bucket(context)
+            rows = max(1, min(self._programs.backend.num_slots, _PREFILL_TOKENS // bucket))
+            contexts = [
+                one for one in dict.fromkeys(each.context for each in unassigned) if self._bucket(one) == bucket
+            ]
+            self._last = PrefillBatch(self._programs, contexts[:rows], rows)
+        for one in unassigned:
+            if one.context in self._last.row_index:
+                one.batch = self._last
+
+    def _bucket(self, context: tuple[int, ...]) -> int:
+        return backends.prefill_bucket(len(context), self._programs.window)
