@@ -107,12 +107,6 @@ def test_streaming_echo_and_samples_change_only_what_is_shown(run) -> None:
     assert len(many) > 2 * len(text)
 
 
-@pytest.mark.slow
-def test_width_orders_samples_and_the_first_is_the_same_alone(run) -> None:
-    alone = run(*HI, "--batch_size", "4").out
-    assert run(*HI, "--batch_size", "4", "--num_samples", "5").out.startswith(alone)
-
-
 def test_eos_ends_the_text_and_is_not_printed(run, tiny: Path) -> None:
     vocabulary = tokenizer.Tokenizer.load(tiny / "checkpoints/tiny/tokenizer.json")
     text = run(*HI, "--num_tokens", "12").out.removesuffix("\n")

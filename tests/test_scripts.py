@@ -97,16 +97,13 @@ def test_installs_once(repository: Repository):
     assert repository.environment() == []
 
 
-def test_starts_at_once(repository: Repository):
-    """With nothing to do a script takes less than 0.2 s of its own, by the best of five."""
+def test_starts_no_python_where_there_is_nothing_to_do(repository: Repository):
+    """A start of Python takes longer than all that the scripts do."""
     repository.environment()
+    for name in ("python", ".venv/bin/python"):
+        repository.write(name, "#!/usr/bin/env bash\nexit 9\n")
     repository.write(".venv/bin/hipgpt-generate", "#!/usr/bin/env bash\n")
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        assert repository.run("./scripts/run_generate.sh") == (0, "", "")
-        times.append(time.perf_counter() - begun)
-    assert min(times) < 0.2, times
+    assert repository.run("./scripts/run_generate.sh") == (0, "", "")
 
 
 def test_more_extras_satisfy_fewer(repository: Repository):
