@@ -5,6 +5,7 @@ Commands run as a user would type them, in order, in a directory of their own, b
 name is replaced. Scripts that install, download, test or measure are only looked up.
 """
 
+import ast
 import doctest
 import functools
 import json
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import programs
 import pytest
+import test_floors
 
 from hipgpt_jax.records import record
 
@@ -97,6 +99,22 @@ def test_every_page_is_linked_from_another() -> None:
         for name in re.findall(r"\]\(([^)#\s:]+)", text)
     }
     assert set(PAGES) - targets == {"README.md"}
+
+
+def test_the_page_of_the_architecture_names_what_exists() -> None:
+    rows = re.findall(r"^\| [^|]* \| `([\w/]+\.py)` \| (.*) \|$", PAGES["docs/architecture.md"], re.MULTILINE)
+    assert len(rows) > 15
+    for name, symbols in rows:
+        tree = ast.parse((ROOT / "hipgpt_jax" / name).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert set(re.findall(r"`(\w+)`", symbols)) <= defined, name
+
+
+def test_the_page_of_the_architecture_shows_the_floors() -> None:
+    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", PAGES["docs/architecture.md"], re.MULTILINE)
+    shown = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)[/.]", names)}
+    wanted = {name: floor for row, (floor, names) in test_floors.FLOORS.items() for name in names or {row}}
+    assert shown == {name: floor for name, floor in wanted.items() if name not in ("__init__", "version")}
 
 
 # Flags.
