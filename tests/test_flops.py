@@ -98,13 +98,13 @@ def test_an_unknown_peak_gives_no_utilisation(kind: str, precision: str) -> None
 @pytest.mark.parametrize(
     ("parameters", "cost", "text"),
     [
-        (2_445_888, 16_002_432, "2.4 M parameters, 16 MFLOP a token"),
-        (124_439_808, 855e6, "124 M parameters, 855 MFLOP a token"),
-        (1_557_611_200, 10.28e9, "1.6 B parameters, 10 GFLOP a token"),
-        (950, 5_700, "950 parameters, 5.7 kFLOP a token"),
-        (999_600, 999.6e6, "1 M parameters, 1 GFLOP a token"),
-        (12, 99, "12 parameters, 99 FLOP a token"),
-        (3_000_000_000_000, 2e15, "3000 B parameters, 2000 TFLOP a token"),
+        (2_445_888, 16_002_432, "2.4 M parameters, 16 MFLOP per token"),
+        (124_439_808, 855e6, "124 M parameters, 855 MFLOP per token"),
+        (1_557_611_200, 10.28e9, "1.6 B parameters, 10 GFLOP per token"),
+        (950, 5_700, "950 parameters, 5.7 kFLOP per token"),
+        (999_600, 999.6e6, "1 M parameters, 1 GFLOP per token"),
+        (12, 99, "12 parameters, 99 FLOP per token"),
+        (3_000_000_000_000, 2e15, "3000 B parameters, 2000 TFLOP per token"),
     ],
 )
 def test_size_and_cost_read_well(parameters: int, cost: float, text: str) -> None:

@@ -1,8 +1,7 @@
-"""Many devices: one mesh, and one table from parameter to the axes it is divided over.
+"""The device mesh, and one table of how each parameter is sharded over it.
 
-The axes are ``data`` (each device has its own rows of the batch), ``fsdp`` (likewise, and parameters and
-optimizer state are divided too) and ``model`` (the products themselves are divided). JAX's compiler puts
-in what the devices must tell one another.
+The axes are ``data`` (each device has its own rows of the batch), ``fsdp`` (likewise, with parameters and optimizer
+state sharded) and ``model`` (matrix products are sharded too). XLA inserts the communication.
 """
 
 import dataclasses
@@ -18,10 +17,10 @@ AXES = ("data", "fsdp", "model")
 _ROWS = PartitionSpec(("data", "fsdp"))
 _REPLICATED = PartitionSpec()
 
-# By a parameter's last two names. Column-parallel layers are divided by what comes out of them, row-parallel ones
-# by what goes in, so that the pair exchanges once (Shoeybi et al., Megatron-LM, 2019). Embeddings are divided
-# along the width, because a vocabulary such as GPT-2's 50257 divides by nothing.
-_TABLE = {
+# By the last two names of a parameter's path. Column-parallel layers shard their outputs, row-parallel ones their
+# inputs, so that each pair communicates once (Shoeybi et al., Megatron-LM, 2019). Embeddings are sharded along the
+# width, because few sizes divide a vocabulary such as GPT-2's 50257.
+_SPECS = {
     ("wte", "embedding"): PartitionSpec(None, ("fsdp", "model")),
     ("wpe", "embedding"): PartitionSpec(None, ("fsdp", "model")),
     ("c_attn", "kernel"): PartitionSpec("fsdp", "model"),
@@ -43,14 +42,14 @@ def parse(text: str | None, *, batch_size: int, available: int) -> dict[str, int
     """Returns the size of each axis.
 
     Args:
-        text: As in ``data=4,model=2``; an axis that is not named has size 1. None puts as many devices
-            on ``data`` as divide the batch.
-        batch_size: Sequences that are computed side by side; ``data`` and ``fsdp`` must divide them.
-        available: Devices that there are.
+        text: Such as ``data=4,model=2``; axes not named have size 1. None puts as many devices on ``data`` as divide
+            the batch.
+        batch_size: Sequences computed at once; ``data`` times ``fsdp`` must divide them.
+        available: Number of devices.
 
     Raises:
-        ValueError: An axis is unknown or twice there, its size is no positive integer, there are too few
-            devices, or the batch does not divide.
+        ValueError: An axis is unknown or repeated, a size is not a positive integer, there are too few devices, or
+            the batch does not divide.
     """
     if text is None:
         return {"data": math.gcd(batch_size, available), "fsdp": 1, "model": 1}
@@ -73,17 +72,13 @@ def parse(text: str | None, *, batch_size: int, available: int) -> dict[str, int
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where arrays lie on a mesh.
-
-    Attributes:
-        mesh: The devices, with the axes ``AXES``.
-    """
+    """Shardings of arrays over a mesh with the axes ``AXES``."""
 
     mesh: Mesh
 
     @classmethod
     def create(cls, sizes: dict[str, int]) -> "Layout":
-        """Returns the layout over the first devices that the sizes need; over all, where there are many processes."""
+        """Returns the layout over the first devices; several processes must use all of their devices."""
         devices = jax.devices()[: math.prod(sizes.values())]
         if jax.process_count() > 1 and len(devices) < jax.device_count():
             raise ValueError(f"with many processes the mesh must use all {jax.device_count()} devices: got {sizes}")
@@ -92,40 +87,38 @@ class Layout:
 
     @property
     def replicated(self) -> NamedSharding:
-        """Every device has all of it."""
+        """Sharding that puts the whole array on every device."""
         return NamedSharding(self.mesh, _REPLICATED)
 
     def shardings_for(self, tree: Any) -> Any:
-        """Returns the sharding of each array in a tree of parameters, or of state that has their shapes.
+        """Returns the sharding of each array of a tree of parameters, or of optimizer state with their paths.
 
         Raises:
             ValueError: An axis does not divide a parameter.
         """
-        return jax.tree_util.tree_map_with_path(self._of_leaf, tree)
+        return jax.tree_util.tree_map_with_path(self._sharding_for, tree)
 
     def shard_batch(self, batch: np.ndarray) -> jax.Array:
-        """Returns a batch with its rows divided over the devices; each process reads its own alone."""
-        spec = _ROWS if len(batch) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else _REPLICATED
-        return jax.make_array_from_callback(batch.shape, NamedSharding(self.mesh, spec), lambda index: batch[index])
+        """Returns a batch with its rows sharded, or replicated if they do not divide; processes copy only their own."""
+        divides = len(batch) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
+        sharding = NamedSharding(self.mesh, _ROWS) if divides else self.replicated
+        return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
 
     def to_host(self, tree: Any) -> Any:
-        """Returns a tree of NumPy arrays, put together from all devices and processes."""
+        """Returns a tree of NumPy arrays, gathered from all devices and processes."""
         if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
             return jax.device_get(tree)
         return jax.device_get(jax.jit(lambda x: x, out_shardings=self.replicated)(tree))
 
-    def _of_leaf(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def _sharding_for(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        spec = _TABLE[names[-2:]] if leaf.ndim else _REPLICATED
+        spec = _SPECS[names[-2:]] if leaf.ndim else _REPLICATED
         for size, axes in zip(leaf.shape, spec, strict=False):
-            divisor = math.prod(self.mesh.shape[axis] for axis in _as_tuple(axes))
+            axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+            divisor = math.prod(self.mesh.shape[axis] for axis in axes)
             if size % divisor:
                 raise ValueError(
                     f"mesh {dict(self.mesh.shape)} divides {'.'.join(names)} of shape {leaf.shape} by {divisor}: "
                     f"{size} does not divide. Choose other sizes for fsdp and model"
                 )
         return NamedSharding(self.mesh, spec)
-
-
-def _as_tuple(axes: Any) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -1,47 +1,43 @@
-"""TensorBoard event files: the lines of ``metrics.jsonl`` and samples of text, through tensorboardX."""
+"""TensorBoard event files with the lines of ``metrics.jsonl`` and samples of text, through tensorboardX."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-_LARGEST = 3.4e38  # a scalar of an event is a float32
+_LARGEST = 3.4e38  # scalars of events are float32
 
 
 def require() -> None:
-    """Raises ValueError, with the command that installs it, where tensorboardX cannot be imported."""
+    """Raises ValueError, with the command that installs it, if tensorboardX cannot be imported."""
     _library()
 
 
 class EventFile:
     """An event file to append to; each call returns once its events are on disk.
 
-    A run resumed writes a further file into the same directory. It begins with TensorBoard's mark of a start at
-    the first step that is taken anew: TensorBoard drops the older files' events from there on, so that none shows
-    twice. The older files themselves are left as they are.
+    A resumed run writes another file into the same directory, which begins with TensorBoard's session start at the
+    first repeated step: TensorBoard then drops the events of older files from there on, so that none shows twice.
     """
 
     def __init__(self, directory: Path, resumed_at: int = 0) -> None:
         """Creates the file.
 
         Args:
-            directory: Where the event files of the run lie; made where it is missing.
-            resumed_at: Step of the state that the run goes on from; 0 for a new run.
+            directory: Directory of the run's event files; created if missing.
+            resumed_at: Step of the state that the run resumes from; 0 for a new run.
         """
         writer, self._summary, self._event = _library()
         directory.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files in the order of their names, which begin with the second.
+        # TensorBoard reads files in the order of their names, which begin with the time in seconds.
         earlier = len(list(directory.glob("events.out.tfevents.*")))
         self._writer = writer.EventsWriter(str(directory / "events"), f".{earlier:04}")
-        # Of the marks in a directory TensorBoard passes over the first, so a new run's file begins with one too.
+        # TensorBoard ignores the first session start of a directory, so a new run's file needs one too.
         start = self._event.SessionLog(status=self._event.SessionLog.START)
         self._write(self._event.Event(step=resumed_at + 1, session_log=start))
         self._writer.flush()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Writes the numbers of a line of metrics at its ``step``: ``train/loss``, ``validation/loss``, ….
-
-        What the line calls ``validation_…`` goes to ``validation/``, all else to ``train/``.
-        """
+        """Writes the numbers of a line of metrics at its ``step``, tagged ``train/…`` or ``validation/…``."""
         for key, number in line.items():
             if key != "step":
                 scalar = self._summary.scalar(_tag(key), _clip(number))
@@ -49,13 +45,14 @@ class EventFile:
         self._writer.flush()
 
     def text(self, step: int, text: str) -> None:
-        """Writes a sample of text, which TensorBoard shows as it is and not as Markdown."""
+        """Writes a sample of text."""
+        # TensorBoard renders Markdown; an indented block is shown verbatim.
         block = "\n".join(f"    {line}" for line in text.split("\n"))
         self._write(self._event.Event(step=step, summary=self._summary.text("sample", block)))
         self._writer.flush()
 
     def close(self) -> None:
-        """Closes the file, after which nothing can be appended."""
+        """Closes the file."""
         self._writer.close()
 
     def _write(self, event: Any) -> None:
@@ -64,7 +61,8 @@ class EventFile:
 
 
 def _library() -> tuple[Any, Any, Any]:
-    """The parts of tensorboardX in use. Its ``SummaryWriter`` holds events back in a queue that a kill would lose."""
+    """Returns the modules of tensorboardX in use."""
+    # Its SummaryWriter keeps events in a queue that a kill would lose.
     try:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
