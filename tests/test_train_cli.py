@@ -370,10 +370,10 @@ def test_an_existing_run_is_neither_overwritten_nor_given_other_data(run, work: 
     before = (work / "checkpoints/mine/mine_step2.bin").read_bytes()
     assert "--resume continues it, --reset replaces it" in run(*flags).err
     assert (
-        "was begun with --steps 2, where its schedule ends: 3 need --extend"
+        "was started with --steps 2, where its schedule ends: 3 need --extend"
         in run(*flags, "--resume", "--steps", "3").err
     )
-    assert "was begun with --steps 2: 1 cannot cut it short" in run(*flags, "--resume", "--steps", "1").err
+    assert "was started with --steps 2: 1 cannot cut it short" in run(*flags, "--resume", "--steps", "1").err
     assert "learning_rate 0.1 (the run has 0.001)" in run(*flags, "--resume", "--lr", "0.1").err
     for resume in ((), ("--resume",)):
         assert "--vocab-size 310 is not its 300" in run(*flags, *resume, "--vocab-size", "310").err
@@ -423,15 +423,10 @@ def test_damaged_metrics_are_told_by_their_line(run, work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_says_what_is_unknown(
+def test_a_run_of_a_newer_version_says_what_is_unknown(
     run, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*TINY, "--run-name", "a", "--steps", "2").code == 0
-    path = work / "checkpoints/a/settings.json"
-    settings = json.loads(path.read_text())
-    older = {**settings, "training": {k: v for k, v in settings["training"].items() if k not in ("remat", "clip")}}
-    path.write_text(json.dumps(older))
-    assert run(*TINY, "--run-name", "a", "--steps", "3", "--resume", "--extend").code == 0
     config = work / "checkpoints/a/latest_config.json"
     newer = json.loads(config.read_text())
     newer["model"]["rotary"] = True

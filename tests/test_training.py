@@ -250,18 +250,26 @@ def test_settings_say_what_changes_the_numbers(tmp_path: Path) -> None:
     assert resume.check_settings(tmp_path, MODEL, train, step=20, extend=False) == []
     (line,) = resume.check_settings(tmp_path, MODEL, dataclasses.replace(train, remat=True), step=20, extend=False)
     assert (
-        line == "the run was begun without --remat: its results will be equal within rounding, but not to the last bit"
+        line
+        == "the run was started without --remat: its results will be equal within rounding, but not to the last bit"
     )
     longer = dataclasses.replace(train, steps=60)
     resume.extend(tmp_path, longer, 30)
     assert resume.check_settings(tmp_path, MODEL, longer, step=30, extend=False) == []
     (line,) = resume.check_settings(tmp_path, MODEL, longer, step=20, extend=False)
-    assert "extended to 60 steps at step 30: steps 21 to 30 are taken again with the longer schedule" in line
+    assert "extended to 60 steps at step 30: steps 21 to 30 are repeated with the longer schedule" in line
     resume.extend(tmp_path, longer, 20)
     assert resume.check_settings(tmp_path, MODEL, longer, step=20, extend=False) == []
-    (tmp_path / "settings.json").write_text('{"model": {}, "training": {"steps": 40}, "extended": 1}')
-    with pytest.raises(ValueError, match=r"settings.json does not hold the settings of a run: data.extended must be"):
-        resume.check_settings(tmp_path, MODEL, train, step=20, extend=False)
+    saved = json.loads((tmp_path / "settings.json").read_text())
+    older = {key: value for key, value in saved["training"].items() if key != "clip"}
+    for broken, message in (
+        ({**saved, "extended": 1}, "is not a valid settings file: settings file.extended must be array"),
+        ({**saved, "training": older}, "settings file.training has no 'clip'"),
+        ({**saved, "model": {**saved["model"], "rotary": True}}, "does not know model.rotary: the run was made by"),
+    ):
+        (tmp_path / "settings.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=rf"settings.json.*{message}"):
+            resume.check_settings(tmp_path, MODEL, train, step=20, extend=False)
 
 
 def test_settings_name_the_hardware_that_the_last_bits_depend_on(
@@ -275,7 +283,7 @@ def test_settings_name_the_hardware_that_the_last_bits_depend_on(
     monkeypatch.setattr(numerics, "cores", lambda: 4096)
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/ann/dump")
     (line,) = resume.check_settings(tmp_path, MODEL, train, step=20, extend=False)
-    assert line.startswith(f"the run was begun with other numerics: cores 4096 (it was {held['cores']}), xla_flags ")
+    assert line.startswith(f"the run was started with other numerics: cores 4096 (it was {held['cores']}), xla_flags ")
     assert "/home" not in line
     assert line.endswith("equal those of the uninterrupted run within rounding, but not to the last bit")
 

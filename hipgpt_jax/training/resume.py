@@ -1,10 +1,9 @@
-"""``settings.json``: what a run was begun with, so that it is not resumed with other settings by mistake."""
+"""``settings.json``: the settings of a run, saved at its start; ``--resume`` must match them."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import fastjsonschema
 import jax
 import jax.numpy as jnp
 
@@ -12,40 +11,34 @@ from hipgpt_jax import config, files, numerics, training_config
 from hipgpt_jax.runs import directory
 from hipgpt_jax.training import checkpoint, optimizer
 
-# Settings of the log and of what is kept of a run, which do not enter its numbers.
+# Settings of logging, evaluation and retention, which do not change the weights.
 _FREE = frozenset({"log_every", "eval_every", "eval_batches", "sample_every", "ckpt_every", "keep_last"})
-_HORIZON = "steps"
-_REMAT = "remat"
+# Settings that may change with a note: the number of steps with --extend, and --remat, which changes only rounding.
+_NOTED = frozenset({"steps", "remat"})
 
-_SECTION = {"type": "object"}
 _COUNT = {"type": "integer", "minimum": 0}
-_validate = fastjsonschema.compile(
-    {
-        "type": "object",
-        "required": ["model", "training"],
-        "properties": {
-            "model": _SECTION,
-            "training": {
-                "type": "object",
-                "required": [_HORIZON],
-                "properties": {_HORIZON: _COUNT, _REMAT: {"type": "boolean"}},
-            },
-            "numerics": _SECTION,
-            "extended": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "required": ["at", "from", "to"],
-                    "properties": {"at": _COUNT, "from": _COUNT, "to": _COUNT},
-                },
-            },
-        },
-    }
-)
+
+
+def _object_of(names: list[str], properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": names, "properties": properties}
+
+
+def _fields(section: type[config.ModelConfig | training_config.TrainConfig]) -> list[str]:
+    return [field.name for field in dataclasses.fields(section)]
+
+
+_EXTENSION: dict[str, Any] = dict.fromkeys(("at", "from", "to"), _COUNT)
+_SECTIONS = {
+    "model": _object_of(_fields(config.ModelConfig), {}),
+    "training": _object_of(_fields(training_config.TrainConfig), {"steps": _COUNT, "remat": {"type": "boolean"}}),
+    "numerics": {"type": "object"},
+    "extended": {"type": "array", "items": _object_of(list(_EXTENSION), _EXTENSION)},
+}
+_SCHEMA = files.Schema("settings file", _object_of(list(_SECTIONS), _SECTIONS))
 
 
 def write_settings(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
-    """Writes the settings of a new run, and the hardware and software that its last bits depend on."""
+    """Writes the settings of a new run, and the hardware and software that the last bits of its weights depend on."""
     value = {**_sections(model, train), "numerics": _numerics(), "extended": []}
     files.write_json(run_directory / directory.SETTINGS_NAME, value)
 
@@ -53,69 +46,101 @@ def write_settings(run_directory: Path, model: config.ModelConfig, train: traini
 def check_settings(
     run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig, *, step: int, extend: bool
 ) -> list[str]:
-    """Compares the settings of a resumed run with those it was begun with.
+    """Compares the settings of a resumed run with its own.
 
     Args:
         run_directory: The run.
         model: Shape of the model now.
-        train: How it is to be trained now.
+        train: Settings of training now.
         step: The step that it resumes from.
-        extend: Whether the run may have more steps than it was begun with, which stretches the schedule.
+        extend: Whether the run may get more steps, which stretches the schedule.
 
     Returns:
-        A line for each difference that is allowed and changes the numbers.
+        A note for each allowed difference that changes the weights.
 
     Raises:
-        ValueError: A setting that changes the numbers differs, the run has no settings that can be read,
-            or it is longer than it was and ``extend`` is not set.
+        ValueError: A setting that changes the weights differs, the settings of the run cannot be read, or there are
+            more steps and ``extend`` is False.
     """
-    old = _read(run_directory)
+    saved = _read(run_directory)
     differences = [
-        f"{key} {value} (the run has {_short(old[section].get(key))})"
+        f"{key} {value} (the run has {_short(saved[section].get(key))})"
         for section, values in _sections(model, train).items()
         for key, value in values.items()
-        if key not in _FREE and key not in (_HORIZON, _REMAT) and old[section].get(key, _default(key)) != value
+        if key not in _FREE | _NOTED and saved[section].get(key) != value
     ]
     if differences:
         raise ValueError(
             f"cannot resume run {run_directory.name!r} with other settings: {', '.join(differences)}. "
-            f"Give the run's own, or --reset to start anew"
+            f"Give the run's own, or --reset to start again"
         )
-    notes = _note_numerics(old.get("numerics", {}))
-    if old["training"].get(_REMAT, _default(_REMAT)) != train.remat:
-        begun = "with" if not train.remat else "without"
+    notes = _note_numerics(saved["numerics"])
+    if saved["training"]["remat"] != train.remat:
         notes.append(
-            f"the run was begun {begun} --remat: its results will be equal within rounding, but not to the last bit"
+            f"the run was started {'without' if train.remat else 'with'} --remat: its results will be equal within "
+            f"rounding, but not to the last bit"
         )
     notes += [
         f"the run was extended to {change['to']} steps at step {change['at']}: steps {step + 1} to {change['at']} are "
-        f"taken again with the longer schedule, and give other weights than the first time"
-        for change in old.get("extended", [])
+        f"repeated with the longer schedule, and give other weights than the first time"
+        for change in saved["extended"]
         if change["at"] > step
     ]
-    before = old["training"][_HORIZON]
-    if before == train.steps:
+    steps = saved["training"]["steps"]
+    if steps == train.steps:
         return notes
-    if train.steps < before:
+    if train.steps < steps:
         raise ValueError(
-            f"run {run_directory.name!r} was begun with --steps {before}: {train.steps} cannot cut it short"
+            f"run {run_directory.name!r} was started with --steps {steps}: {train.steps} cannot cut it short"
         )
     if not extend:
         raise ValueError(
-            f"run {run_directory.name!r} was begun with --steps {before}, where its schedule ends: {train.steps} need "
+            f"run {run_directory.name!r} was started with --steps {steps}, where its schedule ends: {train.steps} need "
             f"--extend, which stretches the schedule, and so changes the learning rate of every step to come"
         )
-    if (run_directory / directory.LATEST_CONFIG).is_file():  # a newer version may have written it
+    # Its next checkpoint would replace one that this version may not be able to read.
+    if (run_directory / directory.LATEST_CONFIG).is_file():
         directory.read_checkpoint(run_directory.name, directory=run_directory)
-    return [*notes, _describe_extension(train, before, min(before, step))]
+    return [*notes, _describe_extension(train, steps, min(steps, step))]
 
 
-def _short(value: Any) -> str:
-    return files.shortened(str(value), 60)
+def extend(run_directory: Path, train: training_config.TrainConfig, step: int) -> None:
+    """Records the number of steps of a resumed run, and where it changed.
+
+    Args:
+        run_directory: The run.
+        train: Settings of training now.
+        step: The step that it resumes from. Earlier extensions at later steps take effect here too.
+    """
+    saved = _read(run_directory)
+    steps, changes = saved["training"]["steps"], saved["extended"]
+    if steps == train.steps and all(change["at"] <= step for change in changes):
+        return
+    saved["extended"] = [{**change, "at": min(change["at"], step)} for change in changes]
+    if steps != train.steps:
+        saved["extended"].append({"at": step, "from": steps, "to": train.steps})
+    saved["training"]["steps"] = train.steps
+    files.write_json(run_directory / directory.SETTINGS_NAME, saved)
+
+
+def _sections(model: config.ModelConfig, train: training_config.TrainConfig) -> dict[str, dict[str, Any]]:
+    return {"model": dataclasses.asdict(model), "training": checkpoint.training_section(train)}
+
+
+def _read(run_directory: Path) -> dict[str, Any]:
+    path = run_directory / directory.SETTINGS_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"run {run_directory.name!r} has no {path.name}: its settings are unknown. Start again with --reset"
+        )
+    value = files.read_json(path)
+    _SCHEMA.check(value, str(path))
+    directory.require_known(path, value)
+    return value
 
 
 def _numerics() -> dict[str, Any]:
-    """Returns what the last bits of weights depend on besides the settings; JAX has started."""
+    """Returns the hardware and software that the last bits of weights depend on; JAX has started."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -123,6 +148,7 @@ def _numerics() -> dict[str, Any]:
         "devices": jax.device_count(),
         "processor": numerics.processor(),
         "instruction_sets": list(numerics.instruction_sets()),
+        # XLA splits reductions among the cores, so their number changes the order of sums.
         "cores": numerics.cores(),
         "jax": jax.__version__,
         "xla_flags": numerics.xla_flags(),
@@ -130,75 +156,28 @@ def _numerics() -> dict[str, Any]:
     }
 
 
-def _note_numerics(old: dict[str, Any]) -> list[str]:
-    """Returns a line if the numerics are not those that the run was begun with."""
+def _note_numerics(saved: dict[str, Any]) -> list[str]:
     changes = [
-        f"{name} {_short(now)} (it was {_short(old[name])})"
+        f"{name} {_short(now)} (it was {_short(saved.get(name))})"
         for name, now in _numerics().items()
-        if name in old and old[name] != now
+        if saved.get(name) != now
     ]
     if not changes:
         return []
     return [
-        f"the run was begun with other numerics: {', '.join(changes)}. Its weights will equal those of the "
+        f"the run was started with other numerics: {', '.join(changes)}. Its weights will equal those of the "
         f"uninterrupted run within rounding, but not to the last bit"
     ]
 
 
-def _describe_extension(train: training_config.TrainConfig, before: int, step: int) -> str:
-    old_rate, new_rate = (
-        float(jnp.asarray(optimizer.learning_rate(dataclasses.replace(train, steps=steps))(step)))
-        for steps in (before, train.steps)
-    )
+def _describe_extension(train: training_config.TrainConfig, steps: int, step: int) -> str:
+    schedules = (optimizer.learning_rate(dataclasses.replace(train, steps=end)) for end in (steps, train.steps))
+    old_rate, new_rate = (float(jnp.asarray(schedule(step))) for schedule in schedules)
     return (
-        f"extended from {before} to {train.steps} steps: the schedule now ends at step {train.steps}, and after step "
+        f"extended from {steps} to {train.steps} steps: the schedule now ends at step {train.steps}, and after step "
         f"{step} the learning rate is {new_rate:.3g} instead of {old_rate:.3g}"
     )
 
 
-def extend(run_directory: Path, train: training_config.TrainConfig, step: int) -> None:
-    """Writes down from which step on a run has more steps than it was begun with.
-
-    Args:
-        run_directory: The run.
-        train: How it is to be trained now.
-        step: The step that it resumes from. What was written of later steps holds from there on.
-    """
-    old = _read(run_directory)
-    before, changes = old["training"][_HORIZON], old.get("extended", [])
-    if before == train.steps and all(change["at"] <= step for change in changes):
-        return
-    old["extended"] = [{**change, "at": min(change["at"], step)} for change in changes]
-    if before != train.steps:
-        old["extended"].append({"at": step, "from": before, "to": train.steps})
-    old["training"][_HORIZON] = train.steps
-    files.write_json(run_directory / directory.SETTINGS_NAME, old)
-
-
-def _sections(model: config.ModelConfig, train: training_config.TrainConfig) -> dict[str, dict[str, Any]]:
-    return {"model": dataclasses.asdict(model), "training": checkpoint.training_section(train)}
-
-
-def _default(key: str) -> Any:
-    """The value of a setting that older versions did not know, and so did not write."""
-    fields = {field.name: field.default for field in dataclasses.fields(training_config.TrainConfig)}
-    return fields.get(key)
-
-
-def _read(run_directory: Path) -> dict[str, Any]:
-    """The settings of a run; those of its latest config where an older version began it."""
-    path = run_directory / directory.SETTINGS_NAME
-    if not path.is_file():
-        path = run_directory / directory.LATEST_CONFIG
-    if not path.is_file():
-        raise ValueError(
-            f"run {run_directory.name!r} has neither {directory.SETTINGS_NAME} nor {directory.LATEST_CONFIG}: what it "
-            f"was begun with is not known. Use --reset to start it anew"
-        )
-    value = files.read_json(path)
-    try:
-        _validate(value)
-    except fastjsonschema.JsonSchemaValueException as error:
-        raise ValueError(f"{path} does not hold the settings of a run: {error.message}") from error
-    directory.require_known(path, value)
-    return value
+def _short(value: Any) -> str:
+    return files.shortened(str(value), 60)
