@@ -164,7 +164,9 @@ def writer(path: Path, keep_last: int = 5) -> checkpoint.CheckpointWriter:
 
 def write_step(path: Path, at: int, *, keep_last: int = 5, seed: int = 0) -> None:
     """Writes random weights as a step of a run that ``make_run`` made, the latest one."""
-    writer(path, keep_last).write(at, random_params(RUN_MODEL, seed=seed + at), latest=True, best=False)
+    found = writer(path, keep_last)
+    found.write(at, random_params(RUN_MODEL, seed=seed + at), best=False)
+    found.link_latest(at)
 
 
 def make_state(run: Path, at: int, *, sealed: bool = True) -> Path:

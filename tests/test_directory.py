@@ -320,12 +320,13 @@ def test_a_renamed_run_keeps_its_steps_and_is_tidied(run: Path) -> None:
 
 def test_the_links_follow_a_run_that_resumes_from_an_older_step(run: Path) -> None:
     found = fakes.writer(run, keep_last=1)
-    found.write(12, fakes.random_params(MODEL), latest=True, best=True)
-    found.write(8, fakes.random_params(MODEL), latest=False, best=False)
+    found.write(12, fakes.random_params(MODEL), best=True)
+    found.link_latest(12)
+    found.write(8, fakes.random_params(MODEL), best=False)
     found.rewind(8, best=None)
     assert (run / "latest_checkpoint.bin").readlink() == Path("tiny_step8.bin")
     assert not (run / "best_config.json").is_symlink()
-    found.write(9, fakes.random_params(MODEL), latest=False, best=False)
+    found.write(9, fakes.random_params(MODEL), best=False)
     found.link_latest(9)
     directory.read_checkpoint("tiny").verify()
     assert directory.read_checkpoint("tiny").step == 9

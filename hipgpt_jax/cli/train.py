@@ -100,6 +100,7 @@ def _run(
         layout=layout,
         weights_dtype=train_flags.WEIGHTS_DTYPE.value,
         attention=device.attention(train.dtype, model.head_dim, trains=True),
+        steps_in_flight=0 if device.platform == "cpu" else 1,
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
         check_directory=start.held.check_directory if start else lambda: None,
     )

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line per logged step, the source of every plot."""
+"""``metrics.jsonl``: one line per logged step or evaluation, the source of every plot."""
 
 import json
 import math
@@ -10,7 +10,6 @@ import fastjsonschema
 
 from hipgpt_jax import files
 from hipgpt_jax.evaluation import score
-from hipgpt_jax.training import train_step
 
 _VALIDATION = "validation_loss"
 _validate = fastjsonschema.compile(
@@ -24,7 +23,7 @@ _validate = fastjsonschema.compile(
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Appends one object as one line, in a single write."""
+    """Appends one object as one line, in a single write, so that a kill tears at most the last line."""
     with path.open("ab", buffering=0) as file:
         file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
@@ -41,83 +40,44 @@ def truncate(path: Path, last_step: int) -> None:
 
 
 def best_loss(path: Path, last_step: int) -> float:
-    """Returns the lowest validation loss of the steps up to ``last_step``; infinity where none was evaluated."""
-    return min(_losses(path, last_step).values(), default=math.inf)
+    """Returns the lowest validation loss up to ``last_step``; infinity if none was evaluated."""
+    return min(_validation_losses(path, last_step).values(), default=math.inf)
 
 
 def best_step(path: Path, last_step: int) -> int | None:
-    """Returns the first step up to ``last_step`` that has the lowest validation loss; None where none was evaluated."""
-    losses = _losses(path, last_step)
+    """Returns the first step up to ``last_step`` with the lowest validation loss; None if none was evaluated."""
+    losses = _validation_losses(path, last_step)
     return min(losses, key=lambda step: (losses[step], step), default=None)
 
 
 def is_evaluated(path: Path, step: int) -> bool:
-    """Returns whether step ``step`` was evaluated."""
-    return step in _losses(path, step)
+    """Returns whether a step was evaluated."""
+    return step in _validation_losses(path, step)
 
 
-def _losses(path: Path, last_step: int) -> dict[int, float]:
-    """The validation loss of each step that was evaluated."""
-    lines = (value for _, value in _read(path)) if path.is_file() else ()
-    return {line["step"]: line[_VALIDATION] for line in lines if _VALIDATION in line and line["step"] <= last_step}
-
-
-def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Returns each line and its object. A last line that a kill tore, or a power cut filled with NUL, is left out."""
-    *lines, rest = path.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
-        try:
-            value = files.parse_json(line)
-        except ValueError as error:
-            if line is rest or (b"\0" in line and number == len(lines) and not rest):
-                break
-            raise _not_metrics(path, number, line, error) from error
-        try:
-            _validate(value)
-        except fastjsonschema.JsonSchemaValueException as error:
-            raise _not_metrics(path, number, line, error) from error
-        found.append((line, value))
-    return found
-
-
-def _not_metrics(path: Path, number: int, line: bytes, error: ValueError) -> ValueError:
-    shown = line[:60].decode(errors="replace")
-    return ValueError(f"{path}:{number} is not a line of metrics ({error}): {shown!r}. Restore the line or delete it")
-
-
-def describe_step(measured: train_step.Metrics) -> dict[str, float]:
-    """Returns the numbers of a step's line, apart from its number, learning rate and timing."""
-    value = float(measured.loss)
+def describe_step(loss: float, accuracy: float, gradient_norm: float) -> dict[str, float]:
+    """Returns the numbers of a step's line, except its number, learning rate and timing."""
     return {
-        "loss": value,
-        **_finite("perplexity", score.perplexity(value)),
-        "accuracy": float(measured.accuracy),
-        "gradient_norm": min(float(measured.gradient_norm), sys.float_info.max),  # JSON has no infinity
+        "loss": loss,
+        **_finite("perplexity", score.perplexity(loss)),
+        "accuracy": accuracy,
+        "gradient_norm": min(gradient_norm, sys.float_info.max),  # JSON has no infinity
     }
 
 
-def describe_score(scored: score.Score) -> dict[str, float]:
-    """Returns the numbers of a line for an evaluation on the validation split."""
+def describe_score(found: score.Score) -> dict[str, float]:
+    """Returns the numbers of an evaluation's line, except its step."""
     return {
-        "validation_loss": scored.loss,
-        **_finite("validation_perplexity", scored.perplexity),
-        "validation_nats_per_byte": scored.nats_per_byte,
-        "validation_accuracy": scored.accuracy,
-        "validation_tokens": scored.tokens,
+        _VALIDATION: found.loss,
+        **_finite("validation_perplexity", found.perplexity),
+        "validation_nats_per_byte": found.nats_per_byte,
+        "validation_accuracy": found.accuracy,
+        "validation_tokens": found.tokens,
     }
-
-
-def _finite(name: str, value: float) -> dict[str, float]:
-    return {name: value} if math.isfinite(value) else {}  # JSON has no infinity
-
-
-def _format_perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def format_step(line: dict[str, Any]) -> str:
-    """Returns HipGPT's log line for the metrics of a step."""
+    """Returns the log line of a step, in HipGPT's form."""
     return (
         f"[Step {line['step']}] Loss: {line['loss']:.4f} | "
         f"Perplexity: {_format_perplexity(line.get('perplexity', math.inf))} | "
@@ -128,10 +88,44 @@ def format_step(line: dict[str, Any]) -> str:
 
 
 def format_evaluation(line: dict[str, Any]) -> str:
-    """Returns the log line for an evaluation on the validation split."""
+    """Returns the log line of an evaluation."""
     return (
         f"[Step {line['step']}] Validation loss: {line['validation_loss']:.4f} | "
         f"Perplexity: {_format_perplexity(line.get('validation_perplexity', math.inf))} | "
         f"Nats per byte: {line['validation_nats_per_byte']:.4f} | "
         f"Accuracy: {100 * line['validation_accuracy']:.2f}%"
     )
+
+
+def _finite(name: str, value: float) -> dict[str, float]:
+    return {name: value} if math.isfinite(value) else {}  # JSON has no infinity
+
+
+def _format_perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
+def _validation_losses(path: Path, last_step: int) -> dict[int, float]:
+    lines = (value for _, value in _read(path)) if path.is_file() else ()
+    return {line["step"]: line[_VALIDATION] for line in lines if _VALIDATION in line and line["step"] <= last_step}
+
+
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Returns each line and its object, without a last line that a kill tore or a power cut filled with NUL."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    lines += [rest] if rest else []
+    found: list[tuple[bytes, dict[str, Any]]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = files.parse_json(line)
+            _validate(value)
+        except ValueError as error:
+            is_json = isinstance(error, fastjsonschema.JsonSchemaValueException)
+            if number == len(lines) and not is_json and (rest or b"\0" in line):
+                break
+            shown = line[:60].decode(errors="replace")
+            raise ValueError(
+                f"{path}:{number} is not a line of metrics ({error}): {shown!r}. Restore the line or delete it"
+            ) from error
+        found.append((line, value))
+    return found
