@@ -414,9 +414,7 @@ def test_damaged_metrics_are_told_by_their_line(run, work: Path) -> None:
     path.write_text("".join([lines[0], '{"step": ?}\n', *lines[2:]]))
     result = run(*TINY, "--run-name", "a", "--steps", "6", "--log-every", "1", "--resume", "--extend")
     assert (result.code, result.out) == (1, "")
-    assert result.err.splitlines()[-1].startswith(
-        "train: error: checkpoints/a/metrics.jsonl:2 is not a line of metrics"
-    )
+    assert result.err.splitlines()[-1].startswith("train: error: checkpoints/a/metrics.jsonl line 2 is not JSON: ")
     path.write_text("".join(lines))
     assert run(*TINY, "--run-name", "a", "--steps", "6", "--log-every", "1", "--resume", "--extend").code == 0
     assert [line["step"] for line in metrics(work, "a") if "loss" in line] == [1, 2, 3, 4, 5, 6]

@@ -159,7 +159,7 @@ def test_metrics_lose_what_comes_after_a_step_and_a_torn_end(tmp_path: Path) -> 
     metrics.truncate(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a line of metrics .*'rubbish'"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is not JSON: "):
         metrics.truncate(path, 3)
 
 
@@ -184,7 +184,7 @@ def test_a_line_of_metrics_of_another_kind_is_named(tmp_path: Path, line: str) -
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "validation_loss": 2}}\n{line}\n')
     for reader in (metrics.truncate, metrics.best_loss, metrics.best_step, metrics.is_evaluated):
-        with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a line of metrics"):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not (JSON|a valid line of metrics): "):
             reader(path, 3)
     path.write_text('{"step": 1, "validation_loss": 2}\n' + "\0" * 40)
     metrics.truncate(path, 3)

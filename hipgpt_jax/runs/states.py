@@ -11,21 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import fastjsonschema
-
 from hipgpt_jax import files
 from hipgpt_jax.runs import directory
 
 DIGESTS_NAME = "sha256.json"
 DAMAGED_SUFFIX = ".damaged"
 
-_DIGESTS = {
-    "type": "object",
-    "minProperties": 1,
-    "additionalProperties": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
-}
-_validate = fastjsonschema.compile(
-    {"type": "object", "required": ["files"], "additionalProperties": False, "properties": {"files": _DIGESTS}}
+_SCHEMA = files.Schema(
+    "file of digests",
+    {
+        "type": "object",
+        "required": ["files"],
+        "additionalProperties": False,
+        "properties": {
+            "files": {
+                "type": "object",
+                "minProperties": 1,
+                "additionalProperties": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+            }
+        },
+    },
 )
 
 
@@ -149,7 +154,7 @@ def _read_digests(state: Path) -> dict[str, str]:
     """Digest by relative path; empty if there is no valid file of digests."""
     try:
         value = files.read_json(state / DIGESTS_NAME)
-        _validate(value)
+        _SCHEMA.check(value, DIGESTS_NAME)
     except (FileNotFoundError, ValueError):
         return {}
     return value["files"]

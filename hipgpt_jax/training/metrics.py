@@ -6,19 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fastjsonschema
-
 from hipgpt_jax import files
 from hipgpt_jax.evaluation import score
 
 _VALIDATION = "validation_loss"
-_validate = fastjsonschema.compile(
+_SCHEMA = files.Schema(
+    "line of metrics",
     {
         "type": "object",
         "required": ["step"],
         "properties": {"step": {"type": "integer", "minimum": 1}},
         "additionalProperties": {"type": "number"},
-    }
+    },
 )
 
 
@@ -36,7 +35,7 @@ def truncate(path: Path, last_step: int) -> None:
     """
     if path.is_file():
         kept = [line for line, value in _read(path) if value["step"] <= last_step]
-        files.write_text(path, "".join(line.decode() + "\n" for line in kept))
+        files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def best_loss(path: Path, last_step: int) -> float:
@@ -110,22 +109,17 @@ def _validation_losses(path: Path, last_step: int) -> dict[int, float]:
     return {line["step"]: line[_VALIDATION] for line in lines if _VALIDATION in line and line["step"] <= last_step}
 
 
-def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Returns each line and its object, without a last line that a kill tore or a power cut filled with NUL."""
-    *lines, rest = path.read_bytes().split(b"\n")
-    lines += [rest] if rest else []
-    found: list[tuple[bytes, dict[str, Any]]] = []
-    for number, line in enumerate(lines, start=1):
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the text and the object of each line, without a last line that a kill tore."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for line in files.read_jsonl(path):
+        if line.is_torn:
+            break
+        source = f"{path} line {line.number}"
         try:
-            value = files.parse_json(line)
-            _validate(value)
+            value = files.parse_json(line.text)
         except ValueError as error:
-            is_json = isinstance(error, fastjsonschema.JsonSchemaValueException)
-            if number == len(lines) and not is_json and (rest or b"\0" in line):
-                break
-            shown = line[:60].decode(errors="replace")
-            raise ValueError(
-                f"{path}:{number} is not a line of metrics ({error}): {shown!r}. Restore the line or delete it"
-            ) from error
-        found.append((line, value))
+            raise ValueError(f"{source} is not JSON: {error}. Restore the line or delete it") from error
+        _SCHEMA.check(value, source)
+        found.append((line.text.decode().strip(), value))
     return found
