@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from hipgpt_jax import config, files
+from hipgpt_jax.records import planning
 from hipgpt_jax.runs import directory, weights
 from hipgpt_jax.text import corpus, dataset, documents, preparation, prompts, tokenizer
 
@@ -193,7 +194,7 @@ def test_prompts(tmp_path: Path) -> None:
 
     def read() -> None:
         found = list(prompts.PromptFile(path))
-        prompts.check_unique(found)
+        planning.check_unique(found)
         assert all(prompt.text for prompt in found)
 
     accepted, refused = read_all(path, mutate, read)

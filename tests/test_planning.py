@@ -117,3 +117,28 @@ def test_all_prompts_are_checked_first(
 def test_a_width_beyond_the_memory_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match=r"width must be smaller: 1000.* slots need at least .* GiB of memory"):
         loading.open_run("shakespeare", None, config.DecodingConfig(width=width))
+
+
+def test_a_name_takes_a_few_bytes() -> None:
+    names = planning.NameIndex()
+    tracemalloc.start()
+    for number in range(20_000):
+        names.add(prompts.Prompt(text=f"text {number % 19_000}"))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 16 * 20_000
+    order, starts = names.groups()
+    assert (len(order), len(starts)) == (20_000, 19_000)
+
+
+def test_one_id_for_two_prompts_is_refused() -> None:
+    one, other = prompts.Prompt(text="a", id="x"), prompts.Prompt(text="b", id="x")
+    planning.check_unique([one, one])
+    with pytest.raises(ValueError, match="prompt 2: id 'x' is that of prompt 1 too"):
+        planning.check_unique([one, other])
+
+
+def test_an_id_occurs_once_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "x"}\n\n{"prompt": "a", "id": "x"}')
+    with pytest.raises(ValueError, match=r"p\.jsonl line 3: id 'x' is that of line 1 too"):
+        planning.check_unique(list(prompts.PromptFile(tmp_path / "p.jsonl")))

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import re
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +21,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def read(path: Path) -> list[prompts.Prompt]:
-    found = list(prompts.PromptFile(path))
-    prompts.check_unique(found)
-    return found
+    return list(prompts.PromptFile(path))
 
 
 def test_plain_text_has_one_prompt_per_line(tmp_path: Path) -> None:
@@ -77,7 +74,6 @@ def test_a_name_depends_on_the_prompt_and_not_on_its_line(tmp_path: Path) -> Non
             b'{"prompt": "a", "temp": 1' + b"0" * 400 + b"}",
             "line 1: not JSON: the number 10000000000000000... has 401 digits",
         ),
-        (b'{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', "line 3: id 'x' is that of line 1 too"),
         (b'{"prompt": "a", "temp": -1}', "line 1: temperature must be at least 0"),
         (b'{"prompt": "a", "temp": "hot"}', "line 1: temp.* must be a number: got 'hot'"),
         (b'{"prompt": "a", "temp": NaN}', "line 1: not JSON: NaN is not a JSON number"),
@@ -155,25 +151,6 @@ def test_a_line_beyond_the_limit_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt.gz", gzip.compress(b"a" * (prompts.MAX_LINE_BYTES + 1) + b"\n"))
     with pytest.raises(ValueError, match="line 1 is longer than 16 MiB"):
         read(path)
-
-
-def test_a_name_takes_a_few_bytes() -> None:
-    names = prompts.NameIndex()
-    tracemalloc.start()
-    for number in range(20_000):
-        names.add(prompts.Prompt(text=f"text {number % 19_000}"))
-    size, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert size < 16 * 20_000
-    order, starts = names.groups()
-    assert (len(order), len(starts)) == (20_000, 19_000)
-
-
-def test_one_id_for_two_prompts_is_refused() -> None:
-    one, other = prompts.Prompt(text="a", id="x"), prompts.Prompt(text="b", id="x")
-    prompts.check_unique([one, one])
-    with pytest.raises(ValueError, match="prompt 2: id 'x' is that of prompt 1 too"):
-        prompts.check_unique([one, other])
 
 
 def test_a_prompt_has_its_location(tmp_path: Path) -> None:

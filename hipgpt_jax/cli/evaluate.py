@@ -16,7 +16,7 @@ import numpy as np
 
 from hipgpt_jax import api, config, files
 from hipgpt_jax.cli import flags, output, program
-from hipgpt_jax.records import provenance
+from hipgpt_jax.records import planning, provenance
 from hipgpt_jax.runs import directory, loading
 from hipgpt_jax.text import corpus, dataset, manifest, preparation, prompts
 
@@ -139,7 +139,7 @@ def _check_output() -> Path | None:
 
 def _read_prompts(source: loading.RunFiles) -> list[prompts.Prompt]:
     texts = list(program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value))
-    prompts.check_unique(texts)
+    planning.check_unique(texts)
     if any(one.generation or one.sampling for one in texts):
         program.note("generation settings in the prompts file are ignored: they do not affect the score of a text")
     for number, one in enumerate(texts, 1):

@@ -1,4 +1,4 @@
-"""The samples that a command has to generate, found without holding its prompts in memory."""
+"""Samples that a command has to generate, and names of prompts, found without holding the prompts in memory."""
 
 import array
 import dataclasses
@@ -51,7 +51,7 @@ class Plan:
         self._sampling, self._generation = sampling, generation
         generation.check_vocabulary(files.vocabulary.vocab_size)
         is_alone = isinstance(requested, list) and len(requested) == 1
-        names, wanted, finished = prompts.NameIndex(), array.array("Q"), array.array("Q")
+        names, wanted, finished = NameIndex(), array.array("Q"), array.array("Q")
         for number, prompt in enumerate(requested, 1):
             try:
                 self._check(prompt)
@@ -111,5 +111,56 @@ class Plan:
 
 
 def _sum_of_largest(values: "array.array[int]", order: np.ndarray, starts: np.ndarray) -> int:
-    """Returns the sum of the largest value of each group of ``prompts.NameIndex.groups``."""
+    """Returns the sum of the largest value of each group of ``NameIndex.groups``."""
     return int(np.maximum.reduceat(np.array(values, np.uint64)[order], starts).sum()) if len(starts) else 0
+
+
+class NameIndex:
+    """Names of prompts, in 9 bytes each, to find repeated ones.
+
+    64-bit hashes are compared: two of 10^6 names collide with probability 3e-8.
+    """
+
+    def __init__(self) -> None:
+        self._hashes, self._has_id = array.array("q"), bytearray()
+
+    def add(self, prompt: prompts.Prompt) -> None:
+        """Adds the name of the next prompt."""
+        self._has_id.append(prompt.id is not None)
+        self._hashes.append(hash(prompt.name))
+
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the indices of the prompts, grouped by name and otherwise in order, and the start of each group."""
+        hashes = np.array(self._hashes, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        is_start = np.append(True, hashes[order[1:]] != hashes[order[:-1]])[: len(hashes)]
+        return order, np.flatnonzero(is_start)
+
+    def check_unique(self, several: Iterable[prompts.Prompt]) -> None:
+        """Raises ValueError if two different prompts have one id, or an id occurs twice in a file.
+
+        Args:
+            several: The prompts that were added. They are read again only if a name is repeated.
+        """
+        order, _ = self.groups()
+        hashes, has_id = np.array(self._hashes, np.int64)[order], np.frombuffer(self._has_id, bool)[order]
+        is_suspect = (hashes[1:] == hashes[:-1]) & (has_id[1:] | has_id[:-1])
+        pairs = [(int(order[i]), int(order[i + 1])) for i in np.flatnonzero(is_suspect)]
+        indices = {index for pair in pairs for index in pair}
+        repeated = {index: prompt for index, prompt in enumerate(several) if index in indices} if pairs else {}
+        for i, j in sorted(pairs, key=max):
+            first, second = repeated[i], repeated[j]
+            # The same prompt may be repeated from Python or as plain text, where no line repeats an id.
+            is_repeated_id = second.location is not None and first.id is not None and second.id is not None
+            if is_repeated_id or first.digest != second.digest:
+                earlier = f"prompt {i + 1}" if first.location is None else f"line {first.location.rpartition(' ')[2]}"
+                later = second.location or f"prompt {j + 1}"
+                raise ValueError(f"{later}: id {config.shortened(second.name)} is that of {earlier} too")
+
+
+def check_unique(several: Iterable[prompts.Prompt]) -> None:
+    """Raises ValueError if prompts have one id, as ``NameIndex.check_unique``."""
+    index = NameIndex()
+    for prompt in several:
+        index.add(prompt)
+    index.check_unique(several)

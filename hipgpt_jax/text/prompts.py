@@ -1,6 +1,5 @@
 """Prompts, and files of prompts: plain text, or JSON lines with settings per prompt."""
 
-import array
 import codecs
 import contextlib
 import dataclasses
@@ -10,15 +9,12 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from hipgpt_jax import config, files
 from hipgpt_jax.text import documents
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_LINE_BYTES = 16 << 20  # tokenizing a prompt takes about 200 times its size in memory
 
@@ -246,58 +242,3 @@ def _parse(line: str, location: str) -> Prompt:
         sampling={name: value for name, value in settings.items() if name in config.SAMPLING_RULES},
         location=location,
     )
-
-
-class NameIndex:
-    """Names of prompts, in 9 bytes each, to find repeated ones.
-
-    64-bit hashes are compared: two of 10^6 names collide with probability 3e-8.
-    """
-
-    def __init__(self) -> None:
-        self._hashes, self._has_id = array.array("q"), bytearray()
-
-    def add(self, prompt: Prompt) -> None:
-        """Adds the name of the next prompt."""
-        self._has_id.append(prompt.id is not None)
-        self._hashes.append(hash(prompt.name))
-
-    def groups(self) -> "tuple[np.ndarray, np.ndarray]":
-        """Returns the indices of the prompts, grouped by name and otherwise in order, and the start of each group."""
-        import numpy as np
-
-        hashes = np.array(self._hashes, np.int64)
-        order = np.argsort(hashes, kind="stable")
-        is_start = np.append(True, hashes[order[1:]] != hashes[order[:-1]])[: len(hashes)]
-        return order, np.flatnonzero(is_start)
-
-    def check_unique(self, prompts: Iterable[Prompt]) -> None:
-        """Raises ValueError if two different prompts have one id, or an id occurs twice in a file.
-
-        Args:
-            prompts: The prompts that were added. They are read again only if a name is repeated.
-        """
-        import numpy as np
-
-        order, _ = self.groups()
-        hashes, has_id = np.array(self._hashes, np.int64)[order], np.frombuffer(self._has_id, bool)[order]
-        is_suspect = (hashes[1:] == hashes[:-1]) & (has_id[1:] | has_id[:-1])
-        pairs = [(int(order[i]), int(order[i + 1])) for i in np.flatnonzero(is_suspect)]
-        indices = {index for pair in pairs for index in pair}
-        repeated = {index: prompt for index, prompt in enumerate(prompts) if index in indices} if pairs else {}
-        for i, j in sorted(pairs, key=max):
-            first, second = repeated[i], repeated[j]
-            # The same prompt may be repeated from Python or as plain text, where no line repeats an id.
-            is_repeated_id = second.location is not None and first.id is not None and second.id is not None
-            if is_repeated_id or first.digest != second.digest:
-                earlier = f"prompt {i + 1}" if first.location is None else f"line {first.location.rpartition(' ')[2]}"
-                later = second.location or f"prompt {j + 1}"
-                raise ValueError(f"{later}: id {config.shortened(second.name)} is that of {earlier} too")
-
-
-def check_unique(prompts: Iterable[Prompt]) -> None:
-    """Raises ValueError if prompts have one id, as ``NameIndex.check_unique``."""
-    index = NameIndex()
-    for prompt in prompts:
-        index.add(prompt)
-    index.check_unique(prompts)
