@@ -1,4 +1,4 @@
-"""Runs from Python: the records that the command line writes, in notebooks and experiment scripts."""
+"""Runs from Python: generation with the records of the command line, and scores, in notebooks and scripts."""
 
 import dataclasses
 import logging
@@ -8,39 +8,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipgpt_jax import compilation, config, devices
-from hipgpt_jax.records import planning, provenance, record
+from hipgpt_jax.generation import requests
+from hipgpt_jax.records import planning, provenance, record, recorder, replay
 from hipgpt_jax.runs import loading, weights
 from hipgpt_jax.text import prompts as prompt_files
 
+# Modules that import JAX are imported late, so that programs report mistakes before it starts.
 if TYPE_CHECKING:
     import numpy as np
 
     from hipgpt_jax.evaluation import score
-    from hipgpt_jax.generation import requests
     from hipgpt_jax.records import comparison
 
 Prompt = prompt_files.Prompt
 
 _LOG = logging.getLogger("hipgpt_jax")
-_SAMPLING = tuple(field.name for field in dataclasses.fields(config.SamplingConfig))
-_GENERATION = tuple(field.name for field in dataclasses.fields(config.GenerationConfig))
+_SAMPLING = tuple(config.SAMPLING_RULES)
+_GENERATION = tuple(config.GENERATION_RULES)
 
 
 class Stream:
-    """The text of one sample as it is made: iterate over it for its pieces.
+    """Text of one sample while it is generated. Iterating yields its pieces.
 
     Attributes:
-        record: The sample's record, once the text has ended; None before.
+        record: Record of the sample, once the text has ended; None before.
     """
 
-    def __init__(self, run: "Run", request: "requests.Request") -> None:
+    def __init__(self, run: "Run", request: requests.Request) -> None:
         self.record: record.Record | None = None
-        self._pieces = self._make(run, request)
+        self._pieces = self._generate(run, request)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
 
-    def _make(self, run: "Run", request: "requests.Request") -> Iterator[str]:
+    def _generate(self, run: "Run", request: requests.Request) -> Iterator[str]:
         for output in run.outputs([request]):
             if output.finish_reason is not None:
                 self.record = run.recorder.build(output.sequence)
@@ -49,28 +50,27 @@ class Stream:
 
 
 class Run:
-    """A run that is loaded, to generate and to score.
+    """A loaded run, for generation and scores. ``load_run`` creates it.
 
     Attributes:
-        files: The run's files, its tokenizer and its window.
-        device: What it is computed on.
-        recorder: Makes the records of its samples.
-        load_seconds: From the program's start to the loaded weights.
+        files: Files, tokenizer and decoding configuration of the run.
+        device: Device of the computation.
+        recorder: Builds the records of its samples.
+        load_seconds: Time from the start of the program until the weights were loaded.
     """
 
-    def __init__(self, found: loading.RunFiles, device: devices.Device, origin: provenance.Invocation) -> None:
-        """Loads the weights; JAX has been started on ``device``. ``load_run`` is the way in."""
+    def __init__(self, files: loading.RunFiles, device: devices.Device, invocation: provenance.Invocation) -> None:
+        """Loads the weights. JAX must have started on ``device``."""
         from hipgpt_jax.generation import scheduler
-        from hipgpt_jax.records import recorder
 
-        model = found.checkpoint.model
-        self.files = found
+        model = files.checkpoint.model
+        self.files = files
         self.device = device
-        params = weights.read(found.checkpoint.weights, model)
-        attention = device.attention(found.decoding.dtype, model.head_dim)
-        self._engine = scheduler.Scheduler(model, params, found.decoding, attention)
-        self.load_seconds = origin.elapsed()
-        self.recorder = recorder.Recorder(found, device, origin, self.load_seconds)
+        params = weights.read(files.checkpoint.weights, model)
+        attention = device.attention(files.decoding.dtype, model.head_dim)
+        self._engine = scheduler.Scheduler(model, params, files.decoding, attention)
+        self.load_seconds = invocation.elapsed()
+        self.recorder = recorder.Recorder(files, device, invocation, self.load_seconds)
 
     def generate(
         self,
@@ -83,17 +83,17 @@ class Run:
         """Generates from prompts and returns one record per sample, prompt by prompt.
 
         Args:
-            prompts: A text, or several; a ``Prompt`` may have settings of its own.
-            settings: How each token is chosen; the defaults of ``hipgpt-generate`` if absent.
-            seed: In ``[0, 2**32)``.
-            num_samples: Samples for each prompt, from 1 to 2**32.
+            prompts: A text or a ``Prompt``, which may have settings of its own, or several of them.
+            settings: Sampling settings; the defaults of ``hipgpt-generate`` if absent.
+            seed: Seed in ``[0, 2**32)``.
+            num_samples: Samples per prompt, from 1 to 2**32.
             **more: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``eos_id``, ``stop``,
-                ``top_logprobs``; and, in place of ``settings``, those of ``config.SamplingConfig``: ``temperature``,
+                ``top_logprobs``. Instead of ``settings`` also those of ``config.SamplingConfig``: ``temperature``,
                 ``top_k``, ``top_p``, ``repetition_penalty``.
 
         Raises:
             TypeError: A prompt is not a text, a keyword is unknown, or ``settings`` is given beside a field of it.
-            ValueError: A prompt is empty, two different ones have one id, or a value is out of its range.
+            ValueError: A prompt is empty, two different ones have one id, or a value is out of range.
         """
         return list(self.records(prompts, settings, seed, num_samples, **more))
 
@@ -105,20 +105,22 @@ class Run:
         num_samples: int = 1,
         **more: Any,
     ) -> Iterator[record.Record]:
-        """Yields what ``generate`` returns, each record when its sample ends: for more samples than memory holds.
+        """Yields the records of ``generate`` as samples end, for more samples than memory holds.
 
-        Arguments and errors are those of ``generate``. The prompts of an iterator are taken as they are needed, and so
-        an error in one of them is raised when its turn comes.
+        Arguments and errors are those of ``generate``. An iterator of prompts is consumed as prompts are needed, so an
+        error in one of them is raised when its turn comes.
         """
-        defaults = self._configs(settings, seed=seed, num_samples=num_samples, **more)
+        sampling, generation = self._configs(settings, seed=seed, num_samples=num_samples, **more)
         if isinstance(prompts, (str, Prompt)):
             prompts = [prompts]
         if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Mapping)):
             raise TypeError(f"prompts must be a text, a Prompt or several: got {config.shortened(prompts)}")
         if isinstance(prompts, Iterator):
-            return self.records_of(self.requests(self.files.resolve_all(_distinct(prompts), *defaults)))
-        several = [_prompt(prompt, number) for number, prompt in enumerate(prompts, 1)]
-        return self.records_of(self.requests(planning.Plan(self.files, several, *defaults)))
+            resolved = self.files.resolve_all(_distinct(prompts), sampling, generation)
+        else:
+            checked = [_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+            resolved = planning.Plan(self.files, checked, sampling, generation)
+        return self.records_of(self.requests_of(resolved))
 
     def stream(
         self,
@@ -128,7 +130,7 @@ class Run:
         sample: int = 0,
         **more: Any,
     ) -> Stream:
-        """Generates one of the samples that ``generate`` would, and gives its text as it is generated.
+        """Generates one of the samples of ``generate`` and returns its text piece by piece.
 
         Args:
             prompt: The text to continue.
@@ -139,16 +141,14 @@ class Run:
 
         Raises:
             TypeError: As for ``generate``.
-            ValueError: As for ``generate``, or ``sample`` is out of its range.
+            ValueError: As for ``generate``, or ``sample`` is out of range.
         """
-        sample = config.require_int("sample", sample, 0, "index among the samples of the prompt")
-        if sample >= config.MAX_SAMPLES:
-            raise ValueError(f"sample must be below {config.MAX_SAMPLES} (32 bits): got {sample}")
+        sample = config.require_int("sample", sample, 0, "index among the samples of a prompt", config.MAX_SAMPLES - 1)
         if "num_samples" in more:
             raise TypeError("a stream is of one sample: give its index as sample, not num_samples")
         defaults = self._configs(settings, seed=seed, **more)
-        (asked,) = planning.Plan(self.files, [_prompt(prompt)], *defaults)
-        return Stream(self, _request(asked, sample))
+        (resolved,) = planning.Plan(self.files, [_prompt(prompt, "prompt")], *defaults)
+        return Stream(self, next(self.requests_of([dataclasses.replace(resolved, samples=[sample])])))
 
     def score(
         self, texts: "str | Iterable[str | Sequence[int] | np.ndarray | record.Record]", stride: int | None = None
@@ -156,73 +156,43 @@ class Run:
         """Returns the log-probability of every token of each text but the first, which nothing predicts.
 
         Args:
-            texts: Texts, or their token ids as lists or arrays; each needs at least two tokens. Or records: then the
-                ids that were read of the prompt and those that were drawn, whose scores are what the record says.
-            stride: Tokens by which the window moves on where a text is longer than it; that of
-                generation if absent.
+            texts: Texts, or their token ids as lists or arrays, of at least two tokens each. Of a record, the prompt
+                ids in the window and the generated ids are scored; the scores of the latter are those recorded.
+            stride: Tokens by which the window moves in a text that is longer; that of generation if absent.
 
         Raises:
             TypeError: ``texts`` is neither a text nor several.
             ValueError: A text has fewer than two tokens, an id is not an integer or not in the vocabulary, or the
-                stride is no integer or out of range.
-            FloatingPointError: A log-probability is infinite or not a number.
+                stride is not an integer or out of range.
+            FloatingPointError: A log-probability is infinite or NaN.
         """
         from hipgpt_jax.evaluation import score
 
         if not isinstance(texts, Iterable) or isinstance(texts, (bytes, bytearray, Mapping)):
             raise TypeError(f"texts must be a text or a list of texts or of ids: got {config.shortened(texts)}")
-        several = [self._ids_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        vocabulary = self.files.vocabulary
+        vocabulary, window = self.files.vocabulary, self.files.window
+        ids = [
+            score.check_ids(self._ids_of(text), vocabulary.vocab_size)
+            for text in ([texts] if isinstance(texts, str) else texts)
+        ]
         number = self.files.decoding.window_stride if stride is None else config.as_int(stride)
         if number is None:
             raise ValueError(f"stride must be an integer: got {config.shortened(stride)}")
+        model, params = self._engine.module, self._engine.params
         return [
-            score.score_text(
-                self._engine.module,
-                self._engine.params,
-                ids,
-                vocabulary=vocabulary,
-                window=self.files.window,
-                stride=number,
-            )
-            for ids in several
+            score.score_text(model, params, each, vocabulary=vocabulary, window=window, stride=number) for each in ids
         ]
 
-    def _configs(
-        self, settings: config.SamplingConfig | None, **values: Any
-    ) -> tuple[config.SamplingConfig, config.GenerationConfig]:
-        """Returns the keywords of a call as settings; the end token is the run's own unless one is given."""
-        if unknown := [name for name in values if name not in (*_SAMPLING, *_GENERATION)]:
-            raise TypeError(f"unknown keyword {unknown[0]!r}: the keywords are {', '.join((*_GENERATION, *_SAMPLING))}")
-        sampling = {name: values.pop(name) for name in _SAMPLING if name in values}
-        if settings is None:
-            settings = config.SamplingConfig(**sampling)
-        elif not isinstance(settings, config.SamplingConfig):
-            raise TypeError(f"settings must be a SamplingConfig: got {config.shortened(settings)}")
-        elif sampling:
-            raise TypeError(f"settings and {next(iter(sampling))} are both given: give one of them")
-        return settings, config.GenerationConfig(**{"eos_id": self.files.checkpoint.eos_id, **values})
-
-    def _ids_of(self, text: Any) -> Sequence[int]:
-        """Returns the ids to score; ``score.check_ids`` raises ValueError where they cannot be."""
-        from hipgpt_jax.evaluation import score
-
-        if isinstance(text, record.Record):
-            text = (*text.prompt_ids[-self.files.window :], *text.ids)
-        elif isinstance(text, str):
-            text = self.files.vocabulary.encode(text)
-        return score.check_ids(text, self.files.vocabulary.vocab_size)
-
     def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "score.Score":
-        """Scores every token of a long text but the first, each once; ``score.Windows`` defines the context of each.
+        """Returns the mean score of every token of a long text but the first; see ``score.Windows``.
 
         Args:
             ids: Token ids of the text, at least two.
-            text_bytes: Bytes of text that the ids after the first stand for.
+            text_bytes: Bytes of text of the ids after the first.
             stride: Tokens from one window to the next.
 
         Raises:
-            FloatingPointError: The loss is infinite or not a number.
+            FloatingPointError: The loss is infinite or NaN.
         """
         from hipgpt_jax.evaluation import score
 
@@ -238,58 +208,80 @@ class Run:
         )
         return score.check_finite(found)
 
-    def requests(self, asked: Iterable[loading.ResolvedPrompt]) -> "Iterator[requests.Request]":
-        """Yields the samples of each prompt, prompt by prompt."""
-        for ask in asked:
-            for sample in range(ask.generation.num_samples) if ask.samples is None else ask.samples:
-                yield _request(ask, sample)
+    def requests_of(self, prompts: Iterable[loading.ResolvedPrompt]) -> Iterator[requests.Request]:
+        """Yields the requests of the samples of each prompt, prompt by prompt."""
+        for prompt in prompts:
+            for sample in range(prompt.generation.num_samples) if prompt.samples is None else prompt.samples:
+                yield requests.Request(
+                    id=prompt.id,
+                    prompt=prompt.prompt,
+                    prompt_ids=prompt.prompt_ids,
+                    sample=sample,
+                    generation=prompt.generation,
+                    sampling=prompt.sampling,
+                )
 
-    def request_of(self, recorded: record.Record) -> "requests.Request":
+    def request_of(self, recorded: record.Record) -> requests.Request:
         """Returns the request that regenerates a record, with as few tokens as ``compare`` needs.
 
         Raises:
             ValueError: This run cannot have made the record.
         """
-        from hipgpt_jax.records import replay
-
-        request = replay.request(recorded)
+        request, vocabulary = replay.request(recorded), self.files.vocabulary
         self._engine.check(request)
-        if recorded.ids and max(recorded.ids) >= self.files.vocabulary.vocab_size:
-            raise ValueError(f"it has ids beyond the vocabulary's size {self.files.vocabulary.vocab_size}")
-        prompt = self.files.vocabulary.decode(recorded.prompt_ids)
+        if recorded.ids and max(recorded.ids) >= vocabulary.vocab_size:
+            raise ValueError(f"it has ids beyond the vocabulary's size {vocabulary.vocab_size}")
+        prompt = vocabulary.decode(recorded.prompt_ids)
         return dataclasses.replace(replay.shortened(request, recorded), prompt=prompt)
 
-    def compare(self, recorded: record.Record, found: record.Record) -> "comparison.Comparison":
+    def compare(self, recorded: record.Record, regenerated: record.Record) -> "comparison.Comparison":
         """Compares a record with the one that ``records_of`` yields for its request."""
         from hipgpt_jax.records import comparison
 
-        return comparison.Judge(self._engine, self.files.vocabulary).compare(recorded, found)
+        return comparison.Judge(self._engine, self.files.vocabulary).compare(recorded, regenerated)
 
-    def records_of(self, samples: "Iterable[requests.Request]") -> Iterator[record.Record]:
-        """Generates samples and yields their records, in order."""
-        from hipgpt_jax.generation import requests
-
+    def records_of(self, samples: Iterable[requests.Request]) -> Iterator[record.Record]:
+        """Generates samples and yields their records in order."""
         for output in requests.in_order(self.outputs(samples)):
             if output.finish_reason is not None:
                 yield self.recorder.build(output.sequence)
 
-    def outputs(self, samples: "Iterable[requests.Request]", *, measure: bool = True) -> "Iterator[requests.Output]":
+    def outputs(self, samples: Iterable[requests.Request], *, measure: bool = True) -> Iterator[requests.Output]:
         """Yields the outputs of samples as they are generated; ``measure`` is needed for their records.
 
         Raises:
-            MemoryError: There is too little memory for the batch size.
+            MemoryError: The memory is too small for the batch size.
         """
         try:
             yield from self._engine.run(samples, self.files.vocabulary, measure=measure)
         except (MemoryError, RuntimeError) as error:
-            # XLA raises a RuntimeError of its own, which begins so.
+            # XLA raises its own kind of RuntimeError.
             if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
                 raise
-            width = self.files.decoding.width
             raise MemoryError(
-                f"width must be smaller: {width} slots and a window of {self.files.window} tokens exceed the memory "
-                f"({error or type(error).__name__})"
+                f"width must be smaller: {self.files.decoding.width} slots and a window of {self.files.window} tokens "
+                f"exceed the memory ({error or type(error).__name__})"
             ) from error
+
+    def _configs(
+        self, settings: config.SamplingConfig | None, **values: Any
+    ) -> tuple[config.SamplingConfig, config.GenerationConfig]:
+        """Returns the keywords of a call as configs; the default end token is that of the run."""
+        if unknown := [name for name in values if name not in (*_SAMPLING, *_GENERATION)]:
+            raise TypeError(f"unknown keyword {unknown[0]!r}: the keywords are {', '.join((*_GENERATION, *_SAMPLING))}")
+        sampling = {name: values.pop(name) for name in _SAMPLING if name in values}
+        if settings is None:
+            settings = config.SamplingConfig(**sampling)
+        elif not isinstance(settings, config.SamplingConfig):
+            raise TypeError(f"settings must be a SamplingConfig: got {config.shortened(settings)}")
+        elif sampling:
+            raise TypeError(f"settings and {next(iter(sampling))} are both given: give one of them")
+        return settings, config.GenerationConfig(**{"eos_id": self.files.checkpoint.eos_id, **values})
+
+    def _ids_of(self, text: Any) -> Any:
+        if isinstance(text, record.Record):
+            return (*text.prompt_ids[-self.files.window :], *text.ids)
+        return self.files.vocabulary.encode(text) if isinstance(text, str) else text
 
 
 def load_run(
@@ -301,19 +293,19 @@ def load_run(
 ) -> Run:
     """Loads a run: one in ``checkpoints/``, else one of the package.
 
-    If JAX's persistent compilation cache is on in this process, ``compilation.check_cache`` has its entries checked.
+    If JAX's persistent compilation cache is enabled in this process, its entries are checked.
 
     Args:
         name: Name of the run.
         step: Training step, or ``best``; the latest if absent.
         device: One of ``devices.DEVICES``. JAX must not have started on another one already.
-        decoding: Window, stride, overflow rule and width; the defaults of ``hipgpt-generate`` if absent.
-        where: The run's directory, where it is not in ``checkpoints/``.
+        decoding: Window, stride, overflow rule, width and dtype; the defaults of ``hipgpt-generate`` if absent.
+        where: Directory of the run, if it is not in ``checkpoints/``.
 
     Raises:
-        TypeError: An argument is of another type.
-        FileNotFoundError: There is no such run, step or file.
-        ValueError: A file is not the one that the run's config names, or JAX has no such device.
+        TypeError: An argument has the wrong type.
+        FileNotFoundError: The run, the step or a file does not exist.
+        ValueError: A file is not the one named by the run's config, or JAX has no such device.
     """
     for argument, value, kinds in (
         ("name", name, str),
@@ -325,40 +317,26 @@ def load_run(
             raise TypeError(f"{argument} is of the wrong type: got {config.shortened(value)}")
     if step is not None and not isinstance(step, str):
         step = config.require_int("step", step, 0, "a training step, or best")
-    origin = provenance.Invocation()
-    found = loading.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
+    invocation = provenance.Invocation()
+    files = loading.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
     started = devices.start(device, _LOG.info)
     compilation.check_cache(_LOG.warning)
-    return Run(found, started, origin)
+    return Run(files, started, invocation)
 
 
-def _request(ask: loading.ResolvedPrompt, sample: int) -> "requests.Request":
-    from hipgpt_jax.generation import requests
-
-    return requests.Request(
-        id=ask.id,
-        prompt=ask.prompt,
-        prompt_ids=ask.prompt_ids,
-        sample=sample,
-        generation=ask.generation,
-        sampling=ask.sampling,
-    )
-
-
-def _prompt(prompt: object, number: int | None = None) -> Prompt:
+def _prompt(prompt: object, name: str) -> Prompt:
     if isinstance(prompt, Prompt):
         return prompt
     if not isinstance(prompt, str):
-        name = "prompt" if number is None else f"prompt {number}"
         raise TypeError(f"{name} must be a text or a Prompt: got {config.shortened(prompt)}")
     return Prompt(text=prompt)
 
 
-def _distinct(several: Iterable[str | Prompt]) -> Iterator[Prompt]:
-    """Yields prompts; raises ValueError where two different ones have one id."""
-    digests: dict[int, int] = {}  # by the id's hash: 64 bits of each
-    for number, each in enumerate(several, 1):
-        prompt = _prompt(each, number)
+def _distinct(prompts: Iterable[str | Prompt]) -> Iterator[Prompt]:
+    """Yields prompts; raises ValueError if two different ones have one id."""
+    digests: dict[int, int] = {}  # hashes, which take 64 bits each
+    for number, each in enumerate(prompts, 1):
+        prompt = _prompt(each, f"prompt {number}")
         if prompt.id is not None and digests.setdefault(hash(prompt.id), hash(prompt.digest)) != hash(prompt.digest):
             raise ValueError(f"prompt {number}: id {config.shortened(prompt.id)} is that of a different prompt too")
         yield prompt

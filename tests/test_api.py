@@ -170,7 +170,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "float": (lambda run: run.generate("a", seed=1.0), ValueError, "seed must be an integer .*: got 1.0"),
     "samples": (lambda run: run.generate("a", num_samples=2**32 + 1), ValueError, "num_samples must be at most"),
     "stop": (lambda run: run.generate("a", stop=3), ValueError, "stop must be a text or a list of texts: got 3"),
-    "sample": (lambda run: run.stream("a", sample=2**32), ValueError, "sample must be below 4294967296"),
+    "sample": (lambda run: run.stream("a", sample=2**32), ValueError, "sample must be at most 4294967295"),
     "num_samples": (lambda run: run.stream("a", num_samples=2), TypeError, "a stream is of one sample"),
     "ids": (lambda run: run.score([[1.5, 2.5]]), ValueError, "ids must be integers: got 1.5"),
     "bools": (lambda run: run.score([[True, False]]), ValueError, "ids must be integers: got True"),

@@ -142,7 +142,7 @@ def test_a_forgery_is_seen_whatever_hardware_it_claims(name: str, disguise: str 
     if disguise:
         value["numerics"][disguise] = "another"
     result = judged_value(value)
-    seen = {one.field for one in result.altered} | ({"fork"} if result.fork else set())
+    seen = {one.field for one in result.mismatches} | ({"fork"} if result.fork else set())
     if disguise and name in WITHIN_ROUNDING:
         assert result.is_identical
         assert 0 < result.logprob_error < 2e-4
@@ -184,18 +184,18 @@ def test_a_bit_is_excused_only_where_the_record_says_what_rounded_it(part: str) 
 def test_the_place_and_both_numbers_of_an_alteration_are_known() -> None:
     value = json.loads(made())
     nudge(value, 11)
-    (one,) = judged_value(value).altered
-    assert (one.field, one.place) == ("logprobs", 11)
+    (one,) = judged_value(value).mismatches
+    assert (one.field, one.index) == ("logprobs", 11)
     assert one.recorded == value["logprobs"][11]
-    assert one.found == json.loads(made())["logprobs"][11]
+    assert one.regenerated == json.loads(made())["logprobs"][11]
 
 
 def test_honest_records_of_other_hardware_are_identical_or_forked_by_rounding() -> None:
     results = other_hardware()
-    forked = [result.fork.place for result in results if result.fork]
+    forked = [result.fork.index for result in results if result.fork]
     assert len(forked) >= 3
     assert max(forked) > 30, "a fork beyond the window"
-    assert [result.altered for result in results] == [()] * 8
+    assert [result.mismatches for result in results] == [()] * 8
     assert all(result.is_rounding != result.is_identical for result in results)
     assert 1e-5 < max(result.logprob_error for result in results) < 2e-4
 
@@ -223,16 +223,16 @@ def test_every_token_of_a_record_is_explained_by_the_recomputed_distribution(set
 
 def test_a_near_tie_excuses_nothing_beside_it() -> None:
     """Ids, statistics, text and the end after an honest fork are judged too, and so are statistics before it."""
-    honest = next(result for result in other_hardware() if result.fork is not None and 10 < result.fork.place < 40)
+    honest = next(result for result in other_hardware() if result.fork is not None and 10 < result.fork.index < 40)
     assert honest.fork is not None
-    place, one = honest.fork.place, honest.recorded
+    place, one = honest.fork.index, honest.recorded
 
     def with_one(name: str, at: int, new: Any) -> record.Record:
         values = list(getattr(one, name))
         values[at] = new
         return dataclasses.replace(one, **{name: tuple(values)})
 
-    far = next(token for token in range(1024) if token not in (one.ids[place], honest.fork.found))
+    far = next(token for token in range(1024) if token not in (one.ids[place], honest.fork.regenerated))
     for forged, field in (
         (with_one("ids", place, far), None),
         (with_one("ids", place + 3, (one.ids[place + 3] + 1) % 1024), "ids"),
@@ -251,7 +251,7 @@ def test_a_near_tie_excuses_nothing_beside_it() -> None:
         result = judged(forged)
         assert result.fork is not None
         assert not result.is_rounding
-        assert field is None or field in {each.field for each in result.altered}
+        assert field is None or field in {each.field for each in result.mismatches}
 
 
 def test_a_record_is_regenerated_no_further_than_it_is_decided() -> None:
@@ -259,14 +259,14 @@ def test_a_record_is_regenerated_no_further_than_it_is_decided() -> None:
     cut(value, 6)
     value["settings"]["num_tokens"] = 10**12
     result = judged_value(value)
-    assert len(result.found.ids) == 7
+    assert len(result.regenerated.ids) == 7
     assert result.fork is not None
-    assert (result.fork.place, result.fork.recorded, result.fork.found) == (6, None, json.loads(made())["ids"][6])
+    assert (result.fork.index, result.fork.recorded, result.fork.regenerated) == (6, None, json.loads(made())["ids"][6])
 
 
 def test_mutated_records_are_refused_in_one_line_or_judged() -> None:
     value = json.loads(made())
-    original = judged_value(value).found
+    original = judged_value(value).regenerated
     refused, confirmed = [], 0
     for seed in range(600):
         try:

@@ -93,7 +93,7 @@ def test_logits_are_bit_identical_at_one_batch_size_whatever_the_other_slots_hol
         config.SamplingConfig(temperature=0.4, top_k=0),
         config.GenerationConfig(num_tokens=60, seed=9),
     )
-    (own,), rest = list(wide.requests([ask])), list(wide.requests(others))
+    (own,), rest = list(wide.requests_of([ask])), list(wide.requests_of(others))
     logits = []
     for slot, samples in enumerate(([own], [rest[2], own], [rest[2], rest[0], own, rest[3]], [rest[1], own, own, own])):
         decoded.clear()

@@ -68,9 +68,9 @@ def test_a_draw_from_moved_logits_is_explained_with_all_its_numbers(settings: di
             draw = rounding.Draw(logits_BV[index], seen_BV[index], row, uniform_B[index], 1.001 * tolerance)
             margins, gaps = draw.margins(token), draw.gaps(token)
             assert margins is not None, (V, index)
-            assert margins.holds(numbers_4[2]), (V, index)
+            assert margins.contains(numbers_4[2]), (V, index)
             assert gaps.low - 1e-5 <= numbers_4[3] <= gaps.high * 1.000001 + 1e-5
-            assert draw.ranks(token).holds(numbers_4[1])
+            assert draw.ranks(token).contains(numbers_4[1])
             assert abs(draw.logprobs[token] - numbers_4[0]) < 2 * tolerance + 1e-5
     assert forked > 3, "rounding must change tokens for this to be a test"
 

@@ -48,7 +48,7 @@ def write(
             program.note(f"{plan.repeated} prompts repeat earlier ones: their equal samples are generated once")
     statistics = _Statistics(load=run.load_seconds, programs=compilation.Compilations())
     with _progress_bar(plan.left, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
-        samples = run.requests(_note_long_prompts(plan, run.files.window))
+        samples = run.requests_of(_note_long_prompts(plan, run.files.window))
         outputs = _record(run, run.outputs(samples, measure=out is not None), out, statistics, advance)
         if shows_text:
             _print_text(requests.in_order(outputs), stream=stream, echo=echo)

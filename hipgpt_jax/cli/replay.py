@@ -224,7 +224,7 @@ def _load(named: record.Run, decoding: config.DecodingConfig, device: devices.De
 
 def _verdict(tally: _Tally, name: str, result: "comparison.Comparison", vocabulary: tokenizer.Tokenizer) -> str:
     """Counts a comparison and returns its line."""
-    old, new = result.recorded, result.found
+    old, new = result.recorded, result.regenerated
     tally.changes |= _changes(old, new)
     if result.is_identical:
         tally.counts["identical"] += 1
@@ -234,13 +234,13 @@ def _verdict(tally: _Tally, name: str, result: "comparison.Comparison", vocabula
         return f"identical  {name}: {len(old.ids)} tokens{error}"
     tally.counts["differs"] += 1
     tally.counts["rounding"] += result.is_rounding
-    altered = " and ".join(_altered(one) for one in result.altered)
+    mismatches = " and ".join(_mismatch(one) for one in result.mismatches)
     if result.fork is None:
-        return f"differs    {name}: its ids are the same, but not its {altered}: was it changed?"
+        return f"differs    {name}: its ids are the same, but not its {mismatches}: was it changed?"
     verdict = "within floating-point error" if result.is_rounding else "more than floating-point error explains"
     return (
         f"differs    {name}: {_forked(result.fork, old, new, vocabulary)}: {verdict}"
-        f"{f'; nor is its {altered} explained' if altered else ''}"
+        f"{f'; nor is its {mismatches} explained' if mismatches else ''}"
     )
 
 
@@ -252,17 +252,17 @@ def _forked(fork: "comparison.Fork", old: record.Record, new: record.Record, voc
 
     margins = "" if fork.margin is None else f"; margin {fork.margin:.2g}, gap {fork.gap:.2g}"
     return (
-        f"token {fork.place} is {show(fork.recorded, old.finish_reason)} in the record, "
-        f"{show(fork.found, new.finish_reason)} now{margins}"
+        f"token {fork.index} is {show(fork.recorded, old.finish_reason)} in the record, "
+        f"{show(fork.regenerated, new.finish_reason)} now{margins}"
     )
 
 
-def _altered(one: "comparison.Alteration") -> str:
+def _mismatch(one: "comparison.Mismatch") -> str:
     """Returns the name of a field, and its token and both values if it has them."""
-    if one.place is None:
+    if one.index is None:
         return one.field
-    values = "" if one.recorded is None else f": {one.recorded:.9g} in the record, {one.found:.9g} now"
-    return f"{one.field} (at token {one.place}{values})"
+    values = "" if one.recorded is None else f": {one.recorded:.9g} in the record, {one.regenerated:.9g} now"
+    return f"{one.field} (at token {one.index}{values})"
 
 
 def _changes(old: record.Record, new: record.Record) -> set[str]:

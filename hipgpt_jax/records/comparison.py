@@ -12,9 +12,9 @@ from hipgpt_jax.generation import requests, sampling, scheduler
 from hipgpt_jax.records import record, replay, rounding
 from hipgpt_jax.text import tokenizer
 
-# How far two computations of one logit, or of one log-probability, may be apart. Seen in float32: 2e-5 between batch
-# sizes and between cached and whole contexts on a CPU, 1e-4 between GPT-2 here and in another framework. Seen in
-# bfloat16 between cached and whole contexts: 0.16 among 57,000 log-probabilities of the shipped run.
+# Largest difference between two computations of one logit or log-probability. Seen in float32: 2e-5 between batch sizes
+# and between cached and full contexts on a CPU, 1e-4 between GPT-2 here and in another framework. Seen in bfloat16
+# between cached and full contexts: 0.16 among 57,000 log-probabilities of the shipped run.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.3}
 
 _STATISTICS = ("logprobs", "ranks", "margins", "gaps", "top_logprobs")
@@ -25,35 +25,35 @@ class Fork:
     """The first token that differs between a record and its regenerated sample.
 
     Attributes:
-        place: Index of the token.
-        recorded: Id in the record; None where the record ends.
-        found: Regenerated id; None where the regenerated sample ends.
-        margin: Regenerated margin there; None where that sample ends.
-        gap: Regenerated gap there; None where that sample ends.
+        index: Index of the token.
+        recorded: Recorded id; None if the record ends before it.
+        regenerated: Regenerated id; None if the regenerated sample ends before it.
+        margin: Regenerated margin of the token; None without a regenerated id.
+        gap: Regenerated gap of the token; None without a regenerated id.
     """
 
-    place: int
+    index: int
     recorded: int | None
-    found: int | None
+    regenerated: int | None
     margin: float | None
     gap: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Alteration:
+class Mismatch:
     """A field of a record that its regeneration contradicts.
 
     Attributes:
         field: Name of the field.
-        place: Index of the first token concerned; None for a field of the whole sample.
-        recorded: Number in the record; None where it is no single number.
-        found: Regenerated number; None where there is none to compare.
+        index: Index of the first token concerned; None for a field of the whole sample.
+        recorded: Recorded number; None if the field is not a number per token.
+        regenerated: Regenerated number; None if there is none.
     """
 
     field: str
-    place: int | None = None
+    index: int | None = None
     recorded: float | None = None
-    found: float | None = None
+    regenerated: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,148 +62,168 @@ class Comparison:
 
     Attributes:
         recorded: The record.
-        found: The regenerated sample; it ends one token after the record's ids at the latest.
-        fork: First token that differs; None where ids and end are the same.
-        altered: Fields that neither the regenerated sample nor rounding explains.
+        regenerated: The regenerated sample; it ends at most one token after the record's ids.
+        fork: First token that differs; None if the ids and the end are the same.
+        mismatches: Fields that neither the regenerated sample nor rounding explains.
         is_rounding: Whether rounding explains the fork and everything recorded after it.
         logprob_error: Largest difference of a log-probability before the fork, in nats.
     """
 
     recorded: record.Record
-    found: record.Record
+    regenerated: record.Record
     fork: Fork | None
-    altered: tuple[Alteration, ...]
+    mismatches: tuple[Mismatch, ...]
     is_rounding: bool
     logprob_error: float
 
     @property
     def is_identical(self) -> bool:
         """Whether the record is confirmed."""
-        return self.fork is None and not self.altered
+        return self.fork is None and not self.mismatches
 
 
 class Judge:
     """Compares records of one run and one decoding configuration with their regenerated samples.
 
-    Where the record's numerics and versions are those of the replay, every field must be equal. Where they differ,
-    statistics must be within the tolerance of the regenerated ones, or else possible for logits within the tolerance
-    of those recomputed here (``rounding.Draw``): ranks may differ where neighbours are nearly tied, margins where the
-    end of the nucleus is uncertain. No verdict depends on a margin or a gap in the record.
+    If a record has the numerics and versions of the replay, every field must be equal. Otherwise a statistic must be
+    within the tolerance of the regenerated one, or possible for logits within the tolerance of those recomputed here
+    (``rounding.Draw``): ranks can differ between near ties, margins if the end of the nucleus is uncertain. Recorded
+    margins and gaps never decide.
 
-    After a fork the recorded ids cannot be regenerated, since each token depends on those before it. There the
-    distribution after the recorded ids is recomputed for every further token, so that one near tie does not excuse
-    whatever follows it.
+    Recorded ids after a fork cannot be regenerated, since each token depends on those before it. There the distribution
+    after the recorded ids is recomputed for every token, so that one near tie does not excuse whatever follows it.
     """
 
     def __init__(self, engine: scheduler.Scheduler, vocabulary: tokenizer.Tokenizer) -> None:
         self._engine, self._vocabulary = engine, vocabulary
-        self._computed: tuple[Any, np.ndarray] = (None, np.zeros(0))
+        self._last_logits: tuple[tuple[int, ...], np.ndarray] = ((), np.zeros(0))
 
-    def compare(self, recorded: record.Record, found: record.Record) -> Comparison:
+    def compare(self, recorded: record.Record, regenerated: record.Record) -> Comparison:
         """Compares a record with its regenerated sample.
 
         Args:
             recorded: The record; its ids are those of the vocabulary.
-            found: Its sample, regenerated from ``replay.shortened``.
+            regenerated: The sample of the request ``replay.shortened``.
         """
-        fork = _find_fork(recorded, found)
-        place = len(recorded.ids) if fork is None else fork.place
-        is_exact = (recorded.numerics, recorded.versions) == (found.numerics, found.versions)
-        statistics = _differences(recorded, found, place) if is_exact else self._unlikely(recorded, found, place)
-        altered = [*_altered(recorded, found, ("prompt", "prompt_dropped", "error")), *statistics]
+        fork = _find_fork(recorded, regenerated)
+        end = len(recorded.ids) if fork is None else fork.index
+        is_exact = (recorded.numerics, recorded.versions) == (regenerated.numerics, regenerated.versions)
+        statistics = self._unequal if is_exact else self._implausible
+        mismatches = list(_different(recorded, regenerated, ("prompt", "prompt_dropped", "error")))
+        mismatches += statistics(recorded, regenerated, end)
         is_rounding = False
         if fork is None:
-            altered += _altered(recorded, found, ("tokens", "text", "stop"))
-        elif fork.recorded is not None and fork.found is not None:
-            after = list(self._unexplained(recorded, place))
-            is_rounding = not altered and not after
-            altered += after if not _is_at(after, "ids", place) else []
-        pairs = zip(recorded.logprobs[:place], found.logprobs[:place], strict=True)
+            mismatches += _different(recorded, regenerated, ("tokens", "text", "stop"))
+        elif fork.recorded is not None and fork.regenerated is not None:
+            unexplained = list(self._unexplained(recorded, end))
+            is_rounding = not mismatches and not unexplained
+            # If rounding does not explain the id at the fork, the fork itself is the mismatch.
+            if Mismatch(field="ids", index=end) not in unexplained:
+                mismatches += unexplained
+        pairs = zip(recorded.logprobs[:end], regenerated.logprobs[:end], strict=True)
+        first = {mismatch.field: mismatch for mismatch in reversed(mismatches)}
         return Comparison(
             recorded=recorded,
-            found=found,
+            regenerated=regenerated,
             fork=fork,
-            altered=_first_of_each(altered),
+            mismatches=tuple(mismatch for mismatch in mismatches if first[mismatch.field] is mismatch),
             is_rounding=is_rounding,
             logprob_error=max((abs(old - new) for old, new in pairs), default=0.0),
         )
 
-    def _unlikely(self, recorded: record.Record, found: record.Record, end: int) -> Iterator[Alteration]:
-        """Yields statistics before ``end`` that rounding does not explain."""
-        if (recorded.top_logprobs is None) != (found.top_logprobs is None):
-            yield Alteration(field="top_logprobs")
-        tolerance = TOLERANCE[recorded.numerics.dtype]
-        for place in range(end):
-            if not _is_near(recorded, found, place, tolerance):
-                for name in self._contradictions(recorded, place):
-                    yield _alteration(name, place, recorded, found)
+    def _unequal(self, recorded: record.Record, regenerated: record.Record, end: int) -> Iterator[Mismatch]:
+        """Yields statistics before ``end`` that are not equal."""
+        for name in _STATISTICS:
+            old, new = getattr(recorded, name), getattr(regenerated, name)
+            if (old is None) != (new is None):
+                yield Mismatch(field=name)
+            elif old is not None and old[:end] != new[:end]:
+                index = next(index for index in range(end) if old[index] != new[index])
+                yield _mismatch(name, index, recorded, regenerated)
 
-    def _unexplained(self, recorded: record.Record, fork: int) -> Iterator[Alteration]:
-        """Yields what rounding does not explain from the fork on: an id, which is the last, statistics, or the end."""
-        for place in range(fork, len(recorded.ids)):
-            for name in self._contradictions(recorded, place):
-                yield Alteration(field=name, place=place)
+    def _implausible(self, recorded: record.Record, regenerated: record.Record, end: int) -> Iterator[Mismatch]:
+        """Yields statistics before ``end`` that rounding does not explain."""
+        if (recorded.top_logprobs is None) != (regenerated.top_logprobs is None):
+            yield Mismatch(field="top_logprobs")
+        for index in range(end):
+            if not _is_near(recorded, regenerated, index):
+                for name in self._contradictions(recorded, index):
+                    yield _mismatch(name, index, recorded, regenerated)
+
+    def _unexplained(self, recorded: record.Record, fork: int) -> Iterator[Mismatch]:
+        """Yields what rounding does not explain from the fork on. An unexplained id is the last."""
+        for index in range(fork, len(recorded.ids)):
+            for name in self._contradictions(recorded, index):
+                yield Mismatch(field=name, index=index)
                 if name == "ids":
                     return
-        told = self._retell(recorded)
-        ends = {"finish_reason": told.finish_reason, "tokens": tuple(told.tokens), "text": told.text, "stop": told.stop}
-        yield from (Alteration(field=name) for name, value in ends.items() if getattr(recorded, name) != value)
+        sequence = self._sequence(recorded)
+        ends = {
+            "finish_reason": sequence.finish_reason,
+            "tokens": tuple(sequence.tokens),
+            "text": sequence.text,
+            "stop": sequence.stop,
+        }
+        yield from (Mismatch(field=name) for name, value in ends.items() if getattr(recorded, name) != value)
 
-    def _contradictions(self, recorded: record.Record, place: int) -> Iterator[str]:
-        """Yields the fields at a token that no logits within the tolerance explain."""
-        token, tolerance = recorded.ids[place], TOLERANCE[recorded.numerics.dtype]
-        draw = self._draw(recorded, place, tolerance)
+    def _contradictions(self, recorded: record.Record, index: int) -> Iterator[str]:
+        """Yields the fields of a token that no logits within the tolerance explain."""
+        token, tolerance = recorded.ids[index], TOLERANCE[recorded.numerics.dtype]
+        draw = self._draw(recorded, index, tolerance)
         margins = draw.margins(token)
         if margins is None:
             yield "ids"
             return
-        if abs(recorded.logprobs[place] - draw.logprobs[token]) > tolerance:
+        if abs(recorded.logprobs[index] - draw.logprobs[token]) > tolerance:
             yield "logprobs"
         for name, interval in (("ranks", draw.ranks(token)), ("margins", margins), ("gaps", draw.gaps(token))):
-            if not interval.holds(getattr(recorded, name)[place]):
+            if not interval.contains(getattr(recorded, name)[index]):
                 yield name
         if recorded.top_logprobs is not None:
-            best = recorded.top_logprobs[place]
-            if not self._are_likeliest(best, recorded.settings.top_logprobs, draw, tolerance):
+            top = recorded.top_logprobs[index]
+            if not self._are_most_likely(top, recorded.settings.top_logprobs, draw, tolerance):
                 yield "top_logprobs"
 
-    def _are_likeliest(
-        self, best: Sequence[tuple[int, float, str]], count: int, draw: rounding.Draw, tolerance: float
+    def _are_most_likely(
+        self, top: Sequence[tuple[int, float, str]], count: int, draw: rounding.Draw, tolerance: float
     ) -> bool:
-        """Returns whether the likeliest tokens can be these: each near its own log-probability and that of its rank."""
-        ids, size = [token for token, _, _ in best], self._vocabulary.vocab_size
-        if len(best) != min(count, size) or len(set(ids)) < len(ids) or max(ids, default=0) >= size:
+        """Returns whether each token is near its own log-probability and that of its rank."""
+        ids, size = [token for token, _, _ in top], self._vocabulary.vocab_size
+        if len(top) != min(count, size) or len(set(ids)) < len(ids) or max(ids, default=0) >= size:
             return False
         in_order = np.sort(draw.logprobs)[::-1]
         return all(
             text == self._vocabulary.show(token)
             and abs(logprob - draw.logprobs[token]) <= tolerance
             and abs(logprob - ranked) <= tolerance
-            for (token, logprob, text), ranked in zip(best, in_order, strict=False)
+            for (token, logprob, text), ranked in zip(top, in_order, strict=False)
         )
 
-    def _draw(self, recorded: record.Record, place: int, tolerance: float) -> rounding.Draw:
-        """Recomputes the draw of a record's token from the record's own ids before it."""
+    def _draw(self, recorded: record.Record, index: int, tolerance: float) -> rounding.Draw:
+        """Recomputes the draw of a recorded token from the recorded ids before it."""
         ids = (*recorded.prompt_ids, *recorded.ids)
-        length = len(recorded.prompt_ids) + place
+        length = len(recorded.prompt_ids) + index
         start = replay.window_start(recorded, length)
         seen_V = np.zeros(self._engine.model.vocab_size, bool)
         seen_V[list(ids[:length])] = True
         key = sampling.sample_key(sampling.seed_words(recorded.seed, recorded.prompt_ids, recorded.sample))
-        uniform = float(sampling.uniform(key, jax.numpy.uint32(place)))
+        uniform = float(sampling.uniform(key, jax.numpy.uint32(index)))
         logits_V = self._logits(ids[start : start + self._engine.window])[length - start - 1]
-        return rounding.Draw(logits_V, seen_V, recorded.settings.configs()[2], uniform, tolerance)
+        _, _, settings = recorded.settings.configs()
+        return rounding.Draw(logits_V, seen_V, settings, uniform, tolerance)
 
     def _logits(self, ids: tuple[int, ...]) -> np.ndarray:
-        """Returns the logits ``[T, V]`` after each of some ids; those computed last are kept."""
-        if self._computed[0] != ids:
-            width = min(self._engine.window, 1 << (len(ids) - 1).bit_length())  # of few widths, few compilations
-            padded_1T = np.zeros((1, width), np.int32)
+        """Returns the logits ``[T, V]`` after each of the ids. Consecutive tokens usually share a context."""
+        if self._last_logits[0] != ids:
+            # Powers of two, so that few lengths are compiled.
+            length = min(self._engine.window, 1 << (len(ids) - 1).bit_length())
+            padded_1T = np.zeros((1, length), np.int32)
             padded_1T[0, : len(ids)] = ids
-            self._computed = ids, np.asarray(_forward(self._engine.module, self._engine.params, padded_1T))[0]
-        return self._computed[1]
+            logits_1TV = _forward(self._engine.module, self._engine.params, padded_1T)
+            self._last_logits = ids, np.asarray(logits_1TV)[0]
+        return self._last_logits[1]
 
-    def _retell(self, recorded: record.Record) -> requests.Sequence:
+    def _sequence(self, recorded: record.Record) -> requests.Sequence:
         """Returns the sequence of the recorded ids, with the text and the end that follow from them."""
         request = replay.request(recorded)
         sequence = requests.Sequence(request, self._engine.max_tokens(request), self._vocabulary)
@@ -218,68 +238,48 @@ def _forward(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
     return model.bind({"params": params})(tokens_BT, dropout=0.0)
 
 
-def _find_fork(recorded: record.Record, found: record.Record) -> Fork | None:
-    pairs = list(zip(recorded.ids, found.ids, strict=False))
-    place = next((index for index, (old, new) in enumerate(pairs) if old != new), len(pairs))
-    is_whole = place == len(recorded.ids) == len(found.ids)
-    if is_whole and recorded.finish_reason == found.finish_reason:
+def _find_fork(recorded: record.Record, regenerated: record.Record) -> Fork | None:
+    pairs = list(zip(recorded.ids, regenerated.ids, strict=False))
+    index = next((index for index, (old, new) in enumerate(pairs) if old != new), len(pairs))
+    is_complete = index == len(recorded.ids) == len(regenerated.ids)
+    if is_complete and recorded.finish_reason == regenerated.finish_reason:
         return None
 
-    def at(values: Sequence[Any]) -> Any:
-        return values[place] if place < len(values) else None
+    def at_fork(values: Sequence[Any]) -> Any:
+        return values[index] if index < len(values) else None
 
     return Fork(
-        place=place,
-        recorded=at(recorded.ids),
-        found=at(found.ids),
-        margin=at(found.margins),
-        gap=at(found.gaps),
+        index=index,
+        recorded=at_fork(recorded.ids),
+        regenerated=at_fork(regenerated.ids),
+        margin=at_fork(regenerated.margins),
+        gap=at_fork(regenerated.gaps),
     )
 
 
-def _altered(recorded: record.Record, found: record.Record, names: Iterable[str]) -> Iterator[Alteration]:
-    return (Alteration(field=name) for name in names if getattr(recorded, name) != getattr(found, name))
+def _different(recorded: record.Record, regenerated: record.Record, names: Iterable[str]) -> Iterator[Mismatch]:
+    return (Mismatch(field=name) for name in names if getattr(recorded, name) != getattr(regenerated, name))
 
 
-def _differences(recorded: record.Record, found: record.Record, end: int) -> Iterator[Alteration]:
-    """Yields statistics before ``end`` that are not equal."""
-    for name in _STATISTICS:
-        old, new = getattr(recorded, name), getattr(found, name)
-        if (old is None) != (new is None):
-            yield Alteration(field=name)
-        elif old is not None and old[:end] != new[:end]:
-            place = next(place for place in range(end) if old[place] != new[place])
-            yield _alteration(name, place, recorded, found)
-
-
-def _alteration(name: str, place: int, recorded: record.Record, found: record.Record) -> Alteration:
+def _mismatch(name: str, index: int, recorded: record.Record, regenerated: record.Record) -> Mismatch:
     if name == "top_logprobs":
-        return Alteration(field=name, place=place)
-    old, new = getattr(recorded, name)[place], getattr(found, name)[place]
-    return Alteration(field=name, place=place, recorded=old, found=new)
+        return Mismatch(field=name, index=index)
+    old, new = getattr(recorded, name)[index], getattr(regenerated, name)[index]
+    return Mismatch(field=name, index=index, recorded=old, regenerated=new)
 
 
-def _is_near(recorded: record.Record, found: record.Record, place: int, tolerance: float) -> bool:
-    """Returns whether the statistics of a token are so near that nothing need be recomputed."""
-    if recorded.ranks[place] != found.ranks[place]:
+def _is_near(recorded: record.Record, regenerated: record.Record, index: int) -> bool:
+    """Returns whether the statistics of a token are so near that its draw need not be recomputed."""
+    tolerance = TOLERANCE[recorded.numerics.dtype]
+    if recorded.ranks[index] != regenerated.ranks[index]:
         return False
-    if abs(recorded.margins[place] - found.margins[place]) > tolerance / 2:  # at temperature 1, shares move half as far
+    # At temperature 1, shares of the probability move half as far as logits.
+    if abs(recorded.margins[index] - regenerated.margins[index]) > tolerance / 2:
         return False
-    pairs = [(getattr(recorded, name)[place], getattr(found, name)[place]) for name in ("logprobs", "gaps")]
-    if recorded.top_logprobs is not None and found.top_logprobs is not None:
-        old, new = recorded.top_logprobs[place], found.top_logprobs[place]
+    pairs = [(getattr(recorded, name)[index], getattr(regenerated, name)[index]) for name in ("logprobs", "gaps")]
+    if recorded.top_logprobs is not None and regenerated.top_logprobs is not None:
+        old, new = recorded.top_logprobs[index], regenerated.top_logprobs[index]
         if [(token, text) for token, _, text in old] != [(token, text) for token, _, text in new]:
             return False
         pairs += [(one[1], two[1]) for one, two in zip(old, new, strict=True)]
     return all(abs(one - two) <= tolerance for one, two in pairs)
-
-
-def _is_at(altered: Sequence[Alteration], field: str, place: int) -> bool:
-    return any((one.field, one.place) == (field, place) for one in altered)
-
-
-def _first_of_each(altered: Iterable[Alteration]) -> tuple[Alteration, ...]:
-    first: dict[str, Alteration] = {}
-    for one in altered:
-        first.setdefault(one.field, one)
-    return tuple(first.values())

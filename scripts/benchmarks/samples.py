@@ -73,7 +73,7 @@ def _make(run: api.Run, num_tokens: int, path: Path | None) -> table.Request:
     def request() -> tuple[float, float]:
         began = time.perf_counter()
         out = writer.RecordFile(path, overwrite=True) if path else None
-        for output in run.outputs(run.requests(asked), measure=out is not None):
+        for output in run.outputs(run.requests_of(asked), measure=out is not None):
             if out and output.finish_reason:
                 out.append(run.recorder.build(output.sequence))
         if out:
