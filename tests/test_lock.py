@@ -1,4 +1,4 @@
-"""One process at a time has a run."""
+"""At most one process holds the lock of a run."""
 
 import errno
 import fcntl
@@ -36,7 +36,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_second_holder_is_told_the_run_and_the_process_and_a_kill_frees_it(run: Path) -> None:
+def test_second_process_is_refused_until_the_first_is_killed(run: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
@@ -48,7 +48,7 @@ def test_a_second_holder_is_told_the_run_and_the_process_and_a_kill_frees_it(run
     assert os.listdir(run.parent) == ["mine"]
 
 
-def test_a_run_is_the_same_behind_a_link_and_under_a_new_name(run: Path) -> None:
+def test_lock_holds_behind_a_link_and_under_a_new_name(run: Path) -> None:
     (run.parent / "alias").symlink_to("mine")
     with lock.Lock(run) as held:
         refused(run.parent / "alias")
@@ -64,7 +64,7 @@ def test_a_run_is_the_same_behind_a_link_and_under_a_new_name(run: Path) -> None
         pass
 
 
-def test_a_run_that_is_not_there_yet_is_locked_and_leaves_nothing(tmp_path: Path) -> None:
+def test_missing_run_is_locked_and_nothing_is_left(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "new"
     with lock.Lock(path) as held:
         refused(path)
@@ -79,7 +79,7 @@ def test_a_run_that_is_not_there_yet_is_locked_and_leaves_nothing(tmp_path: Path
     assert os.listdir(path.parent) == ["other"]
 
 
-def test_of_many_that_try_at_once_one_has_it(tmp_path: Path) -> None:
+def test_one_of_many_concurrent_lockers_succeeds(tmp_path: Path) -> None:
     """The holder removes the lock's file, which another may have opened already."""
     path, holders, most, taken = tmp_path / "run", [0], [0], [0]
 
@@ -103,7 +103,7 @@ def test_of_many_that_try_at_once_one_has_it(tmp_path: Path) -> None:
     assert taken[0] > 150
 
 
-def test_a_file_system_without_locks_is_no_reason_to_stop(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_no_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -122,7 +122,7 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(run: Path, monkeypatch
         (lambda run: (run.rmdir(), run.parent.rmdir(), run.parent.symlink_to("/nosuch/x")), "is not a directory"),
     ],
 )
-def test_what_cannot_be_a_runs_directory_is_named(run: Path, make, message: str) -> None:
+def test_invalid_run_directory_is_an_error(run: Path, make, message: str) -> None:
     make(run)
     with pytest.raises((OSError, ValueError), match=message), lock.Lock(run):
         pass
@@ -130,7 +130,7 @@ def test_what_cannot_be_a_runs_directory_is_named(run: Path, make, message: str)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_run_in_a_directory_of_others_is_locked_by_itself(run: Path) -> None:
+def test_run_in_a_read_only_directory_is_locked_by_its_own(run: Path) -> None:
     (run.parent / "mine").rename(run.parent.parent / "mine")
     run.symlink_to("../mine")
     run.parent.parent.chmod(0o555)

@@ -70,7 +70,7 @@ def test_metrics_fetched_late_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert weights[0] == weights[1]
 
 
-def test_a_run_stopped_with_a_step_in_flight_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_run_stopped_with_a_step_in_flight_resumes_to_the_same_bits(tmp_path: Path) -> None:
     loop.train(job(tmp_path, 0), QUIET)
     stopping = dataclasses.replace(QUIET, should_stop=iter([False, True]).__next__)
     step, completed = loop.train(job(tmp_path, 1), stopping)
@@ -82,7 +82,7 @@ def test_a_run_stopped_with_a_step_in_flight_resumes_to_the_same_bits(tmp_path: 
     assert weights[0] == weights[1]
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+def test_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     """Neither by the checkpoint after it nor by the stop that comes with it."""
     wild = {"learning_rate": 1e38, "clip": 1e38, "min_lr": 0.0, "eval_every": 0, "warmup_steps": 0}
     for steps_in_flight in (0, 1):

@@ -1,4 +1,4 @@
-"""Many devices: the same losses on every mesh, states that open on another one, and processes that work together."""
+"""Several devices: equal losses on every mesh, states restored on another one, and several processes."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def alone() -> np.ndarray:
 
 
 @pytest.mark.parametrize("text", [QUICK, *(pytest.param(text, marks=pytest.mark.slow) for text in MESHES)])
-def test_losses_are_those_of_one_device(text: str, alone: np.ndarray) -> None:
+def test_losses_equal_those_of_one_device(text: str, alone: np.ndarray) -> None:
     losses, state = run(text)
     np.testing.assert_allclose(losses, alone, atol=1e-5)
     assert losses[-1] < losses[0] - 0.05, "it learns"
@@ -85,7 +85,7 @@ def test_dropout_does_not_depend_on_the_mesh() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["data=1", "data=2"])
-def test_accumulated_parts_are_the_large_batch(text: str, alone: np.ndarray) -> None:
+def test_accumulated_gradients_equal_those_of_the_whole_batch(text: str, alone: np.ndarray) -> None:
     np.testing.assert_allclose(run(text, grad_accum=4)[0], alone, atol=1e-5)
     model, tx = parts_of(TRAIN)
     layout = layout_of(text)
@@ -99,7 +99,7 @@ def test_accumulated_parts_are_the_large_batch(text: str, alone: np.ndarray) -> 
 
 
 @pytest.mark.slow
-def test_remat_changes_memory_and_no_loss(alone: np.ndarray) -> None:
+def test_remat_changes_no_loss(alone: np.ndarray) -> None:
     np.testing.assert_allclose(run("data=1", remat=True)[0], alone, atol=1e-6)
     model, tx = parts_of(dataclasses.replace(TRAIN, remat=True))
     layout = layout_of("data=1")
@@ -110,7 +110,7 @@ def test_remat_changes_memory_and_no_loss(alone: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-def test_bfloat16_computes_in_it_and_keeps_float32(alone: np.ndarray) -> None:
+def test_bfloat16_keeps_parameters_and_softmax_in_float32(alone: np.ndarray) -> None:
     losses, state = run("data=1", dtype="bfloat16")
     assert 0 < np.abs(losses - alone).max() < 0.05
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim} == {
@@ -128,7 +128,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(alone: np.ndarray) -> None:
     assert jaxpr.out_avals[0].dtype == np.float32
 
 
-def test_every_parameter_has_a_row_in_the_table() -> None:
+def test_every_parameter_has_a_sharding() -> None:
     shapes = train_step.param_shapes(MODEL)
     assert len(jax.tree.leaves(shapes)) == len(weights.layout(MODEL))
     shardings = layout_of("data=2,fsdp=2,model=2").shardings_for(shapes)
@@ -144,7 +144,7 @@ def test_every_parameter_has_a_row_in_the_table() -> None:
         pytest.param("fsdp=8", "model=4", marks=pytest.mark.slow),
     ],
 )
-def test_a_state_opens_on_another_mesh(tmp_path: Path, saved: str, opened: str) -> None:
+def test_state_is_restored_on_another_mesh(tmp_path: Path, saved: str, opened: str) -> None:
     model, tx = parts_of(TRAIN)
     state = train_step.init_sharded(layout_of(saved), model, tx, KEY)
     store = checkpoint.StateStore(tmp_path)
@@ -173,12 +173,12 @@ def test_a_state_opens_on_another_mesh(tmp_path: Path, saved: str, opened: str) 
         ("fsdp=5", "by 5: 8 rows"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_told(text: str, message: str) -> None:
+def test_invalid_mesh_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mesh.parse(text, batch_size=8, available=8)
 
 
-def test_without_a_mesh_as_many_devices_as_divide_the_batch_share_it() -> None:
+def test_default_mesh_uses_as_many_devices_as_divide_the_batch() -> None:
     for batch, available, used in ((8, 8, 8), (6, 8, 2), (5, 8, 1), (12, 8, 4), (4, 1, 1)):
         assert mesh.parse(None, batch_size=batch, available=available)["data"] == used
 
@@ -225,7 +225,7 @@ def losses_of(work: Path, name: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_open_each_others_checkpoints(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_and_resume_each_others_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(programs.TEXT)
     one = programs.spawn("train", *TINY, "--run-name", "one", cwd=tmp_path)
     assert one.code == 0, one.err
@@ -250,7 +250,7 @@ def test_two_processes_train_as_one_and_open_each_others_checkpoints(tmp_path: P
 
 
 @pytest.mark.slow
-def test_processes_that_disagree_are_told_what_about(tmp_path: Path) -> None:
+def test_processes_with_different_flags_fail(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(programs.TEXT)
     flags = (*TINY, "--run-name", "two")
     ended = processes(tmp_path, flags, (*flags, "--lr", "0.5"))

@@ -1,4 +1,4 @@
-"""Replacing a run: the old one or the new one is there after a kill at any moment, and no file of another's is lost."""
+"""Replacing a run: a kill at any moment leaves the old run or the new one, and foreign files are never deleted."""
 
 import shutil
 from pathlib import Path
@@ -40,11 +40,11 @@ def names(path: Path) -> set[str]:
     return {str(file.relative_to(path)) for file in path.rglob("*")}
 
 
-def test_the_names_of_the_data_are_those_that_it_is_written_under() -> None:
+def test_names_of_data_files_match_the_manifest() -> None:
     assert {manifest.TOKENIZER_NAME, manifest.TOKENS_NAME, manifest.MANIFEST_NAME} == reset._DATA
 
 
-def test_a_run_writes_nothing_foreign(root: Path, trained: Path) -> None:
+def test_files_of_a_run_are_not_foreign(root: Path, trained: Path) -> None:
     assert reset.find_foreign(root / "mine") is None
     assert reset.find_foreign(trained / "checkpoints/tiny") is None
 
@@ -93,7 +93,7 @@ def killing(operation, left: list[int]):
     return operate
 
 
-def test_a_new_run_that_fails_gives_way_to_the_old_one_and_keeps_its_data(root: Path) -> None:
+def test_failed_new_run_is_undone_and_its_data_kept(root: Path) -> None:
     run, data = root / "mine", names(root / ".mine.new")
     old = names(run)
     reset.replace(run)
@@ -115,7 +115,7 @@ def test_a_new_run_that_fails_gives_way_to_the_old_one_and_keeps_its_data(root: 
 @pytest.mark.parametrize(
     "name", ["notes.txt", "train_state/notes.txt", "train_state/2/n.txt", "tensorboard/n", "dir/a"]
 )
-def test_a_file_that_no_run_writes_is_found_and_never_deleted(root: Path, name: str) -> None:
+def test_foreign_file_is_found_and_never_deleted(root: Path, name: str) -> None:
     path = root / "mine" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("years of work")
@@ -129,7 +129,7 @@ def test_a_file_that_no_run_writes_is_found_and_never_deleted(root: Path, name: 
     assert not (root / "mine/tokens.bin").exists()
 
 
-def test_links_are_deleted_and_not_what_they_lead_to(root: Path) -> None:
+def test_links_are_deleted_without_their_targets(root: Path) -> None:
     kept = root.parent / "kept"
     kept.mkdir()
     (kept / "a").write_text("a")
@@ -141,7 +141,7 @@ def test_links_are_deleted_and_not_what_they_lead_to(root: Path) -> None:
     assert (kept / "a").read_text() == "a"
 
 
-def test_what_cannot_be_deleted_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_deletion_is_reported(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = Path.unlink
 
     def refuse(self: Path, missing_ok: bool = False) -> None:
@@ -154,7 +154,7 @@ def test_what_cannot_be_deleted_is_told(root: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("place", ["mine/tokens.bin", ".mine.new/data.json", ".mine.old/x", "alias/tokens.bin", "link"])
-def test_what_a_new_run_is_made_from_must_lie_elsewhere(root: Path, place: str) -> None:
+def test_inputs_inside_the_run_are_refused(root: Path, place: str) -> None:
     (root / "alias").symlink_to("mine")
     (root / "link").symlink_to("mine/tokenizer.json")
     with pytest.raises(ValueError, match="lies in the directory of the run, which a new run replaces"):
@@ -162,14 +162,14 @@ def test_what_a_new_run_is_made_from_must_lie_elsewhere(root: Path, place: str) 
     reset.check_outside(root / "mine", [root.parent / "text.txt", root / "mine2/tokens.bin"])
 
 
-def test_temporary_files_of_killed_writers_go_and_no_others(root: Path) -> None:
+def test_only_temporary_files_of_killed_writers_are_removed(root: Path) -> None:
     for name in (".latest_config.json.9.tmp", ".a.txt.9.tmp", ".mine_step3.bin.tmp"):
         (root / "mine" / name).touch()
     reset.remove_temporaries(root / "mine")
     assert {name for name in names(root / "mine") if name.endswith(".tmp")} == {".a.txt.9.tmp", ".mine_step3.bin.tmp"}
 
 
-def test_a_run_behind_a_link_is_replaced_where_it_lies(root: Path) -> None:
+def test_run_behind_a_link_is_replaced_at_its_target(root: Path) -> None:
     big = root.parent / "big"
     big.mkdir()
     (root / "mine").rename(big / "far")
@@ -184,7 +184,7 @@ def test_a_run_behind_a_link_is_replaced_where_it_lies(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train_state", "tensorboard", "latest_config.json", "metrics.jsonl", "settings.json"])
-def test_what_has_the_name_of_a_runs_file_and_is_none_is_named(root: Path, name: str) -> None:
+def test_wrong_kind_of_file_is_an_error(root: Path, name: str) -> None:
     path = root / "mine" / name
     if path.is_dir():
         shutil.rmtree(path)

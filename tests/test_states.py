@@ -30,13 +30,13 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def test_whole_states_are_found_and_the_newest_is_chosen(run: Path) -> None:
+def test_newest_intact_state_is_found(run: Path) -> None:
     assert states.verify_states(run) == [(4, None), (6, None)]
     assert states.find_intact(run) == (6, [])
     assert states.find_intact(run.parent) == (None, [])
 
 
-def test_any_flipped_bit_of_a_real_state_is_noticed(trained: Path, tmp_path: Path) -> None:
+def test_any_flipped_bit_of_a_real_state_is_detected(trained: Path, tmp_path: Path) -> None:
     """In the files that Orbax wrote, and in the digests themselves."""
     run = Path(shutil.copytree(trained / "checkpoints/tiny", tmp_path / "tiny", symlinks=True))
     assert states.find_intact(run) == (40, [])
@@ -58,7 +58,7 @@ def test_any_flipped_bit_of_a_real_state_is_noticed(trained: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "default/d/5c1e", "sha256.json"])
 @pytest.mark.parametrize("damage", ["empty", "cut", "grown", "missing", "link", "directory"])
-def test_a_file_of_another_kind_or_size_is_noticed(run: Path, name: str, damage: str) -> None:
+def test_file_of_another_kind_or_size_is_detected(run: Path, name: str, damage: str) -> None:
     path = states.path_of(run, 6) / name
     data = path.read_bytes()
     path.unlink()
@@ -75,7 +75,7 @@ def test_a_file_of_another_kind_or_size_is_noticed(run: Path, name: str, damage:
 
 
 @pytest.mark.parametrize("extra", ["default/d/0000", "notes.txt", "default/link"])
-def test_a_file_that_does_not_belong_to_a_state_is_named(run: Path, extra: str) -> None:
+def test_foreign_file_in_a_state_is_detected(run: Path, extra: str) -> None:
     path = states.path_of(run, 6) / extra
     path.symlink_to(run) if "link" in extra else path.touch()
     assert states.verify(run, 6).fault == f"{path} does not belong to it"
@@ -85,20 +85,20 @@ def test_a_file_that_does_not_belong_to_a_state_is_named(run: Path, extra: str) 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"files": {}}', '{"files": {"a": 1}}', '{"files": {"a": "00"}}', '{"files": [1e400]}']
 )
-def test_digests_that_are_none_are_named(run: Path, text: str) -> None:
+def test_invalid_digests_are_detected(run: Path, text: str) -> None:
     path = states.path_of(run, 6) / "sha256.json"
     path.write_text(text)
     assert states.verify(run, 6).fault == f"{path} is not a file of digests"
 
 
-def test_no_intact_state_is_one_line_with_every_fault(run: Path) -> None:
+def test_error_lists_the_fault_of_every_state(run: Path) -> None:
     flip(states.path_of(run, 6) / "default/d/5c1e", 77)
     (states.path_of(run, 4) / "default/d/5c1e").unlink()
     with pytest.raises(ValueError, match=r"run 'run' cannot be resumed: .*step 6 .*5c1e was changed.*step 4 .*missing"):
         states.find_intact(run)
 
 
-def test_a_state_without_digests_was_not_saved_completely(run: Path) -> None:
+def test_state_without_digests_was_not_saved_completely(run: Path) -> None:
     fakes.make_state(run, 8, sealed=False)
     at, (note,) = states.find_intact(run)
     assert (at, "step 8 is damaged (no sha256.json: its save was cut short)" in note) == (6, True)
@@ -107,7 +107,7 @@ def test_a_state_without_digests_was_not_saved_completely(run: Path) -> None:
     assert states.find_intact(run) == (None, [])
 
 
-def test_damaged_states_are_set_aside_until_the_next_is_saved(run: Path) -> None:
+def test_damaged_states_are_set_aside_until_the_next_save(run: Path) -> None:
     (run / "train_state/9.orbax-checkpoint-tmp-1").mkdir()
     states.set_damaged_aside(run, 4)
     assert sorted(os.listdir(run / "train_state")) == ["4", "6.damaged"]
@@ -118,7 +118,7 @@ def test_damaged_states_are_set_aside_until_the_next_is_saved(run: Path) -> None
     assert sorted(os.listdir(run / "train_state")) == ["4"]
 
 
-def test_the_digests_are_those_of_the_files(run: Path) -> None:
+def test_digests_cover_every_file(run: Path) -> None:
     state = states.path_of(run, 4)
     found = json.loads((state / "sha256.json").read_text())["files"]
     assert set(found) == {"_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d/5c1e"}

@@ -47,7 +47,7 @@ def shown(directory: Path) -> dict[str, list[tuple[int, Any]]]:
     return {tag: pairs for tag, pairs in tags.items() if pairs}
 
 
-def test_the_lines_are_scalars_and_samples_are_text(tmp_path: Path) -> None:
+def test_lines_are_scalars_and_samples_are_text(tmp_path: Path) -> None:
     file = tensorboard.EventFile(tmp_path / "tensorboard")
     file.append({"step": 10, "loss": 2.5, "learning_rate": 0.125})
     file.append({"step": 10, "validation_loss": 3.0, "validation_nats_per_byte": 1.5})
@@ -75,7 +75,7 @@ def test_every_event_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
     file.close()
 
 
-def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
+def test_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
     """The first run was killed after step 50, the state is of step 20; a second resume, from 40, within the second."""
     first = tensorboard.EventFile(tmp_path)
     for step in (10, 20, 30, 40, 50):
@@ -96,7 +96,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
     }
 
 
-def test_a_number_beyond_float32_is_kept_finite(tmp_path: Path) -> None:
+def test_number_beyond_float32_is_clipped(tmp_path: Path) -> None:
     file = tensorboard.EventFile(tmp_path)
     file.append({"step": 1, "gradient_norm": 1.7e308})
     file.close()
@@ -104,7 +104,7 @@ def test_a_number_beyond_float32_is_kept_finite(tmp_path: Path) -> None:
     assert number == pytest.approx(3.4e38)
 
 
-def test_where_tensorboardx_is_missing_the_command_that_installs_it_is_told(
+def test_missing_tensorboardx_is_an_error_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__

@@ -1,4 +1,4 @@
-"""The optimizer, the step, the metrics file and the score of a text."""
+"""The optimizer, the step, metrics.jsonl, settings.json and the evaluation of a text."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ def make(
     return train_step.init_sharded(layout, model, tx, key), train_step.make_train_step(model, tx, train, key, layout)
 
 
-def test_the_schedule_warms_up_linearly_and_ends_at_the_final_rate() -> None:
+def test_schedule_warms_up_linearly_and_ends_at_the_final_rate() -> None:
     train = training_config.TrainConfig(steps=110, learning_rate=1e-2, warmup_steps=10, min_lr=1e-3)
     rates = [float(jnp.asarray(optimizer.learning_rate(train)(count))) for count in range(110)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 1e-3, rtol=1e-5)
@@ -65,7 +65,7 @@ def test_only_matrices_decay(model: transformer.Transformer) -> None:
         assert bool(jnp.all(update < 0) if update.ndim >= 2 else jnp.all(update == 0)), path
 
 
-def test_the_gradient_is_clipped_by_its_global_norm(model: transformer.Transformer) -> None:
+def test_gradient_is_clipped_by_its_global_norm(model: transformer.Transformer) -> None:
     train = training_config.TrainConfig(clip=1.0, weight_decay=0.0)
     tx = optimizer.make(train)
     params = train_step.param_shapes(model.config)
@@ -78,7 +78,7 @@ def test_the_gradient_is_clipped_by_its_global_norm(model: transformer.Transform
         assert largest == pytest.approx(0.1 * norm * float(jax.tree.leaves(unit)[0].max()), rel=1e-4)
 
 
-def test_a_step_is_a_function_of_state_and_batch(model: transformer.Transformer) -> None:
+def test_step_depends_only_on_state_and_batch(model: transformer.Transformer) -> None:
     train = training_config.TrainConfig(dropout=0.3, steps=10)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 9)), jnp.int32)
     results = []
@@ -92,7 +92,7 @@ def test_a_step_is_a_function_of_state_and_batch(model: transformer.Transformer)
     assert float(results[0][1]) != float(results[0][2])
 
 
-def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Transformer) -> None:
+def test_training_overfits_one_batch(model: transformer.Transformer) -> None:
     train = training_config.TrainConfig(steps=200, learning_rate=1e-2, warmup_steps=5, weight_decay=0.0)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 40, (3, 6)), jnp.int32)
     state, take_step = make(model, train)
@@ -106,7 +106,7 @@ def test_any_batch_size_and_sequence_overfits_one_batch(model: transformer.Trans
 
 
 @pytest.mark.slow
-def test_score_counts_every_token_but_the_first_once(model: transformer.Transformer) -> None:
+def test_evaluation_scores_each_token_but_the_first_once(model: transformer.Transformer) -> None:
     params = train_step.init_state(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 31).astype(np.uint16)
     scored = score.evaluate(model, params, ids, text_bytes=60, batch_size=3, length=8)
@@ -126,7 +126,7 @@ def test_score_counts_every_token_but_the_first_once(model: transformer.Transfor
 
 
 @pytest.mark.parametrize("value", [709.0, 709.7, 710.0, 483_334.0])
-def test_a_perplexity_is_that_of_the_loss_or_infinite(value: float) -> None:
+def test_perplexity_is_exp_of_the_loss_or_infinite(value: float) -> None:
     scored = score.Score(loss=value, nats_per_byte=value, accuracy=0.0, tokens=1)
     line = {"step": 1, **metrics.describe_score(scored)}
     assert scored.perplexity == (np.exp(value) if value < 709.78 else np.inf)
@@ -136,7 +136,7 @@ def test_a_perplexity_is_that_of_the_loss_or_infinite(value: float) -> None:
     assert ("Perplexity: inf" in metrics.format_evaluation(line)) == (value > 709.78)
 
 
-def test_a_target_that_shares_the_largest_logit_is_right() -> None:
+def test_equally_likely_tokens_are_top_and_ranked_by_id() -> None:
     logits_BTV = jnp.asarray([[[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [4.0, 3.0, 0.0]]])
     scores = loss.score_tokens(logits_BTV, jnp.asarray([[1, 2, 1]]))
     assert scores.is_top_BT.tolist() == [[True, True, False]]
@@ -144,14 +144,14 @@ def test_a_target_that_shares_the_largest_logit_is_right() -> None:
 
 
 @pytest.mark.slow
-def test_score_of_some_batches_is_a_part_of_the_whole(model: transformer.Transformer) -> None:
+def test_max_batches_limits_the_scored_tokens(model: transformer.Transformer) -> None:
     params = train_step.init_state(model, optimizer.make(training_config.TrainConfig()), jax.random.key(3)).params
     ids = np.random.default_rng(2).integers(0, 40, 200).astype(np.uint16)
     some = score.evaluate(model, params, ids, text_bytes=199, batch_size=2, length=8, max_batches=3)
     assert some.tokens == 3 * 2 * 8
 
 
-def test_metrics_lose_what_comes_after_a_step_and_a_torn_end(tmp_path: Path) -> None:
+def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for number in (1, 2, 3, 4):
         metrics.append(path, {"step": number, "loss": 1.0})
@@ -180,7 +180,7 @@ def test_metrics_lose_what_comes_after_a_step_and_a_torn_end(tmp_path: Path) -> 
         *('{"step": 2, "step": 2}', '{"step": 2, "loss": 1e400}', "[" * 100_000),
     ],
 )
-def test_a_line_of_metrics_of_another_kind_is_named(tmp_path: Path, line: str) -> None:
+def test_invalid_line_of_metrics_is_an_error(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "validation_loss": 2}}\n{line}\n')
     for reader in (metrics.truncate, metrics.best_loss, metrics.best_step, metrics.is_evaluated):
@@ -191,7 +191,7 @@ def test_a_line_of_metrics_of_another_kind_is_named(tmp_path: Path, line: str) -
     assert path.read_text() == '{"step": 1, "validation_loss": 2}\n'
 
 
-def test_the_best_step_is_the_first_of_the_lowest_loss(tmp_path: Path) -> None:
+def test_best_step_is_the_first_with_the_lowest_loss(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert (metrics.best_step(path, 9), metrics.best_loss(path, 9)) == (None, np.inf)
     for at, value in ((2, 3.0), (4, 1.0), (6, 1.0), (8, 0.5)):
@@ -213,9 +213,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(found[: draw.randrange(len(found) + 1)] if draw.random() < 0.1 else found)
 
 
-def test_mutated_metrics_and_settings_are_read_or_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mutated_metrics_and_settings_give_one_line_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """600 mutations of each file, with a fixed seed."""
     monkeypatch.setattr(directory, "CHECKPOINTS", tmp_path)
     train = training_config.TrainConfig(steps=40)
@@ -244,7 +242,7 @@ def test_mutated_metrics_and_settings_are_read_or_refused_in_one_line(
     assert [text for text in refused if "\n" in text or len(text) > 900] == []
 
 
-def test_settings_say_what_changes_the_numbers(tmp_path: Path) -> None:
+def test_changed_settings_are_noted_or_refused(tmp_path: Path) -> None:
     train = training_config.TrainConfig(steps=40)
     resume.write_settings(tmp_path, MODEL, train)
     assert resume.check_settings(tmp_path, MODEL, train, step=20, extend=False) == []
@@ -272,9 +270,7 @@ def test_settings_say_what_changes_the_numbers(tmp_path: Path) -> None:
             resume.check_settings(tmp_path, MODEL, train, step=20, extend=False)
 
 
-def test_settings_name_the_hardware_that_the_last_bits_depend_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_hardware_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = training_config.TrainConfig(steps=40)
     resume.write_settings(tmp_path, MODEL, train)
     held = json.loads((tmp_path / "settings.json").read_text())["numerics"]
@@ -288,6 +284,6 @@ def test_settings_name_the_hardware_that_the_last_bits_depend_on(
     assert line.endswith("equal those of the uninterrupted run within rounding, but not to the last bit")
 
 
-def test_a_perplexity_is_never_hundreds_of_digits() -> None:
+def test_large_perplexity_is_formatted_with_an_exponent() -> None:
     line = {"step": 1, "loss": 700.0, "perplexity": np.exp(700.0), "accuracy": 0.5, "learning_rate": 0.1}
     assert "| Perplexity: 1.01e+304 |" in metrics.format_step({**line, "milliseconds": 1.0, "tokens_per_second": 1.0})
