@@ -1,4 +1,4 @@
-"""How a model is trained: a frozen, validated value. Nothing here imports JAX."""
+"""Settings of training. Importing this module does not import JAX."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ WEIGHTS_DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained.
+    """Settings of training.
 
     Attributes:
-        batch_size: Sequences in a step, ``B``.
-        steps: Optimizer steps in all; the cosine schedule ends there.
+        batch_size: Sequences per step, ``B``.
+        steps: Number of optimizer steps; the cosine schedule ends there.
         learning_rate: Peak of the schedule, above 0.
         warmup_steps: Steps of linear warm-up from 0; at least 0.
         min_lr: Learning rate at the last step, in [0, learning_rate]; None takes a tenth of the peak.
@@ -21,20 +21,20 @@ class TrainConfig:
         weight_decay: AdamW's decoupled decay of weight matrices; at least 0.
         clip: Largest global norm of the gradient, above 0.
         dropout: Probability of dropping an activation while training, in [0, 1).
-        dtype: Type of the arithmetic, one of ``config.DTYPES``; parameters, optimizer, softmax, LayerNorm's
-            statistics and the loss are float32 in either.
-        grad_accum: Parts that a step's batch is computed in, one after the other; they divide it.
-        remat: Whether activations are computed again for the backward pass instead of being kept.
-        seed: Of the initial weights, the data order and dropout; in ``[0, 2**32)``.
+        dtype: Type of the arithmetic, one of ``config.DTYPES``; parameters, optimizer, softmax, LayerNorm statistics
+            and the loss are float32 in any case.
+        grad_accum: Parts of a batch that are computed one after the other; a divisor of ``batch_size``.
+        remat: Whether the backward pass recomputes activations instead of keeping them.
+        seed: Seed of the initial weights, the data order and dropout, in ``[0, 2**32)``.
         log_every: Steps between log lines.
         eval_every: Steps between evaluations; 0 evaluates with each checkpoint.
-        eval_batches: Batches of the validation split in an evaluation; 0 takes the whole split.
+        eval_batches: Batches per evaluation; 0 takes the whole validation split.
         sample_every: Steps between samples of text; 0 writes none.
         ckpt_every: Steps between checkpoints; 0 writes only the last.
-        keep_last: Checkpoints kept, the newest by step number.
+        keep_last: Number of checkpoints kept, the newest by step.
 
     Raises:
-        ValueError: A value is out of its range, infinite or not a number.
+        ValueError: A value is out of range, infinite or NaN.
     """
 
     batch_size: int = 4

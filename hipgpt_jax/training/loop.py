@@ -131,7 +131,7 @@ def _train(trainer: "_Trainer", job: Job, resume_step: int | None) -> TrainResul
             is_best, is_stopping = trainer.evaluate(state, step)
         else:
             is_best, is_stopping = False, trainer.is_stopping()
-        # The best step is kept for generation alone, unless it is a checkpoint too: Orbax's states are large.
+        # A best step that is no checkpoint is kept for generation alone, because Orbax's states are large.
         resumable = is_stopping or trainer.is_checkpoint(step)
         if resumable or is_best:
             trainer.save(state, step, resumable=resumable, best=is_best)
@@ -226,7 +226,7 @@ class _Trainer:
 
     def is_stopping(self) -> bool:
         """Returns whether to stop after the current step."""
-        # The processes agree on it, which none can that has failed: so all see a NaN first.
+        # A process that has failed on NaN cannot take part in the agreement, so all must see the NaN first.
         if jax.process_count() > 1:
             self.drain()
         return _any_process(self._report.should_stop())
@@ -302,12 +302,7 @@ class _Trainer:
             self._store.close()
 
     def _fetch_metrics(self, in_flight: int, started: float) -> None:
-        """Fetches and logs the metrics of all but the newest ``in_flight`` steps, in order.
-
-        Args:
-            in_flight: Steps that may stay in flight.
-            started: Time from which the clock runs.
-        """
+        """Fetches and logs the metrics of all but the newest ``in_flight`` steps; the clock runs from ``started``."""
         while len(self._in_flight) > in_flight:
             step, measured, learning_rate = self._in_flight.popleft()
             mean_loss, accuracy, gradient_norm = map(float, jax.device_get(measured))
