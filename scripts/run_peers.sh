@@ -6,4 +6,4 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 environment .venv-peers dev,peers torch==2.13.0
-exec .venv-peers/bin/python -m pytest -m peers "$@"
+exec .venv-peers/bin/python -m pytest -n 2 --dist worksteal -m peers "$@"
