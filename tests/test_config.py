@@ -57,8 +57,8 @@ def test_model_sizes_have_a_highest_value(field: str) -> None:
             ValueError, match=rf"^{field} must be at most {highest} \(a size of the model\): got {wrong}$"
         ):
             config.ModelConfig(**{field: wrong})
-    wrong: Any
-    for wrong in (0, -8, 128.0, True):
+    invalid: list[Any] = [0, -8, 128.0, True]
+    for wrong in invalid:
         with pytest.raises(ValueError, match=rf"^{field} must be an integer of at least 1 .*got {wrong!r}$"):
             config.ModelConfig(**{field: wrong})
 
