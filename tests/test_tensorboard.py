@@ -82,11 +82,11 @@ def test_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
         first.append({"step": step, "loss": 1.0})
         first.text(step, "old")
     first.close()
-    second = tensorboard.EventFile(tmp_path, resumed_at=20)
+    second = tensorboard.EventFile(tmp_path, resume_step=20)
     for step in (30, 40, 50):
         second.append({"step": step, "loss": 2.0})
     second.close()
-    third = tensorboard.EventFile(tmp_path, resumed_at=40)
+    third = tensorboard.EventFile(tmp_path, resume_step=40)
     third.append({"step": 50, "loss": 3.0})
     third.close()
     assert len(list(tmp_path.iterdir())) == 3

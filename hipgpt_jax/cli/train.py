@@ -78,8 +78,8 @@ def _run(
 
     if start:
         start.prepare()
-    run, resume_at = json.loads(
-        processes.of_first(json.dumps([start.directory.name, start.resume_at] if start else None))
+    run, resume_step = json.loads(
+        processes.of_first(json.dumps([start.directory.name, start.resume_step] if start else None))
     )
     run_directory = directory.CHECKPOINTS / run
     data = dataset.Dataset(run_directory)
@@ -104,10 +104,10 @@ def _run(
         utilisation=functools.partial(_utilisation, cost, device, layout.mesh.size, train.dtype),
         check_directory=start.held.check_directory if start else lambda: None,
     )
-    with train_report.stopping() as should_stop, train_report.reporting(job, should_stop, resume_at) as report:
+    with train_report.stopping() as should_stop, train_report.reporting(job, should_stop, resume_step) as report:
         if start:
             report = dataclasses.replace(report, saved=start.delete_replaced_run)
-        result = loop.train(job, report, resume_step=resume_at)
+        result = loop.train(job, report, resume_step=resume_step)
     if start:
         if result.completed:
             program.note(f"done: {shlex.join(['hipgpt-generate', '--run-name', run])} --prompt TEXT")

@@ -100,7 +100,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def reporting(job: "loop.Job", should_stop: Callable[[], bool], resume_at: int | None) -> Iterator["loop.Report"]:
+def reporting(job: "loop.Job", should_stop: Callable[[], bool], resume_step: int | None) -> Iterator["loop.Report"]:
     """Yields callbacks for log lines on stdout and a progress bar on stderr, if that is a terminal."""
     from rich import progress
 
@@ -119,7 +119,7 @@ def reporting(job: "loop.Job", should_stop: Callable[[], bool], resume_at: int |
         log = functools.partial(terminal.print, soft_wrap=True, markup=False, highlight=False)
     else:
         log = functools.partial(print, flush=True)
-    with bar, _events(job, resume_at) as events:
+    with bar, _events(job, resume_step) as events:
         task = bar.add_task("train", total=job.train.steps, loss=float("nan"), rate=0.0)
         yield loop.Report(
             log=log,
@@ -138,7 +138,7 @@ def _console() -> "console.Console":
 
 
 @contextlib.contextmanager
-def _events(job: "loop.Job", resume_at: int | None) -> Iterator["tensorboard.EventFile | None"]:
+def _events(job: "loop.Job", resume_step: int | None) -> Iterator["tensorboard.EventFile | None"]:
     """Yields the file of ``--tensorboard``; steps that a resumed run repeats replace the old ones."""
     import jax
 
@@ -148,7 +148,7 @@ def _events(job: "loop.Job", resume_at: int | None) -> Iterator["tensorboard.Eve
         yield None
         return
     folder = job.directory / reset.TENSORBOARD_NAME
-    with contextlib.closing(tensorboard.EventFile(folder, resumed_at=resume_at or 0)) as events:
+    with contextlib.closing(tensorboard.EventFile(folder, resume_step=resume_step or 0)) as events:
         yield events
 
 
@@ -159,7 +159,7 @@ def _sampling(
     vocabulary = tokenizer.Tokenizer.load(job.directory / manifest.TOKENIZER_NAME)
     engines: list[Any] = []
 
-    def sample(at: int, params: Any) -> None:
+    def sample(step: int, params: Any) -> None:
         from hipgpt_jax.generation import requests, scheduler
 
         if not engines:
@@ -173,8 +173,8 @@ def _sampling(
         )
         ids = [output.token for output in engines[0].run([request]) if output.token is not None]
         text = vocabulary.decode([*request.prompt_ids, *ids])
-        log(f"[Step {at}] Sample: {text!r}")
+        log(f"[Step {step}] Sample: {text!r}")
         if event_file:
-            event_file.text(at, text)
+            event_file.text(step, text)
 
     return sample

@@ -87,13 +87,13 @@ class Start:
     Attributes:
         directory: The run's directory.
         held: Its lock.
-        resume_at: Step of the training state to resume from; None starts at the first step.
+        resume_step: Step of the training state to resume from; None starts at the first step.
     """
 
     def __init__(self, run_directory: Path, held: lock.Lock) -> None:
         self.directory = run_directory
         self.held = held
-        self.resume_at: int | None = None
+        self.resume_step: int | None = None
         if train_flags.RESUME.value:
             self._check_resumed()
         else:
@@ -127,11 +127,11 @@ class Start:
         if not train_flags.RESUME.value:
             resume.write_settings(self.directory, model, train)
             return
-        at = self.resume_at or 0
-        for line in resume.check_settings(self.directory, model, train, step=at, extend=train_flags.EXTEND.value):
+        step = self.resume_step or 0
+        for line in resume.check_settings(self.directory, model, train, step=step, extend=train_flags.EXTEND.value):
             program.note(line)
-        states.set_damaged_aside(self.directory, self.resume_at)
-        resume.extend(self.directory, train, at)
+        states.set_damaged_aside(self.directory, self.resume_step)
+        resume.extend(self.directory, train, step)
 
     def delete_replaced_run(self, step: int) -> None:
         """Deletes the run that this one replaced; called when this one has a checkpoint."""
@@ -184,8 +184,8 @@ class Start:
             else:
                 preparation.check_same_data(here, **_sources())
         _check_prompt(here)
-        self.resume_at, lines = states.find_intact(here)
-        if self.resume_at is None:
+        self.resume_step, lines = states.find_intact(here)
+        if self.resume_step is None:
             self._check_unsaved()
             lines = ["no training state was saved yet: starting at the first step"]
         for line in lines:

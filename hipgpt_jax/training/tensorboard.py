@@ -19,12 +19,12 @@ class EventFile:
     first repeated step: TensorBoard then drops the events of older files from there on, so that none shows twice.
     """
 
-    def __init__(self, directory: Path, resumed_at: int = 0) -> None:
+    def __init__(self, directory: Path, resume_step: int = 0) -> None:
         """Creates the file.
 
         Args:
             directory: Directory of the run's event files; created if missing.
-            resumed_at: Step of the state that the run resumes from; 0 for a new run.
+            resume_step: Step of the state that the run resumes from; 0 for a new run.
         """
         writer, self._summary, self._event = _library()
         directory.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ class EventFile:
         self._writer = writer.EventsWriter(str(directory / "events"), f".{earlier:04}")
         # TensorBoard ignores the first session start of a directory, so a new run's file needs one too.
         start = self._event.SessionLog(status=self._event.SessionLog.START)
-        self._write(self._event.Event(step=resumed_at + 1, session_log=start))
+        self._write(self._event.Event(step=resume_step + 1, session_log=start))
         self._writer.flush()
 
     def append(self, line: dict[str, Any]) -> None:
