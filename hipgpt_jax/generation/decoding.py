@@ -100,7 +100,7 @@ def initial_state(
 
     Args:
         key_12: The sample's key.
-        prompt_ids: All ids of the prompt; the context holds the last ``W`` of them but the newest.
+        prompt_ids: All ids of the prompt; see ``requests.Request.context``.
         settings: How tokens are chosen.
         eos_id: The id that ends the sample, -1 for none.
         W: Window.

@@ -53,7 +53,7 @@ class Engine:
         self._blocks: tuple[kv.Block, ...] = ()  # as many as were needed so far
 
     def insert(self, prefix: Prefix, slot: int, request: requests.Request) -> None:
-        """Gives a slot to a sample whose context, all of its prompt but the last token, is prefilled."""
+        """Gives a slot to a sample whose context is prefilled; see ``requests.Request.context``."""
         programs = self._programs
         words_3 = sampling.seed_words(request.generation.seed, request.prompt_ids, request.sample)
         key_12 = programs.run(executables.Program("sample_key"), words_3)

@@ -31,6 +31,14 @@ class Request:
     id: str = ""
     prompt: str = ""
 
+    def context(self, window: int) -> tuple[int, ...]:
+        """Returns the ids that are prefilled: the last ``window`` of the prompt, except for the very last one.
+
+        The first decode step takes that one in like any other, so one program samples all tokens.
+        """
+        # A separate program for the first token made a start with a cold cache take 5.0 s instead of 3.3 s.
+        return self.prompt_ids[-window:][:-1]
+
 
 class Stats(NamedTuple):
     """Statistics of one token: a view of a fetched step's arrays.

@@ -115,8 +115,7 @@ class Scheduler:
         replicas = [_Replica(self._programs, measure=measure) for _ in range(self._programs.backend.num_replicas)]
         queue = waiting.WaitingQueue(self._programs, self._sequences(incoming, vocabulary, keeps=measure))
         with contextlib.ExitStack() as stack:
-            # JAX runs the programs that one thread dispatches on a CPU one after the other, so each replica has its
-            # own.
+            # On a CPU, JAX runs the programs of one thread in turn, so each replica has a thread of its own.
             threads = [stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in replicas[1:] and replicas]
             outputs: Iterable[requests.Output] = ()
             while True:
@@ -183,11 +182,11 @@ class _Slot:
         return self.sequence.max_tokens - self.num_dispatched
 
 
-class _Program(NamedTuple):
+class _InFlight(NamedTuple):
     """A dispatched program.
 
     Attributes:
-        slots: By slot, the sequence and its number of tokens.
+        slots: The sequence of each slot, and its number of tokens.
         first_slot: Slot of the first row.
         token_TB: Sampled ids; a NumPy array once they are fetched, like the others.
         stats: Their statistics, if they are measured.
@@ -208,7 +207,7 @@ class _Replica:
         self._programs, self._measures = programs, measure
         self._engine = engine.Engine(programs)
         self._slots: list[_Slot | None] = [None] * programs.backend.num_slots
-        self._in_flight: list[_Program] = []
+        self._in_flight: list[_InFlight] = []
 
     @property
     def free_slots(self) -> list[int]:
@@ -219,27 +218,22 @@ class _Replica:
         return any(self._slots)
 
     def insert(self, index: int, sequence: requests.Sequence, batch: waiting.PrefillBatch) -> None:
-        """Gives a free slot to a sequence; the next step samples its first token.
-
-        The prompt is prefilled except for its last token, which that step takes in like any other, so all tokens are
-        sampled by one program.
-        """
-        # A separate program for the first token made a start with a cold cache take 5.0 s instead of 3.3 s.
-        context = sequence.request.prompt_ids[-self._programs.window :][:-1]
+        """Gives a free slot to a sequence; the next step samples its first token."""
+        context = sequence.request.context(self._programs.window)
         records_top = self._measures and sequence.request.generation.top_logprobs > 0
         needed = self._programs.programs_for(len(context), sequence.max_tokens, top_logprobs=records_top)
         with self._programs.compiling(needed):
             self._slots[index] = _Slot(sequence)
             self._engine.insert(batch.prefix(context), index, sequence.request)
 
-    def step(self) -> list[_Program]:
+    def step(self) -> list[_InFlight]:
         """Dispatches the next tokens of every sequence, and fetches those that were dispatched before."""
         programs, self._in_flight = self._in_flight or self._dispatch(), []
         if self._dispatches_ahead(programs):
             self._in_flight = self._dispatch()
         return [self._fetch(program) for program in programs]
 
-    def _dispatches_ahead(self, programs: list[_Program]) -> bool:
+    def _dispatches_ahead(self, programs: list[_InFlight]) -> bool:
         """Returns whether further programs are dispatched before these are fetched.
 
         Not after a first token, because a CPU may run a program as it is dispatched. Nor, on a CPU, after a
@@ -257,7 +251,7 @@ class _Replica:
                 return False
         return any(slot.num_dispatched > count for slot, count in slots)
 
-    def _dispatch(self) -> list[_Program]:
+    def _dispatch(self) -> list[_InFlight]:
         """Dispatches the next tokens of every sequence that may have more."""
         slots = {index: slot for index, slot in enumerate(self._slots) if slot is not None and slot.budget > 0}
         limits = {index: self._step_limit(slot) for index, slot in slots.items()}
@@ -267,7 +261,7 @@ class _Replica:
         """Returns the most tokens of a program; the first one of a single slot on a CPU is not kept waiting."""
         return 1 if self._programs.backend.freezes_blocks and not slot.num_dispatched else slot.budget
 
-    def _count(self, decoded: engine.Decoded, slots: dict[int, _Slot]) -> _Program:
+    def _count(self, decoded: engine.Decoded, slots: dict[int, _Slot]) -> _InFlight:
         """Counts dispatched tokens, and dispatches what is recorded of them."""
         for index, count in decoded.counts.items():
             slots[index].num_dispatched += count
@@ -275,7 +269,7 @@ class _Replica:
         records_top = self._measures and any(
             slot.sequence.request.generation.top_logprobs for slot, _ in decoding.values()
         )
-        program = _Program(
+        program = _InFlight(
             decoding,
             decoded.first_slot,
             decoded.output.token_B,
@@ -287,10 +281,10 @@ class _Replica:
                 x.copy_to_host_async()
         return program
 
-    def _fetch(self, program: _Program) -> _Program:
+    def _fetch(self, program: _InFlight) -> _InFlight:
         return program._replace(**jax.tree.map(np.asarray, dict(zip(program._fields[2:], program[2:], strict=True))))
 
-    def append_outputs(self, program: _Program) -> Iterator[requests.Output]:
+    def append_outputs(self, program: _InFlight) -> Iterator[requests.Output]:
         """Appends the tokens of a fetched program to their sequences; a sequence that ends frees its slot."""
         for step, token_B in enumerate(program.token_TB):
             stats, top = jax.tree.map(lambda x, step=step: x[step], (program.stats, program.top))

@@ -32,7 +32,7 @@ class PrefillBatch:
 @dataclasses.dataclass
 class _Waiting:
     sequence: requests.Sequence
-    context: tuple[int, ...]  # what is prefilled: the first step takes in the last token of the prompt
+    context: tuple[int, ...]
     batch: PrefillBatch | None = None
 
 
@@ -55,8 +55,7 @@ class WaitingQueue:
     def take(self) -> tuple[requests.Sequence, PrefillBatch | None] | None:
         """Returns the next sequence and its batch, None if it may have no token; None after the last sequence."""
         while len(self._waiting) < self._lookahead and (sequence := next(self._source, None)) is not None:
-            context = sequence.request.prompt_ids[-self._programs.window :][:-1]
-            self._waiting.append(_Waiting(sequence, context))
+            self._waiting.append(_Waiting(sequence, sequence.request.context(self._programs.window)))
         if not self._waiting:
             return None
         if self._waiting[0].batch is None and self._waiting[0].sequence.max_tokens:
