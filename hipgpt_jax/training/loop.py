@@ -36,8 +36,9 @@ class Job:
         layout: Devices and shardings.
         weights_dtype: Type of the weights on disk, one of ``training_config.WEIGHTS_DTYPES``.
         attention: Attention of ``transformer.Transformer``.
-        steps_in_flight: Steps that may be dispatched before the metrics of the one before are fetched; at least 0.
-            1 keeps an accelerator busy. A CPU computes a step while it is dispatched, so 0 loses nothing there.
+        steps_in_flight: Largest number of dispatched steps whose metrics were not fetched yet; at least 0. 1 keeps an
+            accelerator busy while the host prepares a batch. A CPU computes a step while it is dispatched, so 0 loses
+            nothing there.
         utilisation: Returns the model FLOPs utilisation at a rate in tokens/s, or None if unknown.
         check_directory: Raises OSError if the directory is no longer the one that training started in.
     """
@@ -194,7 +195,7 @@ class _Trainer:
         return state
 
     def take_step(self, state: train_step.TrainState, step: int) -> train_step.TrainState:
-        """Dispatches a step, then waits for all but the newest ``steps_in_flight``."""
+        """Dispatches a step, and logs the metrics of all but the newest ``steps_in_flight``."""
         started, train = time.perf_counter(), self._job.train
         length = self._job.model.max_seq_len
         batch = self._job.data.batch_at(step - 1, seed=train.seed, batch_size=train.batch_size, length=length)
