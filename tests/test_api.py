@@ -52,7 +52,7 @@ def test_records_are_those_of_the_command_line(
     assert (told[0].argv[0], made[0].argv) == ("hipgpt-generate", ())
 
 
-def test_a_stream_is_the_text_of_its_record(run: hipgpt_jax.Run) -> None:
+def test_a_stream_equals_the_text_of_its_record(run: hipgpt_jax.Run) -> None:
     records = run.generate("the king", num_samples=3, num_tokens=30, stop=("\n\n",))
     for sample, expected in enumerate(records):
         stream = run.stream("the king", sample=sample, num_tokens=30, stop=("\n\n",))
@@ -115,7 +115,7 @@ def test_a_score_is_the_sum_over_a_full_forward_pass(run: hipgpt_jax.Run) -> Non
     assert np.isclose(scored.score.bits_per_byte * np.log(2), scored.score.nats_per_byte)
 
 
-def test_what_cannot_be_scored_is_told(run: hipgpt_jax.Run) -> None:
+def test_texts_that_cannot_be_scored_are_refused(run: hipgpt_jax.Run) -> None:
     wrong: list[tuple[Any, str]] = [
         ([3], "must be a text or a list of ids: got 3"),
         ([""], "at least 2 tokens"),
@@ -200,7 +200,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_a_wrong_argument_is_refused_at_the_call_by_its_name(run: hipgpt_jax.Run, name: str) -> None:
+def test_wrong_arguments_are_refused_by_name(run: hipgpt_jax.Run, name: str) -> None:
     call, kind, message = BAD_CALLS[name]
     with pytest.raises(kind, match=message):
         call(run)
@@ -215,7 +215,7 @@ def test_ids_may_be_arrays_of_any_integer_type(run: Any) -> None:
         assert scored.logprobs.tolist() == expected.logprobs.tolist()
 
 
-def test_prompts_of_an_iterator_are_taken_as_they_are_needed(run: hipgpt_jax.Run) -> None:
+def test_an_iterator_of_prompts_is_consumed_as_needed(run: hipgpt_jax.Run) -> None:
     taken = []
 
     def prompts() -> Iterator[str]:
@@ -228,6 +228,6 @@ def test_prompts_of_an_iterator_are_taken_as_they_are_needed(run: hipgpt_jax.Run
     assert len(taken) < 80
 
 
-def test_a_device_that_is_not_the_one_jax_started_on_is_told() -> None:
+def test_a_device_other_than_that_of_jax_is_refused() -> None:
     with pytest.raises(ValueError, match=r"device 'cuda': JAX "):
         hipgpt_jax.load_run("shakespeare", device="cuda")

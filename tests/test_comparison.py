@@ -1,4 +1,4 @@
-"""Records against their regenerated samples: what is confirmed, what rounding explains, and what was forged."""
+"""Comparison of records with regenerated samples: confirmed, explained by rounding, or forged."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def shipped() -> api.Run:
 
 @functools.cache
 def made() -> str:
-    """A record of 24 tokens, none of which fills the window or meets the stop string."""
+    """A record of 24 tokens that neither fill the window nor contain the stop string."""
     (one,) = shipped().generate("ROMEO:", seed=42, num_tokens=24, top_logprobs=3, stop=("zzz",))
     assert one.finish_reason == "length"
     return one.to_json()
@@ -37,7 +37,7 @@ def made() -> str:
 
 @functools.cache
 def other_hardware() -> tuple[comparison.Comparison, ...]:
-    """Records made with weights, and so logits, that are off by rounding errors, and what becomes of them here.
+    """Verdicts on records from weights, and so logits, that differ by rounding errors.
 
     At a temperature of 2 many candidates are nearly tied. The first two samples do not fork, the others do.
     """
@@ -129,13 +129,13 @@ FORGERIES: dict[str, tuple[Callable[[Value], Any], set[str]]] = {
     "top_logprobs with one fewer": (lambda v: v["top_logprobs"][4].pop(), {"top_logprobs"}),
     "everything behind one bit": (everything, {"ranks", "margins", "gaps", "logprobs"}),
 }
-# What other hardware rounds away: a record that says it comes from there may differ by so much.
+# Differences that rounding on other hardware explains.
 WITHIN_ROUNDING = {"a log-probability by 1e-4", "a log-probability by one bit"}
 
 
 @pytest.mark.parametrize("name", FORGERIES)
 @pytest.mark.parametrize("disguise", [None, "device_kind"])
-def test_a_forgery_is_seen_whatever_hardware_it_claims(name: str, disguise: str | None) -> None:
+def test_forgeries_are_detected_whatever_hardware_they_claim(name: str, disguise: str | None) -> None:
     change, expected = FORGERIES[name]
     value = json.loads(made())
     change(value)
@@ -166,14 +166,14 @@ def test_a_forgery_is_seen_whatever_hardware_it_claims(name: str, disguise: str 
         lambda v: (cut(v, 10), v["settings"].update(num_tokens=10), v.update(text="".join(v["tokens"][:10]))),
     ],
 )
-def test_what_leaves_the_sample_true_is_identical(change: Callable[[Value], Any]) -> None:
+def test_changes_that_do_not_concern_the_sample_are_identical(change: Callable[[Value], Any]) -> None:
     value = json.loads(made())
     change(value)
     assert judged_value(value).is_identical
 
 
 @pytest.mark.parametrize("part", ["numerics", "versions"])
-def test_a_bit_is_excused_only_where_the_record_says_what_rounded_it(part: str) -> None:
+def test_a_changed_bit_is_allowed_only_with_other_numerics_or_versions(part: str) -> None:
     value = json.loads(made())
     nudge(value)
     assert not judged_value(value).is_identical
@@ -181,7 +181,7 @@ def test_a_bit_is_excused_only_where_the_record_says_what_rounded_it(part: str) 
     assert judged_value(value).is_identical
 
 
-def test_the_place_and_both_numbers_of_an_alteration_are_known() -> None:
+def test_a_mismatch_has_its_index_and_both_numbers() -> None:
     value = json.loads(made())
     nudge(value, 11)
     (one,) = judged_value(value).mismatches
@@ -190,7 +190,7 @@ def test_the_place_and_both_numbers_of_an_alteration_are_known() -> None:
     assert one.regenerated == json.loads(made())["logprobs"][11]
 
 
-def test_honest_records_of_other_hardware_are_identical_or_forked_by_rounding() -> None:
+def test_honest_records_of_other_hardware_are_identical_or_fork_by_rounding() -> None:
     results = other_hardware()
     forked = [result.fork.index for result in results if result.fork]
     assert len(forked) >= 3
@@ -210,7 +210,7 @@ def test_honest_records_of_other_hardware_are_identical_or_forked_by_rounding() 
     ],
 )
 def test_every_token_of_a_record_is_explained_by_the_recomputed_distribution(settings: Value) -> None:
-    """Also beyond the window: the context, the tokens seen and the uniform number are those of the draw."""
+    """Also beyond the window: context, seen tokens and uniform number are those of the draw."""
     prompts = ["ROMEO:", "What, is my master's boy a fool? " * 4]
     run = shipped()
     judge = comparison.Judge(run._engine, run.files.vocabulary)
@@ -221,8 +221,8 @@ def test_every_token_of_a_record_is_explained_by_the_recomputed_distribution(set
         assert list(judge._unexplained(one, 0)) == []
 
 
-def test_a_near_tie_excuses_nothing_beside_it() -> None:
-    """Ids, statistics, text and the end after an honest fork are judged too, and so are statistics before it."""
+def test_a_near_tie_excuses_no_other_difference() -> None:
+    """Ids, statistics, text and end after an honest fork are compared, and so are statistics before it."""
     honest = next(result for result in other_hardware() if result.fork is not None and 10 < result.fork.index < 40)
     assert honest.fork is not None
     place, one = honest.fork.index, honest.recorded
@@ -254,7 +254,7 @@ def test_a_near_tie_excuses_nothing_beside_it() -> None:
         assert field is None or field in {each.field for each in result.mismatches}
 
 
-def test_a_record_is_regenerated_no_further_than_it_is_decided() -> None:
+def test_at_most_one_extra_token_is_regenerated() -> None:
     value = json.loads(made())
     cut(value, 6)
     value["settings"]["num_tokens"] = 10**12
@@ -264,7 +264,7 @@ def test_a_record_is_regenerated_no_further_than_it_is_decided() -> None:
     assert (result.fork.index, result.fork.recorded, result.fork.regenerated) == (6, None, json.loads(made())["ids"][6])
 
 
-def test_mutated_records_are_refused_in_one_line_or_judged() -> None:
+def test_mutated_records_are_refused_in_one_line_or_compared() -> None:
     value = json.loads(made())
     original = judged_value(value).regenerated
     refused, confirmed = [], 0
@@ -299,14 +299,14 @@ def test_mutated_records_are_refused_in_one_line_or_judged() -> None:
         (lambda v: v["settings"].update(window=16, temperature=0, top_k=0, top_p=1.0), {"seed", "stop"}),
     ],
 )
-def test_settings_that_a_record_did_not_exercise(change: Callable[[Value], Any], expected: set[str]) -> None:
+def test_unused_settings(change: Callable[[Value], Any], expected: set[str]) -> None:
     value = json.loads(made())
     change(value)
     assert set(replay.unused_settings(record.parse(json.dumps(value).encode(), "it"))) == expected
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
-def test_the_window_starts_where_a_sample_reads(stride: int) -> None:
+def test_window_start_follows_the_rule_step_by_step(stride: int) -> None:
     """Against the rule, step by step."""
     for prompt in (1, 7, 8, 20):
         one = record.parse(made().encode(), "it")

@@ -1,4 +1,4 @@
-"""Every range that the docstrings state, its edges accepted and what lies past them refused."""
+"""Every documented range: its edges are valid, values beyond them are refused."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Which files a run's name and step mean, and what is said where they are not what they should be."""
+"""Files that a run's name and step refer to, and the errors if they are invalid."""
 
 import contextlib
 import copy

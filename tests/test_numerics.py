@@ -1,4 +1,4 @@
-"""Settings outside the contract are kept out of the random numbers, or recorded."""
+"""Settings outside the contract do not change random numbers, or are recorded."""
 
 import ast
 import os

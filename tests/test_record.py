@@ -1,4 +1,4 @@
-"""A record and its schema."""
+"""Records and their schema."""
 
 import dataclasses
 import json

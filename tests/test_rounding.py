@@ -1,4 +1,4 @@
-"""Bounds on a draw, against draws from logits that were moved within the tolerance."""
+"""Bounds on a draw contain the draws from logits that are moved within the tolerance."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 class Drawn(NamedTuple):
-    """Tokens, and log-probability, rank, margin and gap of each."""
+    """Tokens, and the log-probability, rank, margin and gap of each."""
 
     token_B: np.ndarray
     numbers_B4: np.ndarray
@@ -50,7 +50,9 @@ def some_rows(V: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("tolerance", [2e-4, 1e-1])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_draw_from_moved_logits_is_explained_with_all_its_numbers(settings: dict[str, Any], tolerance: float) -> None:
+def test_draws_from_moved_logits_are_explained_with_their_statistics(
+    settings: dict[str, Any], tolerance: float
+) -> None:
     """The logits have near ties, and half of the uniform numbers are moved next to the boundary of a token's part."""
     row, forked = config.SamplingConfig(**settings), 0
     for seed, V in enumerate((1, 2, 20, 150)):
@@ -76,7 +78,7 @@ def test_a_draw_from_moved_logits_is_explained_with_all_its_numbers(settings: di
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_exact_logits_leave_one_token_and_its_numbers(settings: dict[str, Any]) -> None:
+def test_exact_logits_explain_one_token_and_its_statistics(settings: dict[str, Any]) -> None:
     row, open_places = config.SamplingConfig(**settings), 0
     for V in (2, 150):
         logits_BV, seen_BV, uniform_B = some_rows(V, V)
@@ -108,7 +110,7 @@ def test_only_neighbours_across_a_near_boundary_are_explained(settings: dict[str
     assert others < 20
 
 
-def test_a_token_put_where_the_margin_is_small_is_not_explained_unless_it_is_the_neighbour() -> None:
+def test_a_small_margin_explains_only_the_neighbour() -> None:
     logits_V, seen_V = np.log([0.5, 0.25, 0.15, 0.1]), np.zeros(4, bool)
     row = config.SamplingConfig(top_k=0, top_p=1.0, repetition_penalty=1.0)
     draw = rounding.Draw(logits_V, seen_V, row, 0.75 - 5e-5, 2e-4)

@@ -1,4 +1,4 @@
-"""What is written is read, to the bit, under Hugging Face's names; anything else is refused by name."""
+"""Weights round-trip bitwise under Hugging Face's names; other files are refused by name."""
 
 import contextlib
 import functools

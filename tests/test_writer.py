@@ -1,4 +1,4 @@
-"""The file that records are appended to."""
+"""Record files: appending, resuming and overwriting."""
 
 import json
 import os
