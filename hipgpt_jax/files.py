@@ -22,7 +22,7 @@ _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"(?:/dev|/proc/(?:thread-)?self)/fd/(\d{1,9})")
 _MAX_NAME = 235
 _MAX_DIGITS = 30  # of an integer in JSON; ours have at most 19
-_MAX_LINE_BYTES = 1 << 28  # the record of a prompt of 10 MB has 28 MB
+MAX_LINE_BYTES = 1 << 28  # of a JSON Lines file; the record of a prompt of 10 MB has 28 MB
 
 
 @contextlib.contextmanager
@@ -257,18 +257,22 @@ class JsonLine(NamedTuple):
     is_torn: bool
 
 
-def read_jsonl(path: Path, max_line_bytes: int = _MAX_LINE_BYTES) -> Iterator[JsonLine]:
+def read_jsonl(path: Path, max_line_bytes: int | None = None) -> Iterator[JsonLine]:
     """Yields the lines of a JSON Lines file except blank ones.
 
     Writers append whole lines in one write each, so only the last line can be incomplete. It is torn if it has no line
     feed and is not valid JSON; a last line that lacks only its line feed is not torn.
 
+    Args:
+        path: Path of the file.
+        max_line_bytes: Largest size of a line; ``MAX_LINE_BYTES`` if absent.
+
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: A line is longer than ``max_line_bytes``.
+        ValueError: A line is longer than the limit.
     """
     with path.open("rb") as file:
-        for number, text in numbered_lines(file, path, max_line_bytes):
+        for number, text in numbered_lines(file, path, max_line_bytes or MAX_LINE_BYTES):
             if text.strip():
                 yield JsonLine(number, text, not text.endswith(b"\n") and not _is_json(text))
 

@@ -272,7 +272,7 @@ class RecordFile:
         """Yields each line's name and record, drops a torn last line and adds a missing line feed."""
         is_ours = self._begins_with_record()
         line = None
-        for line in files.read_jsonl(self._target, *(() if is_ours else (_MAX_FOREIGN_LINE,))):
+        for line in files.read_jsonl(self._target, None if is_ours else _MAX_FOREIGN_LINE):
             source = f"{self.path} line {line.number}"
             if line.is_torn:
                 if not is_ours or not line.text.startswith(_PREFIX[: len(line.text)]):
