@@ -58,8 +58,14 @@ def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("run_name", ["random", pytest.param("shakespeare", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("run_name", "stride"),
+    [
+        ("random", 5),
+        pytest.param("random", 1, marks=pytest.mark.slow),
+        pytest.param("shakespeare", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_reimplementation_of_the_page_gives_the_packages_tokens(run_name: str, stride: int, random_run: Path) -> None:
     where = SHIPPED if run_name == "shakespeare" else random_run
     window = 24  # of both, so that the text below outgrows it
