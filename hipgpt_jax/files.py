@@ -182,10 +182,8 @@ def _parse_float(digits: str) -> _Float:
 
 
 def _parse_int(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(
-            f"the number {shortened(digits, 20)} has {len(digits)} digits: at most {_MAX_DIGITS} are allowed"
-        )
+    if (number := len(digits.removeprefix("-"))) > _MAX_DIGITS:
+        raise ValueError(f"the number {shortened(digits, 20)} has {number} digits: at most {_MAX_DIGITS} are allowed")
     return int(digits)
 
 

@@ -13,18 +13,23 @@ from pathlib import Path
 
 import fastjsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hipgpt_jax import files
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
+LARGEST = 10**30 - 1  # the longest numbers that are read
 KEYS = st.text(max_size=5)
 JSON = st.dictionaries(
     KEYS,
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers(-LARGEST, LARGEST)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
         max_leaves=8,
     ),
@@ -97,6 +102,7 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
 
 @settings(SETTINGS, max_examples=25)  # each flushes to disk twice
 @given(value=JSON)
+@example(value={"": -LARGEST})
 def test_json_round_trips(scratch: Path, value: dict[str, object]) -> None:
     files.write_json(scratch, value)
     assert files.read_json(scratch) == value
