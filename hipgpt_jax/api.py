@@ -68,7 +68,7 @@ class Run:
         self.device = device
         params = weights.read(files.checkpoint.weights, model)
         attention = device.attention(files.decoding.dtype, model.head_dim)
-        self._engine = scheduler.Scheduler(model, params, files.decoding, attention)
+        self._scheduler = scheduler.Scheduler(model, params, files.decoding, attention)
         self.load_seconds = invocation.elapsed()
         self.recorder = recorder.Recorder(files, device, invocation, self.load_seconds)
 
@@ -178,7 +178,7 @@ class Run:
         number = self.files.decoding.window_stride if stride is None else config.as_int(stride)
         if number is None:
             raise ValueError(f"stride must be an integer: got {config.shortened(stride)}")
-        model, params = self._engine.module, self._engine.params
+        model, params = self._scheduler.module, self._scheduler.params
         return [
             score.score_text(model, params, each, vocabulary=vocabulary, window=window, stride=number) for each in ids
         ]
@@ -198,8 +198,8 @@ class Run:
 
         length = self.files.window
         found = score.evaluate(
-            self._engine.module,
-            self._engine.params,
+            self._scheduler.module,
+            self._scheduler.params,
             ids,
             text_bytes=text_bytes,
             batch_size=score.rows_of(length),
@@ -228,7 +228,7 @@ class Run:
             ValueError: This run cannot have made the record.
         """
         request, vocabulary = replay.request(recorded), self.files.vocabulary
-        self._engine.check(request)
+        self._scheduler.check(request)
         if recorded.ids and max(recorded.ids) >= vocabulary.vocab_size:
             raise ValueError(f"it has ids beyond the vocabulary's size {vocabulary.vocab_size}")
         prompt = vocabulary.decode(recorded.prompt_ids)
@@ -238,7 +238,7 @@ class Run:
         """Compares a record with the one that ``records_of`` yields for its request."""
         from hipgpt_jax.records import comparison
 
-        return comparison.Judge(self._engine, self.files.vocabulary).compare(recorded, regenerated)
+        return comparison.Judge(self._scheduler, self.files.vocabulary).compare(recorded, regenerated)
 
     def records_of(self, samples: Iterable[requests.Request]) -> Iterator[record.Record]:
         """Generates samples and yields their records in order."""
@@ -253,7 +253,7 @@ class Run:
             MemoryError: The memory is too small for the batch size.
         """
         try:
-            yield from self._engine.run(samples, self.files.vocabulary, measure=measure)
+            yield from self._scheduler.run(samples, self.files.vocabulary, measure=measure)
         except (MemoryError, RuntimeError) as error:
             # XLA raises its own kind of RuntimeError.
             if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):

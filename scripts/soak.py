@@ -59,13 +59,12 @@ def _generation(kills: int, draw: random.Random) -> bool:
     flags = "--run-name shakespeare --prompts_file prompts.txt --num_samples 40 --num_tokens 60 --batch_size 4"
     command = [sys.executable, "-m", "hipgpt_jax.cli.generate", *flags.split(), "--device", "cpu", "--output"]
     Path("prompts.txt").write_text("".join(f"{word}:\n" for word in sorted(set(_TEXT.split()))))
-    started = time.perf_counter()
     subprocess.run([*command, "whole.jsonl"], check=True, stderr=subprocess.DEVNULL)
-    seconds = time.perf_counter() - started
     left = []
-    for _ in range(kills):
+    for target in sorted(draw.sample(range(1, len(_samples(Path("whole.jsonl")))), kills)):
         process = subprocess.Popen([*command, "killed.jsonl"], stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(0, seconds))
+        while process.poll() is None and _count_lines(Path("killed.jsonl")) < target:
+            time.sleep(draw.uniform(0, 0.02))
         process.kill()
         process.wait()
         lines = Path("killed.jsonl").read_bytes().splitlines(keepends=True) if Path("killed.jsonl").exists() else []
@@ -76,6 +75,10 @@ def _generation(kills: int, draw: random.Random) -> bool:
     same, interrupted = sorted(found) == sorted(expected), sum(0 < number < len(expected) for number in left)
     print(f"{kills} kills, {interrupted} of them amid the records; the end is {'the same' if same else 'ANOTHER'}")
     return same and interrupted > 0
+
+
+def _count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _samples(path: Path) -> list[str]:

@@ -42,12 +42,14 @@ def other_hardware() -> tuple[comparison.Comparison, ...]:
     At a temperature of 2 many candidates are nearly tied. The first two samples do not fork, the others do.
     """
     run = shipped()
-    own, rng = run._engine.params, np.random.RandomState(0)
-    run._engine.load(jax.tree.map(lambda x: np.asarray(x * (1 + 4e-6 * rng.choice([-1, 1], x.shape)), np.float32), own))
+    own, rng = run._scheduler.params, np.random.RandomState(0)
+    run._scheduler.load(
+        jax.tree.map(lambda x: np.asarray(x * (1 + 4e-6 * rng.choice([-1, 1], x.shape)), np.float32), own)
+    )
     (base,) = run.generate("ROMEO:", HOT, num_tokens=48, top_logprobs=4)
     jobs = [run.request_of(dataclasses.replace(base, sample=sample)) for sample in (0, 1, 33, 73, 112, 121, 202, 239)]
     made = list(run.records_of(jobs))
-    run._engine.load(own)
+    run._scheduler.load(own)
     return tuple(judged(dataclasses.replace(one, numerics=elsewhere(one.numerics))) for one in made)
 
 
@@ -213,7 +215,7 @@ def test_every_token_of_a_record_is_explained_by_the_recomputed_distribution(set
     """Also beyond the window: context, seen tokens and uniform number are those of the draw."""
     prompts = ["ROMEO:", "What, is my master's boy a fool? " * 4]
     run = shipped()
-    judge = comparison.Judge(run._engine, run.files.vocabulary)
+    judge = comparison.Judge(run._scheduler, run.files.vocabulary)
     options = {"num_tokens": 45, "top_logprobs": 20, "seed": 3}
     for one in run.generate(prompts, config.SamplingConfig(**settings), **options):
         assert one.prompt_dropped > 0 or one.prompt == "ROMEO:"

@@ -143,7 +143,7 @@ def test_a_context_may_be_prefilled_in_any_length_that_holds_it() -> None:
     tight_BV, tight_blocks = prefill(params, state.context_BS[:, :5], state.length_B)
     loose_BV, loose_blocks = prefill(params, state.context_BS, state.length_B)
     np.testing.assert_allclose(tight_BV, loose_BV, rtol=1e-5, atol=1e-5)
-    (tight, one), (loose, other) = (decoding.sample(state, logits_BV) for logits_BV in (tight_BV, loose_BV))
+    (tight, one), (loose, other) = (decoding.sample_next(state, logits_BV) for logits_BV in (tight_BV, loose_BV))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one.stats, other.stats)
     jax.tree.map(np.testing.assert_array_equal, tight, loose)
     assert [len(blocks) for blocks in (tight_blocks, loose_blocks)] == [2, 3]

@@ -37,7 +37,7 @@ class Backend:
             others the first.
         max_steps: Most steps of a decode program.
         waits_for_ends: Whether a decode program ends when no slot is active, and a program that may be the last of a
-            slot is awaited before the next is dispatched. A GPU would rather compute in vain than wait.
+            slot is awaited before the next is dispatched. On a GPU, wasted steps cost less than waiting.
         crosses_blocks: Whether a program may take steps beyond the last block that it needs at first.
         freezes_blocks: Whether all blocks but the last are only read. Possible with one slot that crosses no blocks.
         transposes_kernels: Whether kernels are stored transposed; see ``parameters.transpose_kernels``.
@@ -63,14 +63,15 @@ class Backend:
     def plan_steps(self, longest: int) -> tuple[int, int]:
         """Returns the cache blocks that a decode program reads for a longest context, and the most steps it takes.
 
-        On a CPU it stops at the end of the block with the next slot, since reading a block before it is needed costs
-        time. On a GPU it reads all blocks that its steps might need, so that steps never depend on a request's end.
+        On a CPU it stops at the end of the block that holds the next position, since reading a block before it is
+        needed costs time. On a GPU it reads all blocks that its steps might need, so that steps never depend on a
+        request's end.
         """
         layout, most = self.layout, self.max_steps
         if self.crosses_blocks:
-            return layout.num_blocks(min(longest + most, layout.starts[-1])), most
+            return layout.num_blocks(min(longest + most, layout.bounds[-1])), most
         num_blocks = layout.num_blocks(longest + 1)
-        return num_blocks, min(most, layout.starts[num_blocks] - longest)
+        return num_blocks, min(most, layout.bounds[num_blocks] - longest)
 
     def split(self, blocks: tuple[kv.Block, ...]) -> kv.Cache:
         """Divides blocks into those that a decode program only reads and those that it may write."""

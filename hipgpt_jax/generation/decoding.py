@@ -31,13 +31,14 @@ class DecodeState(NamedTuple):
         key_B2: Raw threefry keys of the samples, uint32 ``[B, 2]``.
         params: Sampling settings.
         eos_B: The id that ends each slot's sample, -1 for none.
-        limit_B: Tokens that each slot may have sampled before it pauses.
+        limit_B: Maximum of ``num_sampled``; a slot that reaches it pauses.
         num_sampled_B: Tokens sampled so far, including the newest.
         token_B: The newest token, sampled or the last of the prompt, which is not in the context yet; -1 after logits
             that are not finite.
         length_B: Tokens in the context.
-        context_BS: The context: ids from slot 0 on, zeros at and beyond ``length``.
-        seen_BV: Whether each token occurs in the prompt or the output, except for the newest token.
+        context_BS: The context: ids by position, zeros at and beyond ``length``.
+        seen_BV: Whether each token occurs in the prompt or the output. The newest sampled token is marked in the next
+            step.
         cache: Keys and values of the context.
     """
 
@@ -96,7 +97,7 @@ def initial_state(
     W: int,
     V: int,
 ) -> DecodeState:
-    """Returns one slot whose context, all of the prompt but its last token, is prefilled, without its cache.
+    """Returns the initial state of one slot, without its cache.
 
     Args:
         key_12: The sample's key.
@@ -163,7 +164,7 @@ def decode_step(
     append = jax.vmap(lambda context_S, token, slot: context_S.at[slot].set(token))
     context_BS = append(state.context_BS, state.token_B, state.length_B)
     new = _mark_seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1, cache=NO_CACHE)
-    new, output = sample(new, logits_BV, plan)
+    new, output = sample_next(new, logits_BV, plan)
     # All reads of the cache come before its update, so that XLA can write the new token in place.
     (new, output), token = jax.lax.optimization_barrier(((new, output), token))
     active_B = is_active(state)
@@ -178,7 +179,9 @@ def is_active(state: DecodeState) -> jax.Array:
     return (state.num_sampled_B < state.limit_B) & ~has_ended_B
 
 
-def sample(state: DecodeState, logits_BV: jax.Array, plan: topk.Plan | None = None) -> tuple[DecodeState, StepOutput]:
+def sample_next(
+    state: DecodeState, logits_BV: jax.Array, plan: topk.Plan | None = None
+) -> tuple[DecodeState, StepOutput]:
     """Samples the next token of each slot from its logits."""
     key_B = jax.random.wrap_key_data(state.key_B2, impl="threefry2x32")
     uniform_B = jax.vmap(sampling.uniform)(key_B, state.num_sampled_B)
@@ -265,7 +268,9 @@ def slide_step(
     layout: kv.Layout,
     plan: topk.Plan | None = None,
 ) -> tuple[DecodeState, StepOutput]:
-    """Slides the windows of all slots, which must be full, prefills them again and samples the next token.
+    """Slides the windows of all slots, prefills them again and samples the next token.
+
+    The result is meaningless for slots whose window is not full.
 
     Args:
         model: The model.
@@ -281,7 +286,7 @@ def slide_step(
     state = slide_window(state, stride)
     context_BT = state.context_BS[:, : state.context_BS.shape[1] - stride + 1]
     logits_BV, blocks = prefill(model, params, context_BT, state.length_B, layout)
-    return sample(state._replace(cache=kv.Cache((), blocks)), logits_BV, plan)
+    return sample_next(state._replace(cache=kv.Cache((), blocks)), logits_BV, plan)
 
 
 def take_slot(tree: _Tree, slot: jax.Array) -> _Tree:

@@ -28,7 +28,7 @@ class Decoded(NamedTuple):
     """Tokens sampled by one program.
 
     Attributes:
-        counts: Number of tokens that each slot may have; fewer if it ended.
+        counts: Maximum number of tokens of each slot; it has fewer if it ended.
         output: Arrays ``[T, B, ...]``.
         first_slot: Slot of the output's first row.
     """
@@ -71,7 +71,7 @@ class Engine:
         needs_full_vocab = len(programs.backend.decode_plans) > 1 and plan.needs_full_vocab(request.sampling)
         self._decode_names[slot] = "decode_full_vocab" if needs_full_vocab else "decode"
 
-    def evict(self, slot: int) -> None:
+    def clear_cache(self, slot: int) -> None:
         """Zeroes a slot's cache after NaN.
 
         Masked positions are multiplied by 0, and 0 · NaN is NaN, so NaNs would leak into the slot's next sample.
@@ -86,13 +86,15 @@ class Engine:
         slot slides alone.
 
         Args:
-            limits: For each slot, the most tokens that it may have.
+            limits: Maximum number of tokens of each slot.
         """
         programs = self._programs
         params, state = programs.params, self._state
         full = [slot for slot in limits if self._lengths[slot] >= programs.window]
         others = {slot: limit for slot, limit in limits.items() if slot not in full}
         decoded: list[Decoded] = []
+        # Slides read the state before the decode programs, which are given its memory. Their results are put in place
+        # after those, which leave full slots unchanged.
         together = programs.stride == 1 and len(full) > 0
         slid = programs.run(executables.Program("slide"), params, state) if together else None
         alone = [] if together else [(slot, self._slide_slot(slot)) for slot in full]
@@ -124,7 +126,7 @@ class Engine:
         num_blocks, most = programs.backend.plan_steps(max(self._lengths[slot] for slot in limits))
         counts = {slot: min(limit, most, programs.window - self._lengths[slot]) for slot, limit in limits.items()}
         limit_B = sampling.host_array([n + counts.get(slot, 0) for slot, n in enumerate(self._num_sampled)], np.int32)
-        cache = programs.backend.split(self._first_blocks(num_blocks))
+        cache = programs.backend.split(self._grow_blocks(num_blocks))
         state = self._state._replace(limit_B=limit_B, cache=cache._replace(frozen=()))
         program = executables.Program(name, blocks=num_blocks)
         state, output = programs.run(program, programs.params, state, cache.frozen)
@@ -138,13 +140,13 @@ class Engine:
     def _put(self, slot: int, one: decoding.DecodeState, prefix: Prefix) -> None:
         """Replaces a slot and its row of the first blocks."""
         num_blocks = len(prefix.blocks)
-        blocks = () if len(self._lengths) == 1 else self._first_blocks(num_blocks)
+        blocks = () if len(self._lengths) == 1 else self._grow_blocks(num_blocks)
         program = executables.Program("insert", blocks=num_blocks, rows=prefix.rows if num_blocks else 0)
         new = np.int32(slot), one, prefix.blocks, np.int32(prefix.row)
         self._state, blocks = self._programs.run(program, blocks, self._state, *new)
         self._blocks = (*blocks, *self._blocks[num_blocks:])
 
-    def _first_blocks(self, number: int) -> tuple[kv.Block, ...]:
-        """Returns the first blocks, of which those are allocated that were never needed before."""
+    def _grow_blocks(self, number: int) -> tuple[kv.Block, ...]:
+        """Grows the KV cache to at least ``number`` blocks, and returns the first ones."""
         self._blocks += self._programs.empty_blocks(len(self._blocks), number)
         return self._blocks[:number]

@@ -93,7 +93,7 @@ class Executables:
 
         Args:
             first: Length of its context before the first step.
-            num_tokens: Most tokens that it may have.
+            num_tokens: Maximum number of sampled tokens.
             top_logprobs: Whether the most likely tokens are recorded.
         """
         W, last, B = self.window, first + num_tokens, self.backend.num_slots
@@ -120,7 +120,7 @@ class Executables:
     def prefill(self, contexts: Sequence[tuple[int, ...]], rows: int) -> tuple[kv.Block, ...]:
         """Returns the KV cache of contexts; nothing is computed for empty ones.
 
-        A row's numbers depend on its own ids, the bucket and ``rows`` alone.
+        A row's results depend on its own ids, the bucket and ``rows`` alone.
 
         Args:
             contexts: Ids, all of one bucket.
@@ -169,8 +169,10 @@ class Executables:
     def lower(self, program: Program) -> jax.stages.Lowered:
         """Lowers a program for the shapes of its arguments."""
         # Bound to the device, so that programs accept one another's results.
-        place = jax.sharding.SingleDeviceSharding(self._device)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), self._shapes(program))
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self._shapes(program)
+        )
         return self._functions[program.name].lower(*shapes)
 
     def _shapes(self, program: Program) -> tuple[object, ...]:
@@ -213,7 +215,7 @@ def _functions(
     settings = repr((model, dtype, attention, window, stride, backend))
 
     def jit(function: _Executable, name: str, **options: Any) -> Any:
-        function = export_cache.named(function, name)
+        function = _named(function, name)
         return jax.jit(export_cache.cached(function, settings) if backend.exports_programs else function, **options)
 
     def prefill(params: parameters.Params, context_BT: jax.Array) -> tuple[kv.Block, ...]:
@@ -253,6 +255,16 @@ def _functions(
         "merge": jit(decoding.where, "merge"),
         "top_logprobs": jit(logprobs.top_logprobs, "top_logprobs"),
     }
+
+
+def _named(function: _Executable, name: str) -> _Executable:
+    """Returns ``function`` under another name: that of its program in profiles, logs and the cache."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__name__ = name
+    return call
 
 
 def _insert(

@@ -68,16 +68,6 @@ def cached(function: Callable[..., Any], settings: str) -> Callable[..., Any]:
     return load_or_trace
 
 
-def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Returns ``function`` under another name: that of its program in profiles, logs and the cache."""
-
-    def call(*args: Any) -> Any:
-        return function(*args)
-
-    call.__name__ = name
-    return call
-
-
 def has_cached(settings: str) -> bool:
     """Returns whether the cache has any program of these settings."""
     if (cache := _cache()) is None:

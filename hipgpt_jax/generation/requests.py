@@ -16,7 +16,8 @@ class Request:
     """One sample to generate.
 
     Attributes:
-        prompt_ids: Ids of the prompt, at least one. Those before the last ``W`` are not read.
+        prompt_ids: Ids of the prompt, at least one. The model sees only the last ``W``; all of them enter the key and
+            the repetition penalty.
         sample: Index of the sample among those of its prompt, from 0.
         generation: Number of tokens, seed, end token and stop strings.
         sampling: How tokens are chosen.
@@ -110,7 +111,7 @@ class Sequence:
     Attributes:
         index: Index of the request.
         request: The request.
-        max_tokens: Most tokens that it may have.
+        max_tokens: Maximum number of sampled tokens.
         ids: Sampled ids; empty if the sequence keeps nothing, like ``tokens``, ``text`` and ``stats``.
         tokens: Text that each token completed.
         stats: Statistics of each token.
@@ -135,7 +136,7 @@ class Sequence:
 
         Args:
             request: The request.
-            max_tokens: Most tokens that it may have.
+            max_tokens: Maximum number of sampled tokens.
             vocabulary: Decodes the tokens; None leaves the text empty.
             index: Index of the request.
             keeps: Whether tokens, text and statistics are kept for a record. A text that is only streamed may be
@@ -191,7 +192,7 @@ class Sequence:
         return self._output(token, text, stats, reason)
 
     def finish(self) -> Output:
-        """Ends a sequence that may have no token."""
+        """Ends a sequence with ``max_tokens`` of 0."""
         return self._output(None, "", None, "length")
 
     def _output(self, token: int | None, text: str, stats: Stats | None, reason: str | None) -> Output:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hipgpt_jax.generation import backends, engine, executables, requests
 from hipgpt_jax.model import cache as kv
 
-_PREFILL_TOKENS = 64  # per program, padding included
+_PREFILL_TOKENS = 64  # per program, padding included, unless one prompt is longer
 _LOOKAHEAD = 64  # requests
 
 
@@ -30,7 +30,15 @@ class PrefillBatch:
 
 
 @dataclasses.dataclass
-class _Waiting:
+class Waiting:
+    """A sequence that waits for a slot.
+
+    Attributes:
+        sequence: The sequence.
+        context: The ids to prefill; see ``requests.Request.context``.
+        batch: The batch that they are prefilled in; None if the sequence has a ``max_tokens`` of 0.
+    """
+
     sequence: requests.Sequence
     context: tuple[int, ...]
     batch: PrefillBatch | None = None
@@ -39,7 +47,7 @@ class _Waiting:
 class WaitingQueue:
     """The sequences to come, in order, each with the batch in which its prompt is prefilled.
 
-    A prompt's numbers depend on the rows of its prefill program, so those follow from the batch size and the bucket
+    A prompt's results depend on the rows of its prefill program, so those follow from the batch size and the bucket
     alone: as many as make 64 tokens, and no more than a replica has slots. If fewer prompts are at hand, the other rows
     are padding. So sequences are taken from their source ahead of need, unless a replica has one slot.
     """
@@ -49,20 +57,20 @@ class WaitingQueue:
     def __init__(self, programs: executables.Executables, source: Iterator[requests.Sequence]) -> None:
         self._programs, self._source = programs, source
         self._lookahead = _LOOKAHEAD if programs.backend.num_slots > 1 else 1
-        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._waiting: collections.deque[Waiting] = collections.deque()
         self._last: PrefillBatch | None = None  # the samples of a prompt may be more than the lookahead
 
-    def take(self) -> tuple[requests.Sequence, PrefillBatch | None] | None:
-        """Returns the next sequence and its batch, None if it may have no token; None after the last sequence."""
+    def take(self) -> Waiting | None:
+        """Returns the next sequence with its batch; None after the last one."""
         while len(self._waiting) < self._lookahead and (sequence := next(self._source, None)) is not None:
-            self._waiting.append(_Waiting(sequence, sequence.request.context(self._programs.window)))
+            self._waiting.append(Waiting(sequence, sequence.request.context(self._programs.window)))
         if not self._waiting:
             return None
         if self._waiting[0].batch is None and self._waiting[0].sequence.max_tokens:
             self._assign_batch(self._waiting[0].context)
         first = self._waiting.popleft()
         first.sequence.start()
-        return first.sequence, first.batch
+        return first
 
     def _assign_batch(self, context: tuple[int, ...]) -> None:
         """Assigns a batch to the first sequence, and to all others whose contexts are in it."""

@@ -162,7 +162,7 @@ def cached_attention(
         q_BNH: Query of the new token.
         k_BNH: Its key.
         v_BNH: Its value.
-        blocks: Keys and values ``[B, N, S, H]`` of the cache blocks that hold a token of any row, from the first slot
+        blocks: Keys and values ``[B, N, S, H]`` of the cache blocks that hold a token of any row, from position 0
             on. A block that holds no token of a row changes no bit of that row.
         length_B: Cached tokens of each row.
 

@@ -1,6 +1,6 @@
 """GPT-2 as pure functions of its parameters.
 
-Axes: ``B`` batch, ``T`` new token, ``S`` cache slot, ``N`` head, ``H`` head width, ``D`` model,
+Axes: ``B`` batch, ``T`` new token, ``S`` cache position, ``N`` head, ``H`` head width, ``D`` model,
 ``F`` feed-forward, ``V`` vocabulary, ``L`` layer, ``M`` the ``B * T`` tokens in one row each.
 
 Parameters carry the names of Hugging Face's GPT-2: ``wte``, ``wpe``, ``h_0.attn.c_attn``, …, ``ln_f``.
@@ -40,7 +40,7 @@ class Transformer(nn.Module):
         full_precision: Whether products are computed in ``dtype`` whatever JAX's setting is. Otherwise an NVIDIA GPU
             rounds float32 to TF32, unless ``JAX_DEFAULT_MATMUL_PRECISION`` is set. It changes no bit on a CPU.
         transposed_kernels: Whether kernels are ``[out, in]``, as ``parameters.transpose_kernels`` makes them, and the
-            head multiplies a single row as products that are summed.
+            logits of a single row are computed as an elementwise product and a sum.
     """
 
     config: config.ModelConfig
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 
         Args:
             token_B: The newest id of each row.
-            blocks: Cache blocks of the tokens before it, from the first slot on; all that hold one.
+            blocks: Cache blocks of the tokens before it, from position 0 on; all that hold one.
             length_B: Number of those tokens. For a row of as many tokens as the model has positions, the result is
                 undefined but finite.
 

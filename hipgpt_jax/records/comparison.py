@@ -94,8 +94,8 @@ class Judge:
     after the recorded ids is recomputed for every token, so that one near tie does not excuse whatever follows it.
     """
 
-    def __init__(self, engine: scheduler.Scheduler, vocabulary: tokenizer.Tokenizer) -> None:
-        self._engine, self._vocabulary = engine, vocabulary
+    def __init__(self, generator: scheduler.Scheduler, vocabulary: tokenizer.Tokenizer) -> None:
+        self._scheduler, self._vocabulary = generator, vocabulary
         self._last_logits: tuple[tuple[int, ...], np.ndarray] = ((), np.zeros(0))
 
     def compare(self, recorded: record.Record, regenerated: record.Record) -> Comparison:
@@ -204,11 +204,11 @@ class Judge:
         ids = (*recorded.prompt_ids, *recorded.ids)
         length = len(recorded.prompt_ids) + index
         start = replay.window_start(recorded, length)
-        seen_V = np.zeros(self._engine.model.vocab_size, bool)
+        seen_V = np.zeros(self._scheduler.model.vocab_size, bool)
         seen_V[list(ids[:length])] = True
         key = sampling.sample_key(sampling.seed_words(recorded.seed, recorded.prompt_ids, recorded.sample))
         uniform = float(sampling.uniform(key, jax.numpy.uint32(index)))
-        logits_V = self._logits(ids[start : start + self._engine.window])[length - start - 1]
+        logits_V = self._logits(ids[start : start + self._scheduler.window])[length - start - 1]
         _, _, settings = recorded.settings.configs()
         return rounding.Draw(logits_V, seen_V, settings, uniform, tolerance)
 
@@ -216,17 +216,17 @@ class Judge:
         """Returns the logits ``[T, V]`` after each of the ids. Consecutive tokens usually share a context."""
         if self._last_logits[0] != ids:
             # Powers of two, so that few lengths are compiled.
-            length = min(self._engine.window, 1 << (len(ids) - 1).bit_length())
+            length = min(self._scheduler.window, 1 << (len(ids) - 1).bit_length())
             padded_1T = np.zeros((1, length), np.int32)
             padded_1T[0, : len(ids)] = ids
-            logits_1TV = _forward(self._engine.module, self._engine.params, padded_1T)
+            logits_1TV = _forward(self._scheduler.module, self._scheduler.params, padded_1T)
             self._last_logits = ids, np.asarray(logits_1TV)[0]
         return self._last_logits[1]
 
     def _sequence(self, recorded: record.Record) -> requests.Sequence:
         """Returns the sequence of the recorded ids, with the text and the end that follow from them."""
         request = replay.request(recorded)
-        sequence = requests.Sequence(request, self._engine.max_tokens(request), self._vocabulary)
+        sequence = requests.Sequence(request, self._scheduler.max_tokens(request), self._vocabulary)
         for token in recorded.ids:
             if sequence.append(token).finish_reason is not None:
                 break
