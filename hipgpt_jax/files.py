@@ -182,7 +182,7 @@ def _parse_float(digits: str) -> _Float:
 
 
 def _parse_int(digits: str) -> int:
-    if (number := len(digits.removeprefix("-"))) > _MAX_DIGITS:
+    if len(digits) > _MAX_DIGITS and (number := len(digits.removeprefix("-"))) > _MAX_DIGITS:
         raise ValueError(f"the number {shortened(digits, 20)} has {number} digits: at most {_MAX_DIGITS} are allowed")
     return int(digits)
 

@@ -268,7 +268,7 @@ class RecordFile:
             if len(self.seeds) < 2:
                 self.seeds.add(one.seed)
 
-    def _records(self) -> Iterator[tuple[str, record.Record]]:
+    def _records(self) -> Iterator[tuple[str, record.Header]]:
         """Yields each line's name and record, drops a torn last line and adds a missing line feed."""
         is_ours = self._begins_with_record()
         line = None
@@ -280,13 +280,13 @@ class RecordFile:
                 self.dropped = len(line.text)
                 os.ftruncate(self._file, self._target.stat().st_size - self.dropped)
                 return
-            yield source, record.parse(line.text, source)
+            yield source, record.parse_header(line.text, source)
             is_ours = True
         if line is not None and not line.text.endswith(b"\n"):
             os.write(self._file, b"\n")
 
 
-def _prompt_fingerprint_of(one: record.Record) -> Fingerprint:
+def _prompt_fingerprint_of(one: record.Header) -> Fingerprint:
     return prompt_fingerprint(one.prompt, one.seed, vars(one.settings))
 
 
