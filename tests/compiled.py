@@ -18,6 +18,12 @@ _KIND = repr((jax.__version__, numerics.processor(), numerics.instruction_sets()
 _HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 DIRECTORY = _HOME / "hipgpt_jax" / "tests" / hashlib.sha256(_KIND.encode()).hexdigest()[:16]
 
+# The environment of a process that uses JAX without the package's cache. One at a time: JAX writes entries in place.
+PROCESS = {
+    "JAX_COMPILATION_CACHE_DIR": str(DIRECTORY / "processes"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
 
 class _Executables:
     """Executables under JAX's keys, with the methods of its ``CacheInterface``; written whole, unlike by JAX itself."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import jax
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ print([x.sum().item() for x in jax.tree.leaves(state.params)], mask.tolist())
 
 
 def _run(script: str, **environment: str) -> str:
-    environ = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    environ = {**os.environ, **compiled.PROCESS, "JAX_PLATFORMS": "cpu", **environment}
     done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
