@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 
+import fakes
 import jax
 import pytest
 
@@ -157,3 +158,11 @@ def test_disabled_jit_is_logged() -> None:
     with jax.disable_jit():
         devices.start("cpu", notes.append)
     assert [note for note in notes if note.startswith("JAX_DISABLE_JIT is set")]
+
+
+def test_generation_works_with_jit_disabled() -> None:
+    """JAX refuses to compile ahead of a call then, so functions are called as they are."""
+    wanted = [fakes.request((5, 6), num_tokens=3, temperature=0.0)]
+    expected = fakes.tokens_of(fakes.make_scheduler(), wanted)
+    with jax.disable_jit():
+        assert fakes.tokens_of(fakes.make_scheduler.__wrapped__(), wanted) == expected
