@@ -1,4 +1,4 @@
-"""Decoding at batch 1, beside Hugging Face's, CTranslate2's and the bandwidth of plain products."""
+"""Decoding at batch size 1, compared with Hugging Face, CTranslate2 and the bandwidth of plain matrix products."""
 
 import argparse
 import dataclasses
@@ -29,9 +29,9 @@ _SAMPLING = config.SamplingConfig()
 
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
-    """Returns the rows of a shape. Compiling, setting up a request and reading its prompt are not timed.
+    """Returns the rows of a shape. Compilation, request setup and prefill are not timed.
 
-    Both sides load the weights from one file in ``directory``, as they would load a run's.
+    All libraries load the weights from the same file in ``directory``.
     """
     num_tokens = min(options.num_tokens, model.max_seq_len - len(_PROMPT_IDS))
     params = random_params(model, directory)
@@ -40,12 +40,12 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
         SCAN: [_scan(model, params, num_tokens)],
         PEER: _hugging_face(model, params, num_tokens, directory),
         OTHER: peers.ctranslate2(model, directory, [_PROMPT_IDS], num_tokens),
-        BOUND: [_products(model, params, num_tokens, turned) for turned in (False, True)],
+        BOUND: [_products(model, params, num_tokens, transposed) for transposed in (False, True)],
     }
 
 
 def random_params(model: config.ModelConfig, directory: Path) -> Any:
-    """Returns random weights, written to ``model.safetensors`` in ``directory`` and read from there."""
+    """Writes random weights to ``model.safetensors`` in ``directory`` and returns them as loaded from there."""
     module = transformer.Transformer(model)
     init = jax.jit(lambda key: module.init(key, jnp.zeros((1, 1), jnp.int32), dropout=0.0)["params"])
     file = directory / "model.safetensors"
@@ -53,18 +53,20 @@ def random_params(model: config.ModelConfig, directory: Path) -> Any:
     return jax.device_put(weights.read(file, model))
 
 
-def _between(times: Sequence[float]) -> tuple[float, float]:
-    """Tokens after the first and their time, the last left out: it may have been made with the one before."""
+def _count_and_time(times: Sequence[float]) -> tuple[float, float]:
+    """Returns the tokens after the first and their duration, without the last: one step may emit the last two."""
     return len(times) - 2, times[-2] - times[0]
 
 
 def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
-    engine = scheduler.Scheduler(model, params, config.DecodingConfig())
+    generator = scheduler.Scheduler(model, params, config.DecodingConfig())
     generation = config.GenerationConfig(num_tokens=num_tokens)
-    asked = requests.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
+    prompt_request = requests.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
 
     def request() -> tuple[float, float]:
-        return _between([time.perf_counter() for event in engine.run([asked]) if event.token is not None])
+        return _count_and_time(
+            [time.perf_counter() for event in generator.run([prompt_request]) if event.token is not None]
+        )
 
     return request
 
@@ -104,31 +106,31 @@ def _hugging_face(model: config.ModelConfig, params: Any, num_tokens: int, direc
     if peer is None:
         return []
     prompt_1T = torch.tensor([_PROMPT_IDS])
-    asked = {"inputs": prompt_1T, "attention_mask": torch.ones_like(prompt_1T), "max_new_tokens": num_tokens}
-    asked |= {"do_sample": True, "use_cache": True, "pad_token_id": 0, **dataclasses.asdict(_SAMPLING)}
+    arguments = {"inputs": prompt_1T, "attention_mask": torch.ones_like(prompt_1T), "max_new_tokens": num_tokens}
+    arguments |= {"do_sample": True, "use_cache": True, "pad_token_id": 0, **dataclasses.asdict(_SAMPLING)}
 
     def request() -> tuple[float, float]:
         times: list[float] = []
         clock = types.SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
         with torch.inference_mode():
-            peer.generate(**asked, streamer=clock)
-        return _between(times[1:])  # the prompt comes first
+            peer.generate(**arguments, streamer=clock)
+        return _count_and_time(times[1:])  # the streamer gets the prompt first
 
     return [request]
 
 
-def _products(model: config.ModelConfig, params: Any, num_tokens: int, turned: bool) -> table.Request:
-    """The bound: as many tokens as the weights and the live cache could be read for.
+def _products(model: config.ModelConfig, params: Any, num_tokens: int, transposed: bool) -> table.Request:
+    """Returns the upper bound: tokens for which the memory bandwidth can read the weights and the live KV cache.
 
-    The bandwidth is that of plain batch-1 products with every matrix of the model in turn, in one
-    program that does nothing else. Which layout reads faster, the model's or ``turned``, differs by up
-    to 15 % either way with the shape.
+    The bandwidth is measured with matrix-vector products of all the model's matrices, in a program that does nothing
+    else. Either layout, the model's or the transposed one, can be faster, depending on the shape.
     """
-    dot = functools.partial(jnp.einsum, "MK,NK->MN" if turned else "MK,KN->MN")
+    # The two layouts differ by up to 15 % in either direction.
+    dot = functools.partial(jnp.einsum, "MK,NK->MN" if transposed else "MK,KN->MN")
     head = params["wte"]["embedding"]
-    turn = jax.jit(jnp.transpose) if turned else lambda matrix: matrix
+    to_layout = jax.jit(jnp.transpose) if transposed else lambda matrix: matrix
     blocks = [jax.tree.leaves(params[f"h_{i}"]) for i in range(model.num_layers)]
-    layers = [[turn(leaf) for leaf in block if leaf.ndim == 2] for block in blocks]
+    layers = [[to_layout(leaf) for leaf in block if leaf.ndim == 2] for block in blocks]
 
     @jax.jit
     def read(layers: list[list[jax.Array]], head: jax.Array, x_1D: jax.Array) -> jax.Array:

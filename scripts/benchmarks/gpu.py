@@ -1,4 +1,4 @@
-"""A GPU beside its own ceilings: the bandwidth of its memory and its matrix products, measured in the same run."""
+"""GPU benchmarks, compared with the memory bandwidth and the matrix product rate measured in the same run."""
 
 import functools
 import statistics
@@ -35,37 +35,37 @@ def decode(
     rounds: int = 5,
     read_bytes: int = _READ_BYTES,
 ) -> dict[str, Any]:
-    """Measures tokens drawn a second at each width, and the share of them that the memory's bandwidth would allow.
+    """Measures decoded tokens/s per decode width, and their share of what the memory bandwidth allows.
 
-    Timed is all that the sampler does from the first event of every row to the last of any. A step must read the
-    weights once, for all rows, and the keys and values of each row's tokens.
+    The time runs from the first token of the last slot to the last token of all. A step must read the weights once for
+    all slots, and the cached keys and values of each slot.
 
     Args:
-        model: Its shape; weights are random.
-        device: What JAX computes on.
-        widths: Rows that are decoded together.
-        num_tokens: Of each row, fewer where the window ends.
-        rounds: Interleaved rounds; the first, which compiles, is not counted.
-        read_bytes: Read at once to find the bandwidth; far more than the device's caches hold.
+        model: Model shape; the weights are random.
+        device: Device that JAX uses.
+        widths: Numbers of slots decoded together.
+        num_tokens: Tokens per slot, limited by the window.
+        rounds: Interleaved rounds, after an uncounted one that compiles.
+        read_bytes: Bytes per read to measure the bandwidth; must far exceed the device's caches.
     """
     num_tokens = min(num_tokens, model.max_seq_len - _PROMPT_TOKENS)
     with tempfile.TemporaryDirectory() as directory:
         params = generate.random_params(model, Path(directory))
     attention = device.attention(DTYPE, model.head_dim)
-    rows = {width: _sampled(model, params, attention, width, num_tokens) for width in widths}
+    decoders = {width: _sampled(model, params, attention, width, num_tokens) for width in widths}
     read = _read(read_bytes)
-    found: dict[str, list[float]] = {"bandwidth": [], **{f"width {width}": [] for width in widths}}
+    measured: dict[str, list[float]] = {"bandwidth": [], **{f"width {width}": [] for width in widths}}
     for _ in range(rounds + 1):
-        found["bandwidth"].append(_rate(read))
-        for width, request in rows.items():
-            found[f"width {width}"].append(_rate(request))
-    bandwidth = found.pop("bandwidth")[1:]
+        measured["bandwidth"].append(_rate(read))
+        for width, request in decoders.items():
+            measured[f"width {width}"].append(_rate(request))
+    bandwidth = measured.pop("bandwidth")[1:]
     weights = sum(leaf.size for leaf in jax.tree.leaves(params)) - params["wpe"]["embedding"].size
     live = 2 * model.num_layers * model.embed_dim * (_PROMPT_TOKENS + num_tokens / 2)
     result: dict[str, Any] = {"dtype": DTYPE, "attention": attention, "bandwidth_GB_per_s": _spread(bandwidth, 1e9)}
     for width in widths:
-        rates = found[f"width {width}"][1:]
-        needed = (weights / width + live) * jnp.dtype(DTYPE).itemsize  # bytes a token
+        rates = measured[f"width {width}"][1:]
+        needed = (weights / width + live) * jnp.dtype(DTYPE).itemsize  # bytes per token
         shares = [rate * needed / ceiling for rate, ceiling in zip(rates, bandwidth, strict=True)]
         result[f"width {width}"] = {"tokens_per_s": _spread(rates), "share_of_bandwidth": _spread(shares)}
     return result
@@ -79,14 +79,14 @@ def training(
     rounds: int = 5,
     product_size: int = _PRODUCT_SIZE,
 ) -> dict[str, Any]:
-    """Measures training steps: tokens a second, their share of the measured products' rate, and the MFU.
+    """Measures training: tokens/s, the share of the measured matrix product rate, and the MFU.
 
     Args:
-        model: Its shape; tokens are random, there is no dropout.
-        device: What JAX computes on.
-        batch_size: Sequences of the whole context in a step.
-        rounds: Interleaved rounds; the first, which compiles, is not counted.
-        product_size: Side of the square matrices that are multiplied to find the ceiling.
+        model: Model shape; tokens are random, without dropout.
+        device: Device that JAX uses.
+        batch_size: Sequences per step, each as long as the context window.
+        rounds: Interleaved rounds, after an uncounted one that compiles.
+        product_size: Side of the square matrices multiplied to measure the product rate.
     """
     settings = training_config.TrainConfig(batch_size=batch_size, warmup_steps=0, min_lr=1e-3, dtype=DTYPE)
     attention = device.attention(DTYPE, model.head_dim, trains=True)
@@ -112,34 +112,35 @@ def training(
         "products_TFLOP_per_s": _spread(products[1:], 1e12),
         "tokens_per_s": _spread(rates[1:]),
         "share_of_products": _spread(shares),
-        "mfu": mfu and round(mfu, 4),  # null where the device's peak is not known
+        "mfu": mfu and round(mfu, 4),  # null if the device's peak is unknown
     }
 
 
 def _sampled(model: config.ModelConfig, params: Any, attention: str, width: int, num_tokens: int) -> table.Request:
-    engine = scheduler.Scheduler(model, params, config.DecodingConfig(width=width, dtype=DTYPE), attention)
+    generator = scheduler.Scheduler(model, params, config.DecodingConfig(width=width, dtype=DTYPE), attention)
     generation = config.GenerationConfig(num_tokens=num_tokens)
     prompts = np.random.RandomState(width).randint(0, model.vocab_size, (width, _PROMPT_TOKENS)).tolist()
-    asked = [
+    batch = [
         requests.Request(prompt_ids=tuple(ids), sample=0, generation=generation, sampling=config.SamplingConfig())
         for ids in prompts
     ]
 
     def request() -> tuple[float, float]:
-        times = [time.perf_counter() for event in engine.run(asked) if event.token is not None]
-        return len(times) - width, times[-1] - times[width - 1]  # prompts, and so first tokens, come before all steps
+        times = [time.perf_counter() for event in generator.run(batch) if event.token is not None]
+        return len(times) - width, times[-1] - times[width - 1]  # all first tokens come from prefill, before any step
 
     return request
 
 
 def _read(size: int) -> table.Request:
-    """Reads ``size`` bytes."""
+    """Returns a request that reads ``size`` bytes."""
     x = jnp.ones(size // 2, DTYPE)
     return _timed(jax.jit(functools.partial(jnp.sum, dtype=jnp.float32)), x, amount=x.nbytes)
 
 
 def _product(size: int) -> table.Request:
-    """Multiplies two square matrices of random numbers, in as many operations as it says: zeros are faster."""
+    """Returns a request that multiplies two square matrices and counts its FLOPs."""
+    # Random, because products of zeros are faster.
     x, y = jax.random.normal(jax.random.key(0), (2, size, size), DTYPE)
     return _timed(jax.jit(jnp.matmul), x, y, amount=2 * size**3)
 
@@ -159,6 +160,6 @@ def _rate(request: table.Request) -> float:
 
 
 def _spread(values: Sequence[float], unit: float = 1.0) -> dict[str, float]:
-    """Least, median and greatest, to four digits."""
+    """Returns the minimum, median and maximum, to four digits."""
     parts = {"min": min(values), "median": statistics.median(values), "max": max(values)}
     return {name: float(f"{value / unit:.4g}") for name, value in parts.items()}

@@ -1,4 +1,4 @@
-"""Texts beyond the window, beside a window that is cropped and read anew at every token, as nanoGPT does in PyTorch."""
+"""Generation beyond the context window, compared with nanoGPT's PyTorch code, which recomputes it for every token."""
 
 import argparse
 import time
@@ -13,14 +13,14 @@ from hipgpt_jax import config
 from hipgpt_jax.generation import requests, scheduler
 
 _STRIDES = (1, 64)
-_SHARE = 4  # of the window's length is made a request, beyond it
+_SHARE = 4  # a request generates at least 1/4 of the window's length
 OURS, PEER = "stride", "nanoGPT's crop"
 RATIOS_TO = (PEER,)
 HELD = tuple((f"{OURS} {stride}", PEER) for stride in _STRIDES)
 
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
-    """Returns the rows of a shape: tokens after a prompt that fills the window."""
+    """Returns the rows of a shape: tokens generated after a prompt that fills the window."""
     del options
     params = generate.random_params(model, directory)
     prompt = np.random.RandomState(0).randint(0, model.vocab_size, model.max_seq_len)
@@ -31,22 +31,22 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
 
 
 def _rolling(model: config.ModelConfig, params: Any, prompt: np.ndarray, stride: int) -> table.Request:
-    engine = scheduler.Scheduler(model, params, config.DecodingConfig(window_stride=stride))
-    asked = requests.Request(
+    generator = scheduler.Scheduler(model, params, config.DecodingConfig(window_stride=stride))
+    prompt_request = requests.Request(
         prompt_ids=tuple(prompt.tolist()),
         sample=0,
         generation=config.GenerationConfig(num_tokens=2**31),
         sampling=config.SamplingConfig(),
     )
-    number = max(model.max_seq_len // _SHARE, 2 * stride)
+    num_tokens = max(model.max_seq_len // _SHARE, 2 * stride)
 
     def request() -> tuple[float, float]:
-        tokens: Iterator[requests.Output] = engine.run([asked])
+        tokens: Iterator[requests.Output] = generator.run([prompt_request])
         next(tokens)
         began = time.perf_counter()
-        for _ in range(number):
+        for _ in range(num_tokens):
             next(tokens)
-        return number, time.perf_counter() - began
+        return num_tokens, time.perf_counter() - began
 
     return request
 
@@ -55,12 +55,12 @@ def _cropping(model: config.ModelConfig, params: Any, prompt: np.ndarray) -> lis
     torch = peers.torch()
     if torch is None:
         return []
-    theirs, number = peers.plain_params(params, torch), model.max_seq_len // _SHARE
+    torch_params, num_tokens = peers.plain_params(params, torch), model.max_seq_len // _SHARE
 
     def request() -> tuple[float, float]:
         began = time.perf_counter()
         ids = torch.from_numpy(prompt)[None]
-        plain.crop_and_recompute(model, theirs, ids, number, torch, config.SamplingConfig())
-        return number, time.perf_counter() - began
+        plain.crop_and_recompute(model, torch_params, ids, num_tokens, torch, config.SamplingConfig())
+        return num_tokens, time.perf_counter() - began
 
     return [request]

@@ -1,4 +1,4 @@
-"""Peak resident memory of ``hipgpt-generate``, beside the weights and the bare process."""
+"""Peak resident memory of ``hipgpt-generate``, relative to its weights and above a bare process."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ _MB = 1024
 
 
 def report(options: argparse.Namespace) -> None:
-    """Prints, for each shape, what the process takes beyond the bare one, as a multiple of its weights."""
+    """Prints, per shape, the memory above that of the bare process as a multiple of the weights."""
     bare = _peak(["-c", _COUNT.format(run=start.IMPORTS.replace("; ", "\n    "))])
     print(f"bare process (imports and device): {bare / _MB:.0f} MB")
     for name in options.shapes.split(","):
@@ -36,15 +36,15 @@ def report(options: argparse.Namespace) -> None:
             run = "sys.argv[0] = 'hipgpt-generate'; runpy.run_module('hipgpt_jax.cli.generate', run_name='__main__')"
             flags = ["--run-name", "run", "--prompt", "mana tovi", "--num_tokens", str(options.num_tokens)]
             peaks = [_peak(["-c", _COUNT.format(run=run), *flags], directory) for _ in range(options.rounds + 1)][1:]
-        beyond = sorted((peak - bare) / size for peak in peaks)
+        excess = sorted((peak - bare) / size for peak in peaks)
         print(
-            f"{name}: weights {size / _MB:.0f} MB, peak {max(peaks) / _MB:.0f} MB: beyond the bare process "
-            f"{beyond[len(beyond) // 2]:.2f} times the weights ({beyond[0]:.2f}–{beyond[-1]:.2f})"
+            f"{name}: weights {size / _MB:.0f} MB, peak {max(peaks) / _MB:.0f} MB: above the bare process "
+            f"{excess[len(excess) // 2]:.2f} times the weights ({excess[0]:.2f}–{excess[-1]:.2f})"
         )
 
 
 def _peak(arguments: Sequence[str], directory: str = ".") -> int:
-    """Peak resident memory of a Python process, in KB."""
+    """Returns the peak resident memory of a Python process, in KiB."""
     root = str(Path(config.__file__).parents[1])
     environ = {**os.environ, "XDG_CACHE_HOME": directory, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, *arguments], cwd=directory, env=environ, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The peers, with our weights: plain PyTorch, Hugging Face and CTranslate2; None where one is not installed."""
+"""Peer libraries loaded with our weights: plain PyTorch, Hugging Face and CTranslate2."""
 
 import contextlib
 import importlib
@@ -21,28 +21,33 @@ from hipgpt_jax.runs import weights
 
 
 def torch() -> Any:
-    """Returns PyTorch, set to all cores."""
+    """Returns the module ``torch``, set to use all cores, or None if it is not installed."""
     try:
-        found: Any = importlib.import_module("torch")
+        module: Any = importlib.import_module("torch")
     except ImportError:
         return None
-    found.set_num_threads(table.CORES)
-    return found
+    module.set_num_threads(table.CORES)
+    return module
 
 
-def plain_params(params: Any, of: Any) -> Any:
-    """Returns parameters as those of PyTorch, its kernels turned as ``functional.linear`` takes them."""
+def plain_params(params: Any, torch_module: Any) -> Any:
+    """Returns the parameters as PyTorch parameters, with kernels transposed for ``functional.linear``."""
 
     def parameter(path: Any, array: Any) -> Any:
         value = np.array(array)
-        return of.nn.Parameter(of.from_numpy(np.ascontiguousarray(value.T) if path[-1].key == "kernel" else value))
+        return torch_module.nn.Parameter(
+            torch_module.from_numpy(np.ascontiguousarray(value.T) if path[-1].key == "kernel" else value)
+        )
 
     return jax.tree_util.tree_map_with_path(parameter, params)
 
 
 def hugging_face(model: config.ModelConfig, params: Any, directory: Path) -> Any:
-    """Returns Hugging Face's GPT-2 with the weights of ``directory / "model.safetensors"``, which are ``params``."""
-    of = torch()
+    """Returns Hugging Face's GPT-2 with the weights in ``directory``, or None if it is not installed.
+
+    Its logits must equal those of ``params``.
+    """
+    torch_module = torch()
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
@@ -53,34 +58,34 @@ def hugging_face(model: config.ModelConfig, params: Any, directory: Path) -> Any
     sizes |= {"n_inner": model.ff_hidden_dim, "vocab_size": model.vocab_size, "n_positions": model.max_seq_len}
     transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None).save_pretrained(directory)
     peer = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype="float32")
-    with of.inference_mode():
-        _require_same(peer(of.tensor([_PROBE])).logits.numpy(), model, params)
+    with torch_module.inference_mode():
+        _require_same(peer(torch_module.tensor([_PROBE])).logits.numpy(), model, params)
     return peer
 
 
 def ctranslate2(
     model: config.ModelConfig, directory: Path, prompts: Sequence[Sequence[int]], num_tokens: int
 ) -> list[table.Request]:
-    """Returns ways to generate from prompts with CTranslate2 in float32, of one thread and of all; none if absent.
+    """Returns CTranslate2 requests in float32, with one thread and with all cores; none if it is not installed.
 
-    Each is in a process of its own: loaded beside PyTorch its threads make Hugging Face three times slower.
-    A single prompt is timed from its first token to its last, several from the start.
+    Each runs in its own process. A single prompt is timed from its first token to its last, several from the start.
     """
     if importlib.util.find_spec("ctranslate2") is None:
         return []
+    # In the same process as PyTorch, CTranslate2's threads make Hugging Face three times slower.
     context = multiprocessing.get_context("spawn")
     return [_request_to(context, model, directory, prompts, num_tokens, n) for n in sorted({1, table.CORES})]
 
 
 def _request_to(context: Any, *arguments: Any) -> table.Request:
-    here, there = context.Pipe()
-    context.Process(target=_serve, args=(there, *arguments), daemon=True).start()
-    if error := here.recv():
+    pipe, remote = context.Pipe()
+    context.Process(target=_serve, args=(remote, *arguments), daemon=True).start()
+    if error := pipe.recv():
         raise RuntimeError(error)
 
     def request() -> tuple[float, float]:
-        here.send(None)
-        return here.recv()
+        pipe.send(None)
+        return pipe.recv()
 
     return request
 
@@ -93,7 +98,7 @@ def _serve(
     num_tokens: int,
     threads: int,
 ) -> None:
-    """Answers each message with the tokens of a request and their seconds."""
+    """Answers each message with the token count and the duration of a request."""
     jax.config.update("jax_platforms", "cpu")
     try:
         peer = _ctranslate2(model, directory, threads)
@@ -103,7 +108,7 @@ def _serve(
     pipe.send("")
     settings, texts = config.SamplingConfig(), [list(map(str, ids)) for ids in prompts]
 
-    def make() -> tuple[float, float]:
+    def generate() -> tuple[float, float]:
         times: list[float] = []
         began = time.perf_counter()
         peer.generate_batch(
@@ -124,11 +129,11 @@ def _serve(
     with contextlib.suppress(EOFError):
         while True:
             pipe.recv()
-            pipe.send(make())
+            pipe.send(generate())
 
 
 def _ctranslate2(model: config.ModelConfig, directory: Path, threads: int) -> Any:
-    """Returns a generator of the weights in ``directory``; its token of an id is the id's digits."""
+    """Returns a CTranslate2 generator with the weights in ``directory``; the token of an id is its decimal digits."""
     library: Any = importlib.import_module("ctranslate2")
     params = weights.read(directory / "model.safetensors", model)
     specs = library.specs
@@ -136,34 +141,34 @@ def _ctranslate2(model: config.ModelConfig, directory: Path, threads: int) -> An
         model.num_layers, model.num_heads, pre_norm=True, activation=specs.Activation.GELUTanh
     )
 
-    def linear(to: Any, given: Any) -> None:
-        to.weight, to.bias = np.ascontiguousarray(given["kernel"].T), given["bias"]
+    def linear(target: Any, source: Any) -> None:
+        target.weight, target.bias = np.ascontiguousarray(source["kernel"].T), source["bias"]
 
-    def norm(to: Any, given: Any) -> None:
-        to.gamma, to.beta = given["scale"], given["bias"]
+    def norm(target: Any, source: Any) -> None:
+        target.gamma, target.beta = source["scale"], source["bias"]
 
     decoder = spec.decoder
     decoder.scale_embeddings = False
     decoder.embeddings.weight = decoder.projection.weight = params["wte"]["embedding"]
     decoder.position_encodings.encodings = params["wpe"]["embedding"]
     norm(decoder.layer_norm, params["ln_f"])
-    for number, to in enumerate(decoder.layer):
-        given = params[f"h_{number}"]
-        norm(to.self_attention.layer_norm, given["ln_1"])
-        linear(to.self_attention.linear[0], given["attn"]["c_attn"])
-        linear(to.self_attention.linear[1], given["attn"]["c_proj"])
-        norm(to.ffn.layer_norm, given["ln_2"])
-        linear(to.ffn.linear_0, given["mlp"]["c_fc"])
-        linear(to.ffn.linear_1, given["mlp"]["c_proj"])
+    for number, target in enumerate(decoder.layer):
+        source = params[f"h_{number}"]
+        norm(target.self_attention.layer_norm, source["ln_1"])
+        linear(target.self_attention.linear[0], source["attn"]["c_attn"])
+        linear(target.self_attention.linear[1], source["attn"]["c_proj"])
+        norm(target.ffn.layer_norm, source["ln_2"])
+        linear(target.ffn.linear_0, source["mlp"]["c_fc"])
+        linear(target.ffn.linear_1, source["mlp"]["c_proj"])
     spec.register_vocabulary([str(number) for number in range(model.vocab_size)])
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"
     spec.validate()
     spec.optimize()
     with tempfile.TemporaryDirectory() as converted:
         spec.save(converted)
-        found = library.Generator(converted, compute_type="float32", intra_threads=threads)
-    _require_same(np.array(found.forward_batch([list(map(str, _PROBE))])), model, params)
-    return found
+        generator = library.Generator(converted, compute_type="float32", intra_threads=threads)
+    _require_same(np.array(generator.forward_batch([list(map(str, _PROBE))])), model, params)
+    return generator
 
 
 _PROBE = (1, 2, 3, 4)

@@ -1,6 +1,7 @@
-"""GPT-2 as nanoGPT writes it, in plain PyTorch; nothing here imports JAX.
+"""GPT-2 in plain PyTorch, following nanoGPT; must not import JAX.
 
-``python scripts/benchmarks/plain.py`` is what nanoGPT's ``sample.py`` is: 50 tokens from the run in the package.
+``python scripts/benchmarks/plain.py`` corresponds to nanoGPT's ``sample.py``: it generates 50 tokens from the shipped
+run.
 """
 
 import importlib
@@ -13,15 +14,15 @@ from typing import Any
 from hipgpt_jax import config
 
 
-def forward_of(model: config.ModelConfig, params: Any, of: Any) -> Callable[[Any], Any]:
-    """Returns a function of ids ``[B, T]`` that gives what the head multiplies.
+def forward_of(model: config.ModelConfig, params: Any, torch: Any) -> Callable[[Any], Any]:
+    """Returns a function from ids ``[B, T]`` to the final hidden states, the input of the output head.
 
     Args:
-        model: Its shape.
-        params: Tensors by the names of Flax, kernels turned as ``functional.linear`` takes them.
-        of: The module ``torch``.
+        model: Model shape.
+        params: Tensors under their Flax names, with kernels transposed for ``functional.linear``.
+        torch: The module ``torch``.
     """
-    functional, N = of.nn.functional, model.num_heads
+    functional, N = torch.nn.functional, model.num_heads
 
     def norm(x: Any, p: Any) -> Any:
         return functional.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], eps=1e-5)
@@ -46,36 +47,36 @@ def forward_of(model: config.ModelConfig, params: Any, of: Any) -> Callable[[Any
 
 
 def crop_and_recompute(
-    model: config.ModelConfig, params: Any, ids: Any, number: int, of: Any, settings: config.SamplingConfig
+    model: config.ModelConfig, params: Any, ids: Any, num_tokens: int, torch: Any, settings: config.SamplingConfig
 ) -> Any:
-    """Returns ids ``[1, T]`` and ``number`` more, as nanoGPT's ``generate`` draws them.
+    """Returns ids ``[1, T]`` followed by ``num_tokens`` sampled ids, like nanoGPT's ``generate``.
 
-    A forward pass of the last tokens for each, the head at the last of them, top-k, a draw.
+    Each token takes a forward pass over the cropped window, logits of its last position, top-k and a draw.
     """
-    forward, head = forward_of(model, params, of), params["wte"]["embedding"]
-    with of.inference_mode():
-        for _ in range(number):
+    forward, head = forward_of(model, params, torch), params["wte"]["embedding"]
+    with torch.inference_mode():
+        for _ in range(num_tokens):
             hidden = forward(ids[:, -model.max_seq_len :])[:, -1]
-            logits = of.nn.functional.linear(hidden, head) / settings.temperature
-            best, _ = of.topk(logits, settings.top_k)
+            logits = torch.nn.functional.linear(hidden, head) / settings.temperature
+            best, _ = torch.topk(logits, settings.top_k)
             logits[logits < best[:, [-1]]] = -float("inf")
-            drawn = of.multinomial(of.softmax(logits, dim=-1), num_samples=1)
-            ids = of.cat((ids, drawn), dim=1)
+            drawn = torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
+            ids = torch.cat((ids, drawn), dim=1)
     return ids
 
 
 def main() -> None:
-    """Imports torch, loads the run, prints 50 tokens."""
+    """Loads the shipped run and prints 50 tokens."""
     import tokenizers
 
     torch: Any = importlib.import_module("torch")
     load_file = importlib.import_module("safetensors.torch").load_file
 
     run = Path(config.__file__).parent / "runs/shipped/shakespeare"
-    about = json.loads((run / "latest_config.json").read_text())
-    model = config.ModelConfig(**about["model"])
+    latest = json.loads((run / "latest_config.json").read_text())
+    model = config.ModelConfig(**latest["model"])
     params: dict[str, Any] = {}
-    for name, tensor in load_file(run / about["checkpoint"]["latest"]).items():
+    for name, tensor in load_file(run / latest["checkpoint"]["latest"]).items():
         *path, leaf = name.replace("h.", "h_", 1).split(".") if name.startswith("h.") else name.split(".")
         node = params
         for key in path:

@@ -1,4 +1,4 @@
-"""Reading a prompt: to the first token, beside a bare forward pass and beside the products alone."""
+"""Prefill: time to the first token, compared with a bare forward pass and with the matrix products alone."""
 
 import argparse
 import time
@@ -22,10 +22,10 @@ _LONGEST = 1000
 
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
-    """Returns the rows of a shape, in tokens of the prompt a second; it has 1,000, or as many as the window holds.
+    """Returns the rows of a shape, in prompt tokens/s; the prompt has 1,000 tokens, or as many as the window holds.
 
-    The bare pass is one program of exactly the prompt's length that keeps no cache and ends with the
-    logits of the last position. The products are those of its dense layers, each of the prompt's length, in a chain.
+    The bare forward pass is a program of exactly the prompt's length without a KV cache that returns the logits of the
+    last position. The matrix products are those of its dense layers, in a chain.
     """
     del options
     params = generate.random_params(model, directory)
@@ -55,20 +55,20 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
 
 
 def _first_token(model: config.ModelConfig, params: Any, prompts: np.ndarray) -> table.Request:
-    engine = scheduler.Scheduler(model, params, config.DecodingConfig())
+    generator = scheduler.Scheduler(model, params, config.DecodingConfig())
     number = 0
 
     def request() -> tuple[float, float]:
         nonlocal number
-        number += 1  # another prompt each time: the same one would be read once
-        asked = requests.Request(
+        number += 1  # a repeated prompt would skip prefill
+        prompt_request = requests.Request(
             prompt_ids=tuple(prompts[number % len(prompts)].tolist()),
             sample=0,
             generation=config.GenerationConfig(num_tokens=2),
             sampling=config.SamplingConfig(),
         )
         began = time.perf_counter()
-        next(engine.run([asked]))
+        next(generator.run([prompt_request]))
         return prompts.shape[1], time.perf_counter() - began
 
     return request

@@ -1,4 +1,4 @@
-"""Many samples: what the decode width gains, and what records cost."""
+"""Throughput of many samples, by decode width, and the cost of records."""
 
 import argparse
 import dataclasses
@@ -22,9 +22,9 @@ _WIDTH = 16
 
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
-    """Returns the rows of a shape: 64 samples of one prompt, made as text, and with their records in a file.
+    """Returns the rows of a shape: 64 samples of one prompt, decoded to text, with and without a record file.
 
-    All is timed: reading the prompt, every token, its text, its facts and its record.
+    The time includes prefill, decoding, detokenization, token statistics and writing records.
     """
     write_run(model, directory)
     device = devices.start("cpu", lambda line: None)
@@ -38,20 +38,20 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     )
     num_tokens = min(options.num_tokens, model.max_seq_len - 32)
     return {
-        NARROW: [_make(narrow, num_tokens, None)],
-        WIDE: [_make(wide, num_tokens, None)],
-        RECORDED: [_make(wide, num_tokens, directory / "records.jsonl")],
+        NARROW: [_request_for(narrow, num_tokens, None)],
+        WIDE: [_request_for(wide, num_tokens, None)],
+        RECORDED: [_request_for(wide, num_tokens, directory / "records.jsonl")],
     }
 
 
 def write_run(model: config.ModelConfig, directory: Path) -> None:
-    """Writes a run of random weights and a vocabulary of made-up words."""
+    """Writes a run with random weights and a vocabulary of random words."""
     directory.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(0)
-    words = ["".join(draw.choices("bdfgklmnprstvz", k=6)) + draw.choice("aeiou") for _ in range(30_000)]
+    rng = random.Random(0)
+    words = ["".join(rng.choices("bdfgklmnprstvz", k=6)) + rng.choice("aeiou") for _ in range(30_000)]
     vocabulary = tokenizer.Tokenizer.train([" ".join(words)], model.vocab_size)
     if vocabulary.vocab_size < model.vocab_size:
-        raise ValueError(f"the made-up words hold {vocabulary.vocab_size} tokens, {model.vocab_size} are needed")
+        raise ValueError(f"the random words give {vocabulary.vocab_size} tokens, but {model.vocab_size} are needed")
     model = dataclasses.replace(model, vocab_size=vocabulary.vocab_size)
     generate.random_params(model, directory)
     files.write_text(directory / "tokenizer.json", vocabulary.to_json())
@@ -66,14 +66,14 @@ def write_run(model: config.ModelConfig, directory: Path) -> None:
     )
 
 
-def _make(run: api.Run, num_tokens: int, path: Path | None) -> table.Request:
+def _request_for(run: api.Run, num_tokens: int, path: Path | None) -> table.Request:
     generation = config.GenerationConfig(num_tokens=num_tokens, num_samples=_SAMPLES)
-    asked = list(run.files.resolve_all([prompts.Prompt(text="mana tovi")], config.SamplingConfig(), generation))
+    resolved = list(run.files.resolve_all([prompts.Prompt(text="mana tovi")], config.SamplingConfig(), generation))
 
     def request() -> tuple[float, float]:
         began = time.perf_counter()
         out = writer.RecordFile(path, overwrite=True) if path else None
-        for output in run.outputs(run.requests_of(asked), measure=out is not None):
+        for output in run.outputs(run.requests_of(resolved), measure=out is not None):
             if out and output.finish_reason:
                 out.append(run.recorder.build(output.sequence))
         if out:

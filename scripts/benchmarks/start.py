@@ -1,4 +1,4 @@
-"""The whole process: 50 tokens of the run in the package, from ``python`` to the end."""
+"""Duration of a whole process that generates 50 tokens from the shipped run."""
 
 import argparse
 import importlib.util
@@ -21,9 +21,9 @@ _TOKENS = 50
 
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
-    """Returns the rows in tokens a second of whole processes, 50 tokens each; the imports alone count as 50 too.
+    """Returns the rows, in tokens/s of whole processes that generate 50 tokens; the bare imports count as 50, too.
 
-    The compilation cache is a new one, filled in the round that is not counted.
+    The compilation cache starts empty and is filled in the uncounted round.
     """
     del model, options
     ours = [sys.executable, "-m", "hipgpt_jax.cli.generate", "--run-name", "shakespeare"]

@@ -1,4 +1,4 @@
-"""What every measurement shares: shapes, rounds, ratios, and the table."""
+"""Shared parts of the benchmarks: model shapes, rounds, ratios and the printed table."""
 
 import argparse
 import importlib.metadata
@@ -14,19 +14,19 @@ from pathlib import Path
 
 from hipgpt_jax import config
 
-# Makes one request; returns the tokens that were timed and their seconds.
+# Runs one request; returns the number of timed tokens and their duration in seconds.
 Request = Callable[[], tuple[float, float]]
-# Every row of a shape with the ways to make it; none where a peer is absent.
+# Variants of the request per table row of a shape; empty if a peer is not installed.
 Rows = dict[str, list[Request]]
 
 CORES = os.cpu_count() or 1
-# CTranslate2's threads wait actively for 0.2 s after a request.
+# In seconds: CTranslate2's threads spin for 0.2 s after a request.
 _PAUSE = 0.3
 ABSENT = "not installed: pip install 'hipgpt-jax[peers]'"
 
 
 def shape_of(D: int, L: int, N: int, F: int, V: int, W: int) -> config.ModelConfig:
-    """Returns a model by the letters of its sizes."""
+    """Returns a model config from its sizes, named as tensor axes."""
     return config.ModelConfig(embed_dim=D, num_layers=L, num_heads=N, ff_hidden_dim=F, vocab_size=V, max_seq_len=W)
 
 
@@ -45,10 +45,10 @@ def run(
     rows_of: Callable[[config.ModelConfig, argparse.Namespace, Path], Rows],
     ratios_to: Sequence[str],
 ) -> None:
-    """Measures the rows of each shape in interleaved rounds, and prints their speeds and ratios."""
-    found, shapes = facts(), {}
-    print("; ".join(f"{name} {value}" for name, value in found.items()))
-    print("tokens/s: median (min–max) of the rounds; ratios: min/median/max of the ratios within a round\n")
+    """Measures the rows of each shape in interleaved rounds, prints the table and writes the JSON file."""
+    environment, shapes = facts(), {}
+    print("; ".join(f"{name} {value}" for name, value in environment.items()))
+    print("tokens/s: median (min–max) of the rounds; ratios: min/median/max of the per-round ratios\n")
     print(f"| shape | row | tokens/s | {' | '.join(f'to {other}' for other in ratios_to)} |")
     print(f"|{'---|' * (3 + len(ratios_to))}", flush=True)
     for name in options.shapes.split(","):
@@ -61,21 +61,21 @@ def run(
             cells = ["/".join(f"{ratio:.2f}" for ratio in ratios[row][other]) or "–" for other in ratios_to]
             print(f"| {' | '.join([name, row, speed, *cells])} |", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"facts": found, "shapes": shapes}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"facts": environment, "shapes": shapes}, indent=1) + "\n")
 
 
 def measure(rows: Rows, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Returns the tokens/s of each row in each round; of several ways to make a row, the fastest counts."""
+    """Returns the tokens/s per row and round, of the fastest variant of each row."""
     rates: dict[str, list[float]] = {row: [] for row in rows}
-    for least in (0.0, *[seconds] * rounds):  # the first round compiles
-        for row, ways in rows.items():
-            if ways:
-                rates[row].append(max(rate_of(request, least) for request in ways))
+    for minimum in (0.0, *[seconds] * rounds):  # the first round compiles
+        for row, variants in rows.items():
+            if variants:
+                rates[row].append(max(rate_of(request, minimum) for request in variants))
     return {row: values[1:] for row, values in rates.items()}
 
 
 def rate_of(request: Request, seconds: float) -> float:
-    """Tokens/s of as many requests as fill ``seconds``, at least one; then a pause, in which the machine falls idle."""
+    """Returns the tokens/s of repeated requests over at least ``seconds``, then pauses until all threads are idle."""
     timed = [request()]
     while sum(elapsed for _, elapsed in timed) < seconds:
         timed.append(request())
@@ -84,18 +84,18 @@ def rate_of(request: Request, seconds: float) -> float:
 
 
 def facts() -> dict[str, str]:
-    """Returns what the figures were measured on and with."""
+    """Returns the hardware, load and library versions of the measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else [platform.machine()]
-    installed = {found.name: found.version for found in importlib.metadata.distributions()}
-    found = {"cores": str(CORES), "cpu": names[0], "load": f"{os.getloadavg()[0]:.1f}"}
-    return found | {
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    machine = {"cores": str(CORES), "cpu": names[0], "load": f"{os.getloadavg()[0]:.1f}"}
+    return machine | {
         name: installed.get(name, "absent")
         for name in ("jax", "jaxlib", "flax", "torch", "transformers", "ctranslate2")
     }
 
 
 def ratios_of(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Least, median and greatest ratio of a round; nothing where a row is absent."""
+    """Returns the minimum, median and maximum per-round ratio; empty if a row has no rates."""
     ratios = sorted(value / other for value, other in zip(values, others, strict=False))
     return [ratios[0], statistics.median(ratios), ratios[-1]] if ratios else []

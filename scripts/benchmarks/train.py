@@ -1,4 +1,4 @@
-"""A training step, beside the same step in plain PyTorch."""
+"""Training steps, compared with the same steps in plain PyTorch."""
 
 import argparse
 import time
@@ -22,12 +22,12 @@ _STEPS = 10
 
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
-    """Returns the rows of a shape: steps of AdamW behind a clip, in float32, without dropout, on random tokens.
+    """Returns the rows of a shape: AdamW steps with gradient clipping, in float32, without dropout, on random tokens.
 
-    Both sides begin with the same weights and get the same batches, and their losses must agree.
+    Both libraries start from the same weights and use the same batches, and their losses must agree.
     """
     del options, directory
-    devices.step_on_main_thread()  # both as hipgpt-train does; the second serves both sides
+    devices.step_on_main_thread()  # both calls as in hipgpt-train; the second benefits PyTorch, too
     devices.keep_freed_memory()
     batch_size = next((size for name, size in _BATCHES.items() if table.SHAPES[name] == model), 2)
     train = training_config.TrainConfig(batch_size=batch_size, warmup_steps=0, min_lr=1e-3)
@@ -40,23 +40,23 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
 def steps(
     module: transformer.Transformer, train: training_config.TrainConfig, tokens: np.ndarray
 ) -> tuple[table.Request, list[float]]:
-    """Returns a request that takes a step with each batch of ``[steps, B, T + 1]``, and the losses of the first run."""
+    """Returns a request that trains one step per batch of ``[steps, B, T + 1]``, and the losses of a first pass."""
     key = jax.random.key(0)
     layout, adam = mesh.Layout.create({"data": 1, "fsdp": 1, "model": 1}), optimizer.make(train)
-    take = train_step.make_train_step(module, adam, train, key, layout)
+    step = train_step.make_train_step(module, adam, train, key, layout)
     state = train_step.init_sharded(layout, module, adam, key)
 
     def request() -> tuple[float, float]:
         nonlocal state
         began = time.perf_counter()
         for tokens_BT in tokens:
-            state, _ = take(state, tokens_BT)
+            state, _ = step(state, tokens_BT)
         jax.block_until_ready(state)
         return tokens[:, :, 1:].size, time.perf_counter() - began
 
     losses, probe = [], train_step.init_sharded(layout, module, adam, key)
     for tokens_BT in tokens:
-        probe, metrics = take(probe, tokens_BT)
+        probe, metrics = step(probe, tokens_BT)
         losses.append(float(metrics.loss))
     return request, losses
 
@@ -68,21 +68,21 @@ def _peer(
     if torch is None:
         return []
     batches = torch.from_numpy(tokens).long()
-    take = _torch_step(torch, model, train)
-    losses = [take(batch) for batch in batches]
+    step = _torch_step(torch, model, train)
+    losses = [step(batch) for batch in batches]
     np.testing.assert_allclose([float(loss) for loss in losses], expected, rtol=1e-3)
 
     def request() -> tuple[float, float]:
         began = time.perf_counter()
         for batch in batches:
-            take(batch)
+            step(batch)
         return tokens[:, :, 1:].size, time.perf_counter() - began
 
     return [request]
 
 
 def _torch_step(torch: Any, model: config.ModelConfig, train: training_config.TrainConfig) -> Any:
-    """Returns a step as nanoGPT takes it: one function of a batch ``[B, T + 1]`` that gives the loss."""
+    """Returns nanoGPT's training step: a function from a batch ``[B, T + 1]`` to its loss."""
     functional, adam = torch.nn.functional, optimizer.make(train)
     layout = mesh.Layout.create({"data": 1, "fsdp": 1, "model": 1})
     start = train_step.init_sharded(layout, transformer.Transformer(model), adam, jax.random.key(0)).params
@@ -95,7 +95,7 @@ def _torch_step(torch: Any, model: config.ModelConfig, train: training_config.Tr
     ]
     optimize = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, train.beta2), fused=True)
 
-    def take(batch: Any) -> Any:
+    def step(batch: Any) -> Any:
         inputs, targets = batch[:, :-1], batch[:, 1:]
         logits = functional.linear(forward(inputs), params["wte"]["embedding"])
         loss = functional.cross_entropy(logits.view(targets.numel(), -1), targets.reshape(-1))
@@ -105,4 +105,4 @@ def _torch_step(torch: Any, model: config.ModelConfig, train: training_config.Tr
         optimize.step()
         return loss.detach()
 
-    return take
+    return step

@@ -1,4 +1,4 @@
-"""Batches: tokens a second at decode widths of 16 and 64, beside Hugging Face's and CTranslate2's of as many rows."""
+"""Batched decoding at batch sizes 16 and 64, compared with Hugging Face and CTranslate2."""
 
 import argparse
 import dataclasses
@@ -20,28 +20,28 @@ HELD = tuple((f"{OURS}, {width}", f"{peer}, {width}") for width in _WIDTHS for p
 
 
 def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: Path) -> table.Rows:
-    """Returns the rows of a shape: as many prompts of 8 ids as the width has rows, the reading of them timed too."""
+    """Returns the rows of a shape: one prompt of 8 ids per slot, with prefill included in the time."""
     devices.keep_freed_memory()  # as hipgpt-generate does
     num_tokens = min(options.num_tokens, model.max_seq_len - _PROMPT_TOKENS)
     params = generate.random_params(model, directory)
     torch, hugging_face = peers.torch(), peers.hugging_face(model, params, directory)
 
     def ours(prompts: np.ndarray) -> table.Request:
-        engine = scheduler.Scheduler(model, params, config.DecodingConfig(width=len(prompts)))
+        generator = scheduler.Scheduler(model, params, config.DecodingConfig(width=len(prompts)))
         generation = config.GenerationConfig(num_tokens=num_tokens)
-        asked = [
+        batch = [
             requests.Request(
                 prompt_ids=tuple(ids.tolist()), sample=0, generation=generation, sampling=config.SamplingConfig()
             )
             for ids in prompts
         ]
-        return _timed(prompts.shape[0] * num_tokens, lambda: sum(1 for _ in engine.run(asked)))
+        return _timed(prompts.shape[0] * num_tokens, lambda: sum(1 for _ in generator.run(batch)))
 
     def theirs(prompts: np.ndarray) -> table.Request:
         ids = torch.from_numpy(prompts)
-        asked = {"inputs": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens}
-        asked |= {"do_sample": True, "pad_token_id": 0, **dataclasses.asdict(config.SamplingConfig())}
-        return _timed(prompts.shape[0] * num_tokens, lambda: torch.inference_mode()(hugging_face.generate)(**asked))
+        arguments = {"inputs": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens}
+        arguments |= {"do_sample": True, "pad_token_id": 0, **dataclasses.asdict(config.SamplingConfig())}
+        return _timed(prompts.shape[0] * num_tokens, lambda: torch.inference_mode()(hugging_face.generate)(**arguments))
 
     rows: table.Rows = {}
     for width in _WIDTHS:
@@ -52,10 +52,10 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     return rows
 
 
-def _timed(tokens: int, make: Callable[[], object]) -> table.Request:
+def _timed(tokens: int, run: Callable[[], object]) -> table.Request:
     def request() -> tuple[float, float]:
         began = time.perf_counter()
-        make()
+        run()
         return tokens, time.perf_counter() - began
 
     return request
