@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the format, the lint, the types and the examples in docstrings; makes .venv when it is missing or stale.
+# Checks formatting, lint, types and docstring examples. Creates or updates .venv if needed.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -7,5 +7,5 @@ environment .venv dev
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/pyright --pythonpath .venv/bin/python
-.venv/bin/python -m pytest -q --doctest-modules hipgpt_jax || [[ $? == 5 ]] # 5: no docstring has an example
+.venv/bin/python -m pytest -q --doctest-modules hipgpt_jax || [[ $? == 5 ]] # 5: no examples found
 echo "check.sh: format, lint, types and docstrings are clean"

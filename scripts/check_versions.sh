@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests with the newest JAX on each newer Python that is installed, on PATH or with pyenv: the quick tests on
-# the first that is found, those of pinned tokens on the others. Makes .venv-3.13 and .venv-3.12 where they are missing
-# or stale. Arguments go to pytest.
+# Tests Python 3.13 and 3.12 with the newest JAX, if they are on PATH or installed with pyenv: the quick tests on the
+# first one found, the pinned tokens on the other. Creates or updates .venv-3.13 and .venv-3.12 if needed. Arguments are
+# passed to pytest.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

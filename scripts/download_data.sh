@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches the tiny Shakespeare text (1.1 MB) to data/data.txt; does nothing where it is there. DATA_URL names a mirror.
+# Downloads the tiny Shakespeare text (1.1 MB) to data/data.txt unless it exists. DATA_URL sets a mirror.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 url=${DATA_URL:-https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs scripts/gpu_check.py on this machine's GPU, in .venv-gpu, made when it is missing or stale: one JSON object on
-# stdout, all else on stderr. Arguments go to it. Where there is no network to install from, run
-# `python scripts/gpu_check.py` with a Python that has this package, pytest, hypothesis and JAX's plugin.
+# Runs scripts/gpu_check.py on this machine's GPU, in .venv-gpu, which it creates or updates if needed. Stdout is one
+# JSON object, all other output goes to stderr. Arguments are passed on. Without a network, run
+# `python scripts/gpu_check.py` in an environment with this package, pytest, hypothesis and JAX's GPU plugin.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

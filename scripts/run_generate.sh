@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generates text: makes .venv when it is missing or stale, then runs hipgpt-generate in the repository's root.
+# Creates or updates .venv if needed, then runs hipgpt-generate in the repository's root.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

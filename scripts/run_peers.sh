@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests that compare with torch and transformers, in .venv-peers, made when it is missing or stale.
-# The fixed version picks the CPU build of torch where an index offers one, which spares several GB of CUDA libraries;
-# elsewhere PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu offers it. Arguments go to pytest.
+# Runs the comparison tests with torch and transformers in .venv-peers, which it creates or updates if needed.
+# The pinned version selects the CPU build of torch if the package index has one, which saves several GB of CUDA
+# libraries. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu adds such an index.
+# Arguments are passed to pytest.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the quick tests that do not need torch; makes .venv when it is missing or stale. Arguments go to pytest: -m slow
-# runs those that take longer. --hypothesis-profile=thorough tries four times as many examples.
+# Runs the quick tests that do not need torch. Creates or updates .venv if needed. Arguments are passed to pytest:
+# -m slow runs the slow tests, --hypothesis-profile=thorough tries four times as many examples.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

@@ -173,10 +173,10 @@ def test_the_saved_ratios_are_of_what_is_checked(benchmark: ModuleType) -> None:
     assert benchmark.falls(saved, saved) == []
 
 
-def test_what_to_measure_must_be_said(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_command_is_an_error(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main([])
     assert (
-        "what is to be measured? One of generate, train, samples, widths, long, prefill, start, memory, or --check"
+        "no command given: choose from generate, train, samples, widths, long, prefill, start, memory, or --check"
         in capsys.readouterr().err
     )
