@@ -1,4 +1,4 @@
-"""XLA's executables, kept between test runs and shared by all test processes: most of a cold run is spent compiling."""
+"""Cache of XLA executables, shared by test runs and processes. Compiling dominates a run without it."""
 
 import hashlib
 import os
@@ -12,8 +12,8 @@ from hipgpt_jax import disk_cache, numerics
 _SUFFIX = ".xla"
 _MAX_BYTES = 2 * 10**9
 
-# Shared by clones; an executable may not run on a processor with other instructions. What the package caches itself,
-# exported programs among it, is in "hipgpt_jax" in this directory.
+# Shared by clones, and keyed by instruction set, because an executable may not run on another processor. The package's
+# own cache, including exported programs, is in "hipgpt_jax" in this directory.
 _KIND = repr((jax.__version__, numerics.processor(), numerics.instruction_sets()))
 _HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 DIRECTORY = _HOME / "hipgpt_jax" / "tests" / hashlib.sha256(_KIND.encode()).hexdigest()[:16]
@@ -26,7 +26,7 @@ PROCESS = {
 
 
 class _Executables:
-    """Executables under JAX's keys, with the methods of its ``CacheInterface``; written whole, unlike by JAX itself."""
+    """Executables by JAX's keys, with the methods of JAX's ``CacheInterface``; unlike in JAX, writes are atomic."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -40,14 +40,14 @@ class _Executables:
 
 
 def use() -> None:
-    """Makes JAX keep every executable of this process."""
+    """Makes JAX cache every executable of this process."""
     kept, opened = _Executables(DIRECTORY), compilation_cache.get_file_cache
     compilation_cache.get_file_cache = lambda path: (kept, path) if path == str(DIRECTORY) else opened(path)
     restore()
 
 
 def restore() -> None:
-    """Makes JAX use this cache again after a test, or a program run in this process, has chosen another."""
+    """Makes JAX use this cache again after a test or an in-process program has selected another."""
     settings = {
         "jax_compilation_cache_dir": str(DIRECTORY),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

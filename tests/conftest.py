@@ -1,4 +1,4 @@
-"""Strict settings, before JAX starts: silent promotions are errors, and eight devices stand by."""
+"""Shared fixtures, and JAX settings of all tests: implicit promotions are errors, and there are eight CPU devices."""
 
 import contextlib
 import fcntl
@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)
-def _kept_executables() -> Iterator[None]:
+def _restore_executable_cache() -> Iterator[None]:
     yield
     compiled.restore()
 
@@ -42,9 +42,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A working directory in which ``hipgpt-train`` has made the run ``tiny``, at steps 20 and 40.
+    """A working directory with the run ``tiny`` trained by ``hipgpt-train``, at steps 20 and 40.
 
-    The run is made once for all test processes; each of them has a copy of its own.
+    The run is trained once for all test processes; each has its own copy.
     """
     directory = tmp_path_factory.mktemp("work") / "trained"
     shared = tmp_path_factory.getbasetemp()
@@ -77,7 +77,7 @@ def _train(directory: Path) -> None:
 
 @pytest.fixture
 def ctrl_c_heeded() -> Iterator[None]:
-    """What a shell's background job starts ignores Ctrl-C, as a test run put in the background would here."""
+    """Enables Ctrl-C, which background jobs of a shell, such as a test run in the background, ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

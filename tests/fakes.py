@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny models with weights, requests to them, runs on disk, and a count of compilations."""
+"""Test helpers: tiny models with random weights, requests, runs on disk, and a counter of compilations."""
 
 import contextlib
 import functools
@@ -18,15 +18,15 @@ from hipgpt_jax.runs import directory, states, weights
 from hipgpt_jax.text import dataset, preparation, tokenizer
 from hipgpt_jax.training import checkpoint
 
-# The vocabulary exceeds the largest of ``topk._CPU_BUCKETS``, so that every way to draw is compiled.
+# The vocabulary exceeds the largest of ``topk._CPU_BUCKETS``, so every sampling branch is compiled.
 MODEL = config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 
 
 def random_params(model: config.ModelConfig, seed: int = 4, stddev: float = 0.5) -> dict[str, Any]:
-    """Returns random parameters, biases and scales too, so large that text is far from uniform and varied.
+    """Returns random parameters, including biases and scales, large enough for varied, non-uniform text.
 
-    They come from NumPy's ``RandomState``, whose stream is frozen for good, so tokens drawn with
-    them can be pinned across JAX versions.
+    The stream of NumPy's ``RandomState`` is frozen, so tokens sampled with these parameters can be
+    pinned across JAX versions.
     """
     rng = np.random.RandomState(seed)
     params: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def random_params(model: config.ModelConfig, seed: int = 4, stddev: float = 0.5)
 
 
 def examples(number: int) -> hypothesis.settings:
-    """Returns the settings of a test of ``number`` examples, four times as many with --hypothesis-profile=thorough."""
+    """Returns Hypothesis settings of ``number`` examples, four times as many with the profile ``thorough``."""
     return hypothesis.settings(max_examples=number * hypothesis.settings().max_examples // 100)
 
 
@@ -57,9 +57,9 @@ SHIFTED = _Shifted(tokenizer.Tokenizer.train([], 256)._backend)
 
 @functools.cache
 def make_scheduler(platform: str | None = None, **settings: Any) -> scheduler.Scheduler:
-    """Returns a scheduler of ``MODEL`` with a window of 11; one for each setting, because they are slow to compile.
+    """Returns a scheduler of ``MODEL`` with a window of 11, cached per setting because compiling is slow.
 
-    Its cache has several blocks, as a larger model's: of 4, 4 and 3 slots on a CPU, of 4 and 7 on a GPU.
+    As for a larger model, its KV cache has several blocks: 4, 4 and 3 positions on a CPU, 4 and 7 on a GPU.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "SMALLEST_BLOCK", 4)
@@ -91,12 +91,12 @@ def request(
 
 
 def prompt(length: int) -> tuple[int, ...]:
-    """Returns the prompt of a length, random ids of ``MODEL``."""
+    """Returns a fixed random prompt of ``length`` ids of ``MODEL``."""
     return tuple(np.random.RandomState(length).randint(0, MODEL.vocab_size, length).tolist())
 
 
 def tokens_of(source: scheduler.Scheduler, requests: list[requests.Request]) -> list[list[int]]:
-    """Returns the tokens that each request drew."""
+    """Returns the sampled tokens of each request."""
     tokens: list[list[int]] = [[] for _ in requests]
     for event in source.run(requests):
         if event.token is not None:
@@ -110,7 +110,7 @@ def stats_bytes(stats: requests.Stats) -> bytes:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Yields every equation of a program, those inside of others too."""
+    """Yields every equation of a program, including those of nested programs."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
@@ -120,7 +120,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Yields a list that grows by one name for each program that XLA is given while the block runs."""
+    """Yields a list to which the name of each program compiled within the block is appended."""
     seen: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -139,7 +139,7 @@ RUN_TEXT = "".join(f"Speaker {i % 7}:\nTo be, or not to be, line {i}.\n\n" for i
 
 
 def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10), seed: int = 0) -> Path:
-    """Writes a run of random weights by the package's own writers, and returns its directory."""
+    """Writes a run of random weights with the package's writers, and returns its directory."""
     path = root / name
     path.mkdir(parents=True)
     source = root.parent / "text.txt"
@@ -151,7 +151,7 @@ def make_run(root: Path, name: str, steps: tuple[int, ...] = (2, 10), seed: int 
 
 
 def writer(path: Path, keep_last: int = 5) -> checkpoint.CheckpointWriter:
-    """Returns the writer of a run that ``make_run`` made."""
+    """Returns the checkpoint writer of a run from ``make_run``."""
     return checkpoint.CheckpointWriter(
         directory=path,
         model=RUN_MODEL,
@@ -163,14 +163,14 @@ def writer(path: Path, keep_last: int = 5) -> checkpoint.CheckpointWriter:
 
 
 def write_step(path: Path, at: int, *, keep_last: int = 5, seed: int = 0) -> None:
-    """Writes random weights as a step of a run that ``make_run`` made, the latest one."""
+    """Writes random weights as the latest step of a run from ``make_run``."""
     found = writer(path, keep_last)
     found.write(at, random_params(RUN_MODEL, seed=seed + at), best=False)
     found.link_latest(at)
 
 
 def make_state(run: Path, at: int, *, sealed: bool = True) -> Path:
-    """Writes files of random bytes where Orbax would write the training state of a step, and returns its directory."""
+    """Writes random bytes in the layout of an Orbax training state, and returns the directory of the state."""
     state = run / directory.TRAIN_STATE_NAME / str(at)
     rng = np.random.RandomState(at)
     for name, size in (("_CHECKPOINT_METADATA", 300), ("default/manifest.ocdbt", 120), ("default/d/5c1e", 9000)):

@@ -1,4 +1,4 @@
-"""Runs the package's programs as a user does: in processes of their own, or quickly in this one."""
+"""Test helpers: run the command-line programs in a subprocess or, faster, in this process."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ import safetensors.numpy
 from hipgpt_jax import files
 from hipgpt_jax.cli import doctor, evaluate, generate, inspect, plot, replay, train
 
-# The sizes of the committed run, so that programs of all runs named ``tiny`` are compiled once.
+# The model sizes of the committed run, so the programs of all runs named ``tiny`` are compiled once.
 TINY_SIZES = "--vocab-size 300 --dim 24 --heads 2 --ff 48 --layers 2 --seq 32"
 TINY = Path(__file__).parent / "data" / "tiny"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -40,7 +40,7 @@ TEXT = "".join(
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a program left behind."""
+    """Exit status, stdout and stderr of a program."""
 
     code: int
     out: str
@@ -48,7 +48,7 @@ class Result:
 
 
 def command(name: str, *arguments: str) -> list[str]:
-    """Returns the command line of a program in a process of its own."""
+    """Returns the command line that runs a program in a subprocess."""
     return [sys.executable, "-m", f"hipgpt_jax.cli.{name}", *arguments]
 
 
@@ -56,22 +56,22 @@ def environment(cache: Path | None = None, platforms: str = "cpu") -> dict[str, 
     """Returns the environment of a program.
 
     Args:
-        cache: The user's cache directory; without one, compiled programs are kept between test runs.
-        platforms: The platforms among which JAX chooses; all for an empty string.
+        cache: The user's cache directory; by default, compiled programs are cached between test runs.
+        platforms: The platforms JAX may use; all for an empty string.
     """
     own = {CACHE: str(compiled.DIRECTORY)} if cache is None else {"XDG_CACHE_HOME": str(cache)}
     return {**os.environ, "JAX_PLATFORMS": platforms, **own}
 
 
 def spawn(name: str, *arguments: str, cwd: Path, cache: Path | None = None, platforms: str = "cpu") -> Result:
-    """Runs a program in a process of its own, with ``environment(cache, platforms)``."""
+    """Runs a program in a subprocess with ``environment(cache, platforms)``."""
     env = environment(cache, platforms)
     done = subprocess.run(command(name, *arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
 def call(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Result:
-    """Runs a program in this process; what it compiles is kept between test runs."""
+    """Runs a program in this process; compiled programs are cached between test runs."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     if name not in ("doctor", "inspect", "plot"):
         monkeypatch.setenv(CACHE, str(compiled.DIRECTORY))
@@ -91,7 +91,7 @@ def copy_tiny(directory: Path, name: str = "tiny", step: int = 600, scale: float
         directory: The run's directory, which may exist; the new step becomes its latest.
         name: The run's name.
         step: The number of the step.
-        scale: A factor of all weights.
+        scale: A factor applied to all weights.
     """
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copy(TINY / "tokenizer.json", directory)

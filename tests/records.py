@@ -1,4 +1,4 @@
-"""Records to test with, made without a model."""
+"""Test helpers: records built without a model."""
 
 import dataclasses
 import json
@@ -77,12 +77,12 @@ _ROOT = record.Record(
 
 
 def make_record(**changes: Any) -> record.Record:
-    """Returns a valid record of two tokens, with the fields named changed."""
+    """Returns a valid record of two tokens with the given fields replaced."""
     return dataclasses.replace(_ROOT, **changes)
 
 
 def with_tokens(*tokens: str, **changes: Any) -> record.Record:
-    """Returns a record of these tokens, each of 3 bits and of five alternatives, itself the third."""
+    """Returns a record of the given tokens, each of 3 bits and ranked third of its five alternatives."""
     number = len(tokens)
     best = tuple(
         tuple((100 + place, -math.log(2 + 3 * place), token if place == 2 else f"alt{place}") for place in range(5))
@@ -102,7 +102,7 @@ def with_tokens(*tokens: str, **changes: Any) -> record.Record:
 
 
 def babble(number: int, seed: int, **changes: Any) -> record.Record:
-    """Returns a record of ``number`` tokens of made-up English, of every surprise, with five alternatives each."""
+    """Returns a record of ``number`` random English-like tokens with random statistics and five alternatives each."""
     draw = random.Random(seed)
     words = [
         "",
@@ -182,7 +182,7 @@ def _of_the_same_type(value: Any, draw: random.Random) -> Any:
 
 
 def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
-    """Returns a record's line with one value or one key replaced, removed or doubled, or some bytes changed."""
+    """Returns the JSON line of a record with a value or key replaced, removed or duplicated, or bytes changed."""
     copy: Any = json.loads(json.dumps(value))
     first = draw.choice(list(value))
     place: Any = draw.choice([(first,), *_paths(value[first], (first,))])

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries against the whole square in float64."""
+"""Tests of attention in blocks of queries against full attention in float64."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def heads(T: int, seed: int = 0) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 130, 256, 300])
-def test_blocks_are_the_whole_square(T: int) -> None:
+def test_attention_in_blocks_matches_float64(T: int) -> None:
     """One block, blocks of 64 with a short last one, four of them, and four larger ones."""
     q_BTNH, k_BTNH, v_BTNH = heads(T)
     scores_BNTS = np.einsum("BTNH,BSNH->BNTS", q_BTNH.astype(np.float64), k_BTNH) / np.sqrt(H)
@@ -31,7 +31,7 @@ def test_blocks_are_the_whole_square(T: int) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 63, 64, 129])
-def test_no_block_sees_what_comes_after(at: int) -> None:
+def test_no_block_attends_to_later_positions(at: int) -> None:
     def output(k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
         return attend(q_BTNH, k_BTNH, v_BTNH, dropout=0.0, dropout_key=None)[:, at].sum()
 
@@ -41,8 +41,8 @@ def test_no_block_sees_what_comes_after(at: int) -> None:
         assert np.all(np.any(gradient_BTNH[:, : at + 1] != 0, axis=(2, 3))) or at == 0
 
 
-def test_blocks_drop_apart_and_the_mean_stays() -> None:
-    """No two blocks drop alike: equal queries and keys, whose probabilities are equal, tell their masks."""
+def test_blocks_have_independent_dropout_masks_that_preserve_the_mean() -> None:
+    """Equal queries and keys have equal probabilities, so the output shows the dropout mask of each block."""
     T = 128
     ones_BTNH, v_BTNH = (
         np.ones((B, T, N, H), np.float32),
@@ -59,15 +59,15 @@ def test_blocks_drop_apart_and_the_mean_stays() -> None:
     assert jnp.isfinite(mean).all()
 
 
-def test_cudnns_attention_is_asked_for_where_it_is_chosen_and_nothing_is_dropped(
+def test_cudnn_is_used_when_selected_and_without_dropout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """There is no cuDNN here, so JAX's own takes its place: the same axes, the same mask, the same result."""
-    asked: list[str] = []
+    """JAX's XLA implementation stands in for cuDNN, with the same axes and mask."""
+    implementations: list[str] = []
     reference = jax.nn.dot_product_attention
 
     def stand_in(*arrays: jax.Array, implementation: str, **settings: Any) -> jax.Array:
-        asked.append(implementation)
+        implementations.append(implementation)
         return reference(*arrays, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
@@ -79,4 +79,4 @@ def test_cudnns_attention_is_asked_for_where_it_is_chosen_and_nothing_is_dropped
     attention.causal_attention(
         *map(jnp.asarray, heads(70)), dropout=0.1, dropout_key=jax.random.key(0), implementation="cudnn"
     )
-    assert asked == ["cudnn"]
+    assert implementations == ["cudnn"]

@@ -1,4 +1,4 @@
-"""The pure functions from state to state: the jitted single step, the sliding window, and prefill."""
+"""Tests of the pure state transitions: a jitted decode step, the sliding window, and prefill."""
 
 import functools
 from typing import Any
@@ -19,7 +19,7 @@ WINDOW = 11
 LAYOUT = kv.Layout((4, 4, 3))
 
 
-def initial(wanted: list[requests.Request]) -> decoding.DecodeState:
+def initial(requested: list[requests.Request]) -> decoding.DecodeState:
     """Returns a state of one slot per request, before the prompts are prefilled."""
     slots = [
         decoding.initial_state(
@@ -32,7 +32,7 @@ def initial(wanted: list[requests.Request]) -> decoding.DecodeState:
             W=WINDOW,
             V=MODEL.vocab_size,
         )
-        for one in wanted
+        for one in requested
     ]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *slots)
 
@@ -40,12 +40,12 @@ def initial(wanted: list[requests.Request]) -> decoding.DecodeState:
 Step = tuple[decoding.DecodeState, decoding.StepOutput]
 
 
-def step_by_step(wanted: list[requests.Request], num_steps: int) -> list[Step]:
+def step_by_step(requested: list[requests.Request], num_steps: int) -> list[Step]:
     """Decodes by a plain Python loop over the jitted single step; returns the state before each step and its output."""
-    params, state = fakes.random_params(MODEL), initial(wanted)
+    params, state = fakes.random_params(MODEL), initial(requested)
     blocks = jax.jit(functools.partial(decoding.prefill_cache, MODULE, layout=LAYOUT))(params, state.context_BS[:, :8])
-    rest = kv.empty(LAYOUT.shapes(MODEL, len(wanted), "float32", first=len(blocks)))
-    limit_B = jnp.asarray([one.generation.num_tokens for one in wanted])
+    rest = kv.empty(LAYOUT.shapes(MODEL, len(requested), "float32", first=len(blocks)))
+    limit_B = jnp.asarray([one.generation.num_tokens for one in requested])
     state = state._replace(cache=kv.Cache((), (*blocks, *rest)), limit_B=limit_B)
     step, steps = jax.jit(functools.partial(decoding.decode_step, MODULE)), []
     for _ in range(num_steps):
@@ -55,12 +55,12 @@ def step_by_step(wanted: list[requests.Request], num_steps: int) -> list[Step]:
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 0, "top_p": 1.0}])
-def test_a_python_loop_over_the_jitted_step_gives_the_bits_of_the_engine(settings: dict[str, Any]) -> None:
+def test_a_python_loop_over_the_jitted_step_equals_the_engine(settings: dict[str, Any]) -> None:
     """Up to the full window, where the engine slides it: tokens, statistics, contexts and seen tokens."""
-    wanted = [fakes.request(fakes.prompt(n), num_tokens=WINDOW - n + 1, seed=n, **settings) for n in (1, 4, 8)]
-    steps = step_by_step(wanted, WINDOW)
-    outputs = list(fakes.make_scheduler(width=3).run(wanted, measure=True))
-    for row, request in enumerate(wanted):
+    requested = [fakes.request(fakes.prompt(n), num_tokens=WINDOW - n + 1, seed=n, **settings) for n in (1, 4, 8)]
+    steps = step_by_step(requested, WINDOW)
+    outputs = list(fakes.make_scheduler(width=3).run(requested, measure=True))
+    for row, request in enumerate(requested):
         own = [output for output in outputs if output.index == row]
         assert len(own) == request.generation.num_tokens
         ids = list(request.prompt_ids)
@@ -81,10 +81,10 @@ def test_a_python_loop_over_the_jitted_step_gives_the_bits_of_the_engine(setting
 
 
 def test_a_slot_ends_with_its_end_token_and_is_left_unchanged() -> None:
-    """The same tokens as without an end token, and none after it; the slot beside it goes on."""
-    wanted = [fakes.request(fakes.prompt(n), num_tokens=7, seed=n) for n in (2, 3)]
-    tokens_TB = np.stack([output.token_B for _, output in step_by_step(wanted, 6)])
-    ending = [fakes.request(fakes.prompt(2), num_tokens=7, seed=2, eos_id=int(tokens_TB[2, 0])), wanted[1]]
+    """The tokens are those without an end token, and none follows it; the other slot continues."""
+    requested = [fakes.request(fakes.prompt(n), num_tokens=7, seed=n) for n in (2, 3)]
+    tokens_TB = np.stack([output.token_B for _, output in step_by_step(requested, 6)])
+    ending = [fakes.request(fakes.prompt(2), num_tokens=7, seed=2, eos_id=int(tokens_TB[2, 0])), requested[1]]
     assert tokens_TB[2, 0] not in tokens_TB[:2, 0]
     steps = step_by_step(ending, 6)
     assert [int(state.num_sampled_B[0]) for state, _ in steps] == [0, 1, 2, 3, 3, 3]
@@ -94,7 +94,7 @@ def test_a_slot_ends_with_its_end_token_and_is_left_unchanged() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, WINDOW - 1, WINDOW])
-def test_slide_keeps_the_window_that_the_design_states(stride: int) -> None:
+def test_slide_follows_the_documented_window_rule(stride: int) -> None:
     """With ``n`` tokens the window starts at 0 up to ``W``, then at ``N ceil((n - W) / N)``."""
     slide = jax.jit(decoding.slide_window, static_argnames="stride")
     text_BT = np.random.RandomState(0).randint(1, MODEL.vocab_size, (2, 60)).astype(np.int32)
@@ -117,8 +117,8 @@ def test_slide_keeps_the_window_that_the_design_states(stride: int) -> None:
         np.testing.assert_array_equal(state.context_BS[:, length:], 0)
 
 
-def test_a_full_row_has_no_position_left_and_yet_no_nan() -> None:
-    """It is computed beside one that is not full, for nothing: a user's own check for NaN finds none."""
+def test_a_full_slot_gives_no_nan() -> None:
+    """A full slot is still computed with its batch. A NaN there would trip ``jax_debug_nans``."""
     params = fakes.random_params(MODEL)
     cache = kv.empty(kv.Layout((MODEL.max_seq_len,)).shapes(MODEL, 2, "float32"))
     decode = jax.jit(lambda *arguments: MODULE.bind({"params": params}).decode(*arguments))
@@ -126,7 +126,7 @@ def test_a_full_row_has_no_position_left_and_yet_no_nan() -> None:
         assert np.isfinite(x).all()
 
 
-def test_where_takes_whole_slots() -> None:
+def test_where_selects_whole_slots() -> None:
     new = initial([fakes.request(fakes.prompt(n)) for n in (2, 3, 4)])
     old = initial([fakes.request(fakes.prompt(n)) for n in (5, 6, 7)])
     got = decoding.where(jnp.asarray([False, True, False]), new, old)
@@ -134,11 +134,11 @@ def test_where_takes_whole_slots() -> None:
         np.testing.assert_array_equal(now, np.stack([b[0], a[1], b[2]]))
 
 
-def test_a_context_may_be_prefilled_in_any_length_that_holds_it() -> None:
-    """Every bucket gives the same token and, to rounding, the same statistics and cache, in no more blocks."""
+def test_prefill_is_independent_of_the_padded_length() -> None:
+    """Every bucket gives the same token and, up to rounding, the same statistics and cache contents."""
     params = fakes.random_params(MODEL)
-    wanted = [fakes.request((*fakes.prompt(n), 7), seed=n, sample=n) for n in (1, 3, 5)]
-    state = initial(wanted)
+    requested = [fakes.request((*fakes.prompt(n), 7), seed=n, sample=n) for n in (1, 3, 5)]
+    state = initial(requested)
     prefill = jax.jit(functools.partial(decoding.prefill, MODULE, layout=LAYOUT))
     tight_BV, tight_blocks = prefill(params, state.context_BS[:, :5], state.length_B)
     loose_BV, loose_blocks = prefill(params, state.context_BS, state.length_B)

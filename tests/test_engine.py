@@ -1,4 +1,4 @@
-"""The engine: a GPU's backend, run on a CPU, samples what a CPU's does, several tokens at a time."""
+"""Tests of the engine: the GPU backend, run on a CPU, samples the same tokens, several per program."""
 
 import dataclasses
 import itertools
@@ -17,27 +17,27 @@ from hypothesis.extra import numpy as arrays
 from hipgpt_jax import config
 from hipgpt_jax.generation import backends, engine, requests, scheduler, topk
 
-# Settings that 64 candidates suffice for, and that need more of the 150.
+# Settings for which 64 candidates suffice, and settings that need more of the 150.
 NARROW: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"top_k": 40, "repetition_penalty": 1.3}, {"eos_id": 7})
 WIDE: tuple[dict[str, Any], ...] = ({"top_k": 0, "top_p": 1.0}, {"top_k": 100}, {"top_k": 0, "top_p": 0.7, "eos_id": 7})
 
 
-def wanted(*settings: dict[str, Any], count: int = 8) -> list[requests.Request]:
-    """Returns requests of one token up to more than the window and several programs hold, their settings by turns."""
+def make_requests(*settings: dict[str, Any], count: int = 8) -> list[requests.Request]:
+    """Returns requests of 1 to 23 tokens, so that some outgrow the window of 11, cycling through the settings."""
     cycle = itertools.cycle(settings)
     return [
         fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n * 5 % 23 + 1, sample=n, **next(cycle)) for n in range(count)
     ]
 
 
-def described(source: scheduler.Scheduler, asked: list[requests.Request]) -> list[tuple[Any, ...]]:
-    """Returns each sample's tokens with their statistics, in order; numbers to what rounding allows."""
+def described(source: scheduler.Scheduler, requested: list[requests.Request]) -> list[tuple[Any, ...]]:
+    """Returns the tokens of each request in order, with statistics rounded to three decimals."""
     described = []
-    for output in sorted(source.run(asked, measure=True), key=lambda output: output.index):
+    for output in sorted(source.run(requested, measure=True), key=lambda output: output.index):
         stats = output.stats
         assert stats is not None
         numbers = tuple(round(float(x), 3) for x in (stats.logprob, stats.rank, stats.margin, stats.gap))
-        count = asked[output.index].generation.top_logprobs
+        count = requested[output.index].generation.top_logprobs
         top = stats.top_logprobs(count)[0].tolist()
         described.append((output.index, output.token, output.finish_reason, numbers, top))
     return described
@@ -45,41 +45,43 @@ def described(source: scheduler.Scheduler, asked: list[requests.Request]) -> lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "stride"), [(1, 1), (1, 3), (3, 1), (3, 3)])
-def test_programs_for_a_gpu_draw_what_those_for_a_cpu_draw(width: int, stride: int) -> None:
-    """Tokens, ends and facts; within the window and beyond it, whatever the settings, and in mixed company."""
+def test_the_gpu_backend_samples_the_tokens_of_the_cpu_backend(width: int, stride: int) -> None:
+    """Tokens, finish reasons and statistics, within the window and past it, with mixed settings in a batch."""
     on_gpu, on_cpu = (fakes.make_scheduler(platform, width=width, window_stride=stride) for platform in ("gpu", "cpu"))
-    asked = wanted(*NARROW, *WIDE, count=14)
-    asked[1] = dataclasses.replace(asked[1], generation=dataclasses.replace(asked[1].generation, top_logprobs=3))
-    assert described(on_gpu, asked) == described(on_cpu, asked)
+    requested = make_requests(*NARROW, *WIDE, count=14)
+    requested[1] = dataclasses.replace(
+        requested[1], generation=dataclasses.replace(requested[1].generation, top_logprobs=3)
+    )
+    assert described(on_gpu, requested) == described(on_cpu, requested)
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_a_row_is_the_same_in_any_company_and_settings_compile_nothing() -> None:
-    """Rows whose settings need more candidates than others' are taken on by a program of their own."""
+def test_slots_do_not_affect_each_other_and_settings_do_not_recompile() -> None:
+    """Slots whose settings need more than 64 candidates use a separate program."""
     source = fakes.make_scheduler("gpu", width=3, window_stride=3)
     fakes.tokens_of(source, [fakes.request(num_tokens=30)])
-    asked = wanted(*NARROW, *WIDE)
+    requested = make_requests(*NARROW, *WIDE)
     with fakes.compilations() as compiled:
-        together = fakes.tokens_of(source, asked)
-        alone = [fakes.tokens_of(source, [one])[0] for one in asked]
+        together = fakes.tokens_of(source, requested)
+        alone = [fakes.tokens_of(source, [one])[0] for one in requested]
     assert together == alone
-    assert set(compiled) <= {"jit(prefill)", "jit(insert)"}, "of another bucket of prompts"
+    assert set(compiled) <= {"jit(prefill)", "jit(insert)"}, "only for another prefill bucket"
 
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens that each program draws of the first row from now on."""
-    drawn: list[int] = []
+    """Number of tokens that each later program samples in the first slot."""
+    sampled: list[int] = []
     decode = engine.Engine.decode
 
     def spy(self: engine.Engine, limits: Mapping[int, int]) -> list[engine.Decoded]:
         decoded = decode(self, limits)
-        drawn.extend(each.counts[0] for each in decoded)
+        sampled.extend(each.counts[0] for each in decoded)
         return decoded
 
     monkeypatch.setattr(engine.Engine, "decode", spy)
-    return drawn
+    return sampled
 
 
 @pytest.mark.gpu
@@ -87,29 +89,29 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("platform", "expected"),
     [pytest.param("gpu", [8, 3, 1, 1], marks=pytest.mark.slow), ("cpu", [1, 3, 4, 3, 1, 1])],
 )
-def test_a_program_draws_several_tokens_and_stops_a_row_at_its_last(
+def test_a_program_samples_several_tokens_up_to_the_limit_of_a_slot(
     platform: str, expected: list[int], counts: list[int]
 ) -> None:
-    """11 tokens of a prompt of one fill the window, or parts of 4, 4 and 3; then one is drawn at a time."""
+    """After a one-token prompt, 11 tokens fill the window of blocks 4, 4 and 3; then each program samples one."""
     fakes.tokens_of(fakes.make_scheduler(platform), [fakes.request((5,), num_tokens=13)])
     assert counts == expected
 
 
-def test_a_large_model_on_a_cpu_draws_one_token_by_a_program(
+def test_a_large_model_on_a_cpu_samples_one_token_per_program(
     counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [fakes.request((5,), num_tokens=13)]
-    tokens = fakes.tokens_of(fakes.make_scheduler("cpu"), asked)
+    requested = [fakes.request((5,), num_tokens=13)]
+    tokens = fakes.tokens_of(fakes.make_scheduler("cpu"), requested)
     counts.clear()
     monkeypatch.setattr(backends, "_MOST_WEIGHTS_FOR_SEVERAL_STEPS", 1)
     decode = config.DecodingConfig(window=11)
     large = scheduler.Scheduler(fakes.MODEL, fakes.random_params(fakes.MODEL), decode, platform="cpu")
-    assert fakes.tokens_of(large, asked) == tokens
+    assert fakes.tokens_of(large, requested) == tokens
     assert counts == [1] * 13
 
 
-def test_no_tokens_are_started_ahead_of_those_that_a_stop_string_may_end(counts: list[int]) -> None:
-    """After four tokens, the next program has been dispatched unless a stop string may end the sample."""
+def test_decoding_does_not_run_ahead_of_a_possible_stop_string(counts: list[int]) -> None:
+    """After four tokens, the next program is already dispatched unless a stop string may end the sequence."""
     source, vocabulary = fakes.make_scheduler("cpu"), fakes.SHIFTED
     text = [output.text for output in source.run([fakes.request((5,), num_tokens=4, seed=6)], vocabulary)]
     assert text[3] != ""
@@ -123,20 +125,20 @@ def test_no_tokens_are_started_ahead_of_those_that_a_stop_string_may_end(counts:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_nan_ends_a_sample_amid_a_programs_tokens_and_leaves_none_behind() -> None:
-    """The row's next sample is what it is elsewhere."""
+def test_nan_ends_a_sequence_within_a_program_and_does_not_leak() -> None:
+    """The next request of the slot has the tokens that it has with intact weights."""
     params = fakes.random_params(fakes.MODEL)
     broken = jax.tree.map(np.array, params)
-    broken["wpe"]["embedding"][8] = np.nan  # beyond what is read of a prompt, padding included
-    engine = scheduler.Scheduler(fakes.MODEL, broken, config.DecodingConfig(), platform="gpu")
-    happened = list(engine.run([fakes.request((1, 2, 3, 4), num_tokens=12), fakes.request((1,), num_tokens=3)]))
-    assert [event.finish_reason for event in happened] == [*[None] * 5, "error", None, None, "length"]
+    broken["wpe"]["embedding"][8] = np.nan  # beyond the prefilled positions, padding included
+    source = scheduler.Scheduler(fakes.MODEL, broken, config.DecodingConfig(), platform="gpu")
+    outputs = list(source.run([fakes.request((1, 2, 3, 4), num_tokens=12), fakes.request((1,), num_tokens=3)]))
+    assert [event.finish_reason for event in outputs] == [*[None] * 5, "error", None, None, "length"]
     whole = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(), platform="gpu")
-    assert [event.token for event in happened[-3:]] == fakes.tokens_of(whole, [fakes.request((1,), num_tokens=3)])[0]
+    assert [event.token for event in outputs[-3:]] == fakes.tokens_of(whole, [fakes.request((1,), num_tokens=3)])[0]
 
 
-def test_turned_parameters_predict_what_plain_ones_do() -> None:
-    """What scores a text takes them from the sampler as they are."""
+def test_transposed_parameters_give_the_same_logits() -> None:
+    """Scoring uses the parameters of the scheduler, which the GPU backend stores transposed."""
     tokens_BT = jnp.asarray([fakes.prompt(9)])
     logits = [
         source.module.bind({"params": source.params})(tokens_BT, dropout=0.0)
@@ -155,8 +157,8 @@ LOGITS = arrays.arrays(
 
 @hypothesis.given(LOGITS, st.data())
 @hypothesis.settings(deadline=None, max_examples=60)
-def test_top_in_chunks_is_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
-    """Ties too, which are many among these."""
+def test_top_in_chunks_equals_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
+    """Values and indices, including the order of ties, which are frequent in ``LOGITS``."""
     k = min(data.draw(st.sampled_from([1, 2, 3, 17, 65, 200])), x_BV.shape[1])
     x_BV = x_BV + np.float32(0)  # -0.0 is less than 0.0 to top_k
     values, indices = topk.top_in_chunks(jnp.asarray(x_BV), k)
@@ -177,6 +179,6 @@ def test_top_in_chunks_is_top_k(x_BV: np.ndarray, data: st.DataObject) -> None:
         (config.SamplingConfig(top_k=0, temperature=1e-45), False),
     ],
 )
-def test_settings_say_whether_a_step_on_a_gpu_has_enough_candidates(row: config.SamplingConfig, wide: bool) -> None:
+def test_settings_determine_whether_the_full_vocabulary_is_needed(row: config.SamplingConfig, wide: bool) -> None:
     assert topk.plan_for(5000, "gpu").needs_full_vocab(row) is wide
-    assert not topk.plan_for(60, "gpu").needs_full_vocab(row), "all of them fit"
+    assert not topk.plan_for(60, "gpu").needs_full_vocab(row), "64 candidates cover the whole vocabulary"

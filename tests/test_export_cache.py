@@ -1,4 +1,4 @@
-"""The cache of traced programs: the same bits whether found or traced, exact keys, and no failure from damage."""
+"""Tests of the cache of exported programs: identical output on hit and miss, exact keys, tolerance of damage."""
 
 import gc
 import hashlib
@@ -30,20 +30,22 @@ OURS = {f"jit({name})" for name in ("sample_key", "prefill", "insert", "decode",
 PARAMS = sampling.sampling_params([config.SamplingConfig()])
 
 
-def cache_in(directory: Path, told: list[str] | None = None) -> disk_cache.DiskCache:
-    """Returns a cache that appends what it tells to ``told``."""
-    return disk_cache.DiskCache(directory, (compilation.PROGRAM,), None, [].append if told is None else told.append)
+def cache_in(directory: Path, messages: list[str] | None = None) -> disk_cache.DiskCache:
+    """Returns a cache that appends its messages to a list."""
+    return disk_cache.DiskCache(
+        directory, (compilation.PROGRAM,), None, [].append if messages is None else messages.append
+    )
 
 
 @pytest.fixture
-def told() -> list[str]:
-    """Lines that the cache tells."""
+def messages() -> list[str]:
+    """Messages of the cache."""
     return []
 
 
 @pytest.fixture
-def place(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = cache_in(tmp_path, told)
+def place(tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = cache_in(tmp_path, messages)
     monkeypatch.setattr(export_cache, "_cache", lambda: cache)
     return tmp_path
 
@@ -53,15 +55,15 @@ def _never(*args: object) -> None:
 
 
 def fresh(**settings: Any) -> scheduler.Scheduler:
-    """Returns a sampler that has compiled nothing yet."""
+    """Returns a scheduler that has compiled nothing yet."""
     decode = config.DecodingConfig(**{"window": 11, **settings})
     return scheduler.Scheduler(fakes.MODEL, fakes.random_params(fakes.MODEL), decode)
 
 
-def drawn(source: scheduler.Scheduler, lengths: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Returns tokens and the bits of their numbers; 9 of them after each prompt, so some contexts roll."""
-    asked = [fakes.request(fakes.prompt(length), num_tokens=9, sample=length) for length in lengths]
-    events = list(source.run(asked, measure=True))
+def outputs_of(source: scheduler.Scheduler, lengths: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Returns 9 tokens per prompt with the bits of their statistics; some windows slide."""
+    requested = [fakes.request(fakes.prompt(length), num_tokens=9, sample=length) for length in lengths]
+    events = list(source.run(requested, measure=True))
     return [(event.index, event.token, event.stats and fakes.stats_bytes(event.stats)) for event in events]
 
 
@@ -74,7 +76,7 @@ def drawn(source: scheduler.Scheduler, lengths: Sequence[int]) -> list[tuple[Any
         ((2, 9, 11), {"width": 3, "window_stride": 4, "dtype": "bfloat16"}),
     ],
 )
-def test_bits_are_the_same_without_made_and_found_which_traces_nothing(
+def test_output_is_the_same_without_a_cache_on_a_miss_and_on_a_hit(
     lengths: Sequence[int], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
@@ -84,14 +86,14 @@ def test_bits_are_the_same_without_made_and_found_which_traces_nothing(
         if found and directory == tmp_path and any(tmp_path.iterdir()):
             monkeypatch.setattr(executables, "_module", _never)
         with fakes.compilations() as compiled:
-            numbers = drawn(fresh(**settings), lengths)
+            numbers = outputs_of(fresh(**settings), lengths)
         found.append((numbers, sorted(name for name in compiled if name in OURS)))
     assert found[0] == found[1] == found[2]
     assert {path.name.split("-")[1] for path in tmp_path.iterdir()} == {name[4:-1] for name in found[0][1]}
 
 
-def test_a_start_from_kept_programs_imports_no_flax_nor_scipy_and_none_compiles_twice(tmp_path: Path) -> None:
-    """The whole command, twice: the second one finds all, and prints the same."""
+def test_a_start_from_cached_programs_imports_neither_flax_nor_scipy(tmp_path: Path) -> None:
+    """Runs the command twice. The second run hits the cache, prints the same and compiles nothing twice."""
     program = """
 import sys
 import jax
@@ -118,12 +120,12 @@ finally:
 
 
 @pytest.mark.slow
-def test_no_damage_to_the_cache_changes_a_token_or_ends_the_process(tmp_path: Path) -> None:
-    """By the command: bits of executables and export_cache programs, chosen by a fixed seed, and files that are cut."""
-    asked = ("--run-name", "shakespeare", "--prompt", "To be", "--num_tokens", "9", "--output", "-")
+def test_a_damaged_cache_neither_changes_tokens_nor_ends_the_process(tmp_path: Path) -> None:
+    """Flips bits of, or truncates, cached executables and exported programs, chosen by a fixed seed."""
+    arguments = ("--run-name", "shakespeare", "--prompt", "To be", "--num_tokens", "9", "--output", "-")
 
     def generate() -> tuple[str, list[str]]:
-        done = cli.spawn("generate", *asked, cwd=tmp_path, cache=tmp_path)
+        done = cli.spawn("generate", *arguments, cwd=tmp_path, cache=tmp_path)
         assert done.code == 0, done.err
         assert not re.search("Traceback|Warning", done.err)
         return json.loads(done.out)["ids"], [line for line in done.err.splitlines() if "damaged" in line]
@@ -131,19 +133,19 @@ def test_no_damage_to_the_cache_changes_a_token_or_ends_the_process(tmp_path: Pa
     right, _ = generate()
     entries = sorted((tmp_path / "hipgpt_jax/compiled").iterdir())
     assert {path.suffix for path in entries} == {compilation.EXECUTABLE, compilation.PROGRAM}
-    chance = random.Random(0)
-    chance.shuffle(entries)
+    rng = random.Random(0)
+    rng.shuffle(entries)
     while entries:
         for path in (entries.pop(), entries.pop()):
             content = bytearray(path.read_bytes())
-            if chance.random() < 0.3:
-                del content[chance.randrange(len(content)) :]
+            if rng.random() < 0.3:
+                del content[rng.randrange(len(content)) :]
             else:
-                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             path.write_bytes(content)
-        ids, told = generate()
+        ids, messages = generate()
         assert ids == right
-        assert len(told) == 1
+        assert len(messages) == 1
     assert generate() == (right, [])
 
 
@@ -156,12 +158,12 @@ def halve(state: sampling.SamplingParams) -> sampling.SamplingParams:
 
 
 def doubled() -> float:
-    """Returns the temperature of blank rows, which is 1, doubled by a program from the cache."""
+    """Returns the default temperature, 1, doubled by a program from the cache."""
     return float(jax.jit(export_cache.cached(double, ""))(PARAMS).temperature_B[0])
 
 
 def put_program(function: Callable[..., Any], path: Path, *, named: str | None = None) -> None:
-    """Puts a program with a right digest where that of ``double`` is."""
+    """Writes a program with a valid digest under the key of ``double``."""
     function.__name__ = named or function.__name__
     shapes = jax.tree.map(export_cache._shape, (PARAMS,))
     program = jax.export.export(jax.jit(function))(*shapes).serialize()
@@ -169,18 +171,18 @@ def put_program(function: Callable[..., Any], path: Path, *, named: str | None =
 
 
 @pytest.mark.parametrize("damage", [lambda x: x[:-7], lambda x: x[:9], lambda x: b"", lambda x: x[:60] + b"?" + x[61:]])
-def test_a_damaged_file_is_made_anew(damage: Callable[[bytes], bytes], place: Path, told: list[str]) -> None:
+def test_a_damaged_file_is_rewritten(damage: Callable[[bytes], bytes], place: Path, messages: list[str]) -> None:
     assert doubled() == 2
     (path,) = place.iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert doubled() == 2
-    assert len(told) == 1
+    assert len(messages) == 1
     assert path.read_bytes() == whole
 
 
-def test_a_program_of_another_name_or_signature_is_refused(place: Path, told: list[str]) -> None:
-    """Each has a right digest of its own, and that of ``halve`` the same signature too."""
+def test_a_program_of_another_name_or_signature_is_refused(place: Path, messages: list[str]) -> None:
+    """Each replacement has a valid digest; ``halve`` also has the same signature."""
     assert doubled() == 2
     (path,) = place.iterdir()
     whole = path.read_bytes()
@@ -192,38 +194,38 @@ def test_a_program_of_another_name_or_signature_is_refused(place: Path, told: li
     put_program(halve, path)
     assert exports.get(path.name) not in (None, whole)
     assert doubled() == 2
-    assert "it is the program 'halve'" in told[0]
+    assert "it is the program 'halve'" in messages[0]
     assert path.read_bytes() == whole
     shapes = jax.tree.map(
         export_cache._shape, sampling.sampling_params([config.SamplingConfig()] * 2)
-    )  # its argument is of two rows
+    )  # an argument of two slots
     exports.put(path.name, bytes(jax.export.export(jax.jit(double))(shapes).serialize()))
     assert doubled() == 2
     assert path.read_bytes() == whole
     with_digest_of_old_form = hashlib.sha256(whole).digest() + whole
     path.write_bytes(with_digest_of_old_form)
     assert doubled() == 2
-    assert len(told) == 1
+    assert len(messages) == 1
 
 
-def test_damage_with_a_right_digest_is_traced_anew(place: Path, told: list[str]) -> None:
-    """On such bytes flatbuffers raises errors of any type, such as struct.error, IndexError or UnicodeDecodeError."""
+def test_an_invalid_program_with_a_valid_digest_is_traced_again(place: Path, messages: list[str]) -> None:
+    """Flatbuffers raises errors of any type on such bytes: struct.error, IndexError, UnicodeDecodeError."""
     assert doubled() == 2
     (path,) = place.iterdir()
     exports = cache_in(place)
     program = exports.get(path.name)
     assert program is not None
-    # The tables of the flatbuffer are its end; before them is StableHLO, which nothing but a digest protects.
+    # The tables of a flatbuffer are at its end; the StableHLO before them is protected only by the digest.
     for content in (b"", b"?", program[:4], bytes(len(program)), b"\xff" * 64 + program[64:], program[::-1]):
         exports.put(path.name, content)
         assert doubled() == 2
-    assert len(told) == 1
+    assert len(messages) == 1
     assert exports.get(path.name) == program
 
 
 @pytest.fixture
 def jax_settings() -> Iterator[Callable[..., None]]:
-    """Returns what sets JAX's settings until the test ends."""
+    """Function that changes JAX settings until the test ends."""
     before = {name: jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache")}
 
     def put(**settings: Any) -> None:
@@ -234,7 +236,7 @@ def jax_settings() -> Iterator[Callable[..., None]]:
     put(**before)
 
 
-def test_a_program_is_found_by_all_that_it_follows_from(
+def test_the_key_of_a_program_covers_all_its_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jax_settings: Callable[..., None]
 ) -> None:
     def place(settings: str = "s") -> str:
@@ -248,7 +250,7 @@ def test_a_program_is_found_by_all_that_it_follows_from(
         places.append(place())
     shutil.copytree(export_cache._PACKAGE, tmp_path / "code", ignore=shutil.ignore_patterns("shipped", "__pycache__"))
     monkeypatch.setattr(export_cache, "_PACKAGE", tmp_path / "code")
-    assert place() == places[0], "where the code lies does not matter"
+    assert place() == places[0], "the key is independent of the location of the package"
     for name in ("config.py", "model/attention.py", "generation/sampling.py"):
         with (tmp_path / "code" / name).open("a") as file:
             file.write("\n")
@@ -261,7 +263,7 @@ def test_a_program_is_found_by_all_that_it_follows_from(
     assert len({export_cache._digest(export_cache._shape(x)) for x in arguments}) == 6
 
 
-def test_programs_are_kept_beside_those_of_xla_on_a_cpu_alone(
+def test_programs_are_cached_in_the_directory_of_jax_only_on_a_cpu(
     tmp_path: Path, jax_settings: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = cache_in(tmp_path)
@@ -283,9 +285,9 @@ def test_programs_are_kept_beside_those_of_xla_on_a_cpu_alone(
 
 
 def test_compiled_code_is_freed_with_its_scheduler() -> None:
-    """Without a search for garbage: XLA maps memory for each program, of which Linux allows 65,530 pieces a process."""
+    """By reference counting alone. XLA maps memory per program, and Linux allows 65,530 mappings per process."""
     source = fresh()
-    drawn(source, (2,))
+    outputs_of(source, (2,))
     programs = weakref.ref(source._programs)
     gc.disable()
     try:
@@ -295,7 +297,7 @@ def test_compiled_code_is_freed_with_its_scheduler() -> None:
         gc.enable()
 
 
-def test_a_directory_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_directory_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(export_cache, "_cache", lambda: cache_in(tmp_path / "file" / "programs"))
     assert not export_cache.has_cached("")

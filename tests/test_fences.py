@@ -1,4 +1,4 @@
-"""Fences for a restructuring: committed records stay reproducible, and compiled programs stay what they are."""
+"""Regression tests: committed records stay reproducible, and lowered programs stay unchanged."""
 
 import hashlib
 import itertools
@@ -26,7 +26,7 @@ GROUPS = {
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * ("16" in name or "2-4" in name)) for name in GROUPS],
 )
-def test_committed_records_are_generated_again(name: str) -> None:
+def test_committed_records_are_reproduced(name: str) -> None:
     decoding, recorded = GROUPS[name]
     run = hipgpt_jax.load_run("tiny", decoding=decoding, where=DATA / "tiny")
     found = run.records_of(map(run.request_of, recorded))
@@ -36,7 +36,7 @@ def test_committed_records_are_generated_again(name: str) -> None:
     assert sum(verdict.is_identical for verdict in verdicts) >= 5  # on another processor one may fork by rounding
 
 
-def test_the_committed_records_cover_what_they_should() -> None:
+def test_committed_records_cover_widths_strides_dtypes_and_finish_reasons() -> None:
     assert {(one.numerics.decode_width, one.settings.window_stride) for one in RECORDS} == {
         (width, stride) for width in (1, 2, 16) for stride in (1, 4)
     }
@@ -46,8 +46,8 @@ def test_the_committed_records_cover_what_they_should() -> None:
     assert all(len(one.prompt_ids) + len(one.ids) > 32 for one in RECORDS if one.id in ("plain", "greedy"))
 
 
-# SHA-256 of the StableHLO of all programs of a shape, the first 16 digits. A commit that changes a program on purpose
-# changes its line here; one that only moves or renames code must not.
+# First 16 digits of the SHA-256 of the StableHLO of all programs of a shape. A commit that changes a program on
+# purpose updates its hash here; one that only moves or renames code must not.
 SHAPES = {
     "a row": (fakes.MODEL, 1, 11, 1, "float32", "cpu"),
     "rows": (config.ModelConfig(), 4, 32, 4, "float32", "cpu"),
@@ -58,19 +58,19 @@ HASHES = {"a row": "491156bf69d43d01", "rows": "05ba03819701ad3d", "rows on a GP
 
 @pytest.mark.skipif(jax.__version__ != "0.10.2", reason="the text of a program depends on JAX's version")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_programs_are_the_same_text(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lowered_programs_are_unchanged(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # With a cache, which another test of this process may have set, a program is traced from its exported form.
     monkeypatch.setattr(compilation, "active", lambda: None)
     model, slots, window, stride, dtype, platform = SHAPES[shape]
-    made = executables.Executables(
+    programs = executables.Executables(
         model, dtype, window, stride, "xla", backends.backend_for(platform, model, window, slots)
     )
-    made.load(fakes.random_params(model))
+    programs.load(fakes.random_params(model))
     needed = [
         executables.Program("prefill", rows=slots, length=8),
-        *made.programs_for(3, window + 2, top_logprobs=True),
+        *programs.programs_for(3, window + 2, top_logprobs=True),
     ]
-    texts = [made.lower(program).as_text() for program in needed]
+    texts = [programs.lower(program).as_text() for program in needed]
     assert hashlib.sha256("\n".join(map(_without_names, texts)).encode()).hexdigest()[:16] == HASHES[shape]
 
 

@@ -1,4 +1,4 @@
-"""The model, the order of operations and greedy text against Hugging Face's transformers."""
+"""Tests of logits, sampling distribution and greedy text against Hugging Face transformers."""
 
 import itertools
 from pathlib import Path
@@ -30,7 +30,7 @@ MODELS = [
 
 
 def load(directory: Path, model: config.ModelConfig, params: dict[str, Any]) -> Any:
-    """Opens weights that this package wrote as transformers opens its own."""
+    """Writes weights with this package and loads them with transformers."""
     shape = transformers.GPT2Config(
         vocab_size=model.vocab_size,
         n_positions=model.max_seq_len,
@@ -49,7 +49,7 @@ def load(directory: Path, model: config.ModelConfig, params: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_logits_are_those_of_gpt2(model: config.ModelConfig, tmp_path: Path) -> None:
+def test_logits_match_gpt2(model: config.ModelConfig, tmp_path: Path) -> None:
     params = fakes.random_params(model, stddev=0.3)
     tokens_BT = np.random.RandomState(1).randint(0, model.vocab_size, (3, model.max_seq_len))
     apply = jax.jit(transformer.Transformer(model).apply, static_argnames="dropout")
@@ -60,8 +60,8 @@ def test_logits_are_those_of_gpt2(model: config.ModelConfig, tmp_path: Path) -> 
     np.testing.assert_allclose(logits_BTV, peer_BTV, atol=1e-4)
 
 
-def test_greedy_text_is_that_of_generate(tmp_path: Path) -> None:
-    """Through the cache and up to the last position, from prompts in both buckets."""
+def test_greedy_text_matches_generate(tmp_path: Path) -> None:
+    """With the cache, up to the last position, from prompts in both buckets."""
     model = MODELS[1]
     params = fakes.random_params(model, stddev=0.3)
     peer = load(tmp_path, model, params)
@@ -101,11 +101,11 @@ def test_greedy_text_is_that_of_generate(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_distribution_is_that_of_the_logits_processors(settings: dict[str, Any], size: int) -> None:
-    """The tokens that transformers keeps, likeliest first, are drawn at the middles of their shares.
+def test_distribution_matches_the_logits_processors(settings: dict[str, Any], size: int) -> None:
+    """Samples at the midpoint of the probability interval of each token that transformers keeps.
 
-    The largest uniform number draws the last of them, so no other token is kept; each middle draws its
-    own token, so none is missing and the shares are the same to half of the smallest of them.
+    Each midpoint gives its own token, so no token is missing and the intervals agree to half of the
+    smallest. The largest uniform number gives the last token, so no further token is kept.
     """
     rng = np.random.RandomState(size)
     logits_V = rng.normal(0, 0.8, size).astype(np.float32)

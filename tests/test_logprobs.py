@@ -1,4 +1,4 @@
-"""Statistics of a token, against a slow reference, and that measuring them changes nothing."""
+"""Tests of token statistics against a slow reference, and that measuring them changes no token."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ SIZES = (2, 7, 16, 17, 18, 128, 129, 130, 300)
 choose = jax.jit(sampling.sample)
 
 
-def drawn(logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float) -> int:
+def sampled_token(logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float) -> int:
     row = sampling.sampling_params([settings])
     return int(choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32)).token_B[0])
 
@@ -40,23 +40,26 @@ def measured(
     st.sampled_from([1.0, 1.3]),
 )
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
-def test_margin_is_how_far_the_number_may_move(
+def test_margin_bounds_the_change_of_the_uniform_number(
     V: int, seed: int, uniform: float, temperature: float, top_k: int, top_p: float, penalty: float
 ) -> None:
-    """Within it no number gives another token; beyond it one does, unless it is 1 or a nucleus is what bounds it."""
+    """A uniform number within the margin gives the same token.
+
+    One just past it gives another, unless the margin is 1 or bounded by the nucleus.
+    """
     rng = np.random.RandomState(seed)
     logits_V, seen_V = rng.normal(0, 2, V).astype(np.float32), rng.rand(V) < 0.3
     settings = config.SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
-    token = drawn(logits_V, seen_V, settings, uniform)
+    token = sampled_token(logits_V, seen_V, settings, uniform)
     margin, _ = measured(logits_V, seen_V, settings, uniform)
     assert 0 <= margin <= 1
     for inside in (-0.98, -0.5, 0.5, 0.98):
         moved = uniform + inside * margin
         if 0 <= moved <= 1 - 2**-24 and margin > 1e-5:
-            assert drawn(logits_V, seen_V, settings, moved) == token
+            assert sampled_token(logits_V, seen_V, settings, moved) == token
     if top_p == 1 and margin < 1 and uniform + margin < 1 - 1e-5:
         beyond = [uniform + sign * (1.02 * margin + 1e-5) for sign in (-1, 1)]
-        assert any(drawn(logits_V, seen_V, settings, min(max(u, 0), 1 - 2**-24)) != token for u in beyond)
+        assert any(sampled_token(logits_V, seen_V, settings, min(max(u, 0), 1 - 2**-24)) != token for u in beyond)
 
 
 @pytest.mark.parametrize(
@@ -64,22 +67,22 @@ def test_margin_is_how_far_the_number_may_move(
     [
         (0.7999, 0.56, 0, 1e-4),  # a third candidate would bring the first boundary from 0.625 to 0.5
         (0.7, 0.56, 0, 0.625 - 0.56),
-        (0.8001, 0.6, 1, 1e-4),  # without the third the first boundary would lie at 0.625
-        (0.8001, 0.9, 2, 1e-4),  # and the third itself could not be drawn
-        (0.8001, 0.3, 0, 0.5 - 0.3),  # which does not touch the first
+        (0.8001, 0.6, 1, 1e-4),  # without the third candidate the first boundary would be 0.625
+        (0.8001, 0.9, 2, 1e-4),  # without the third candidate it could not be sampled
+        (0.8001, 0.3, 0, 0.5 - 0.3),  # the first token is sampled with or without the third candidate
     ],
 )
-def test_margin_knows_of_the_end_of_the_nucleus(top_p: float, uniform: float, token: int, margin: float) -> None:
-    """0.5, 0.3 and 0.2 of the probability: a ``top_p`` up to 0.8 keeps two, above it three."""
+def test_margin_accounts_for_the_end_of_the_nucleus(top_p: float, uniform: float, token: int, margin: float) -> None:
+    """Probabilities 0.5, 0.3 and 0.2: a ``top_p`` up to 0.8 keeps two candidates, a larger one three."""
     logits_V, seen_V = np.log(np.asarray([0.5, 0.3, 0.2], np.float32)), np.zeros(3, bool)
     settings = config.SamplingConfig(top_p=top_p, top_k=0, repetition_penalty=1.0)
-    assert drawn(logits_V, seen_V, settings, uniform) == token
+    assert sampled_token(logits_V, seen_V, settings, uniform) == token
     assert measured(logits_V, seen_V, settings, uniform)[0] == pytest.approx(margin, rel=0.02)
 
 
 @pytest.mark.parametrize("V", SIZES)
-def test_margin_is_that_of_its_definition(V: int) -> None:
-    """In float64, over nuclei of every length; where the nucleus itself is in doubt nothing is asked."""
+def test_margin_matches_its_definition(V: int) -> None:
+    """In float64, over nuclei of every length; skips cases in which rounding may change the nucleus."""
     rng = np.random.RandomState(V)
     for turn in range(40):
         top_k, top_p = (0, 3, 128)[turn % 3], float(np.float32(rng.uniform(0.05, 0.999)))
@@ -112,13 +115,13 @@ def test_gap_is_the_distance_to_the_nearer_neighbour(V: int) -> None:
     for uniform in np.linspace(0, 0.999, 7):
         for top_k in (0, 2, 128):
             settings = config.SamplingConfig(top_k=top_k, top_p=1.0, repetition_penalty=1.3)
-            token = drawn(logits_V, seen_V, settings, uniform)
+            token = sampled_token(logits_V, seen_V, settings, uniform)
             others = np.delete(penalized_V, token)
             gap = measured(logits_V, seen_V, settings, uniform)[1]
             assert gap == pytest.approx(np.abs(others - penalized_V[token]).min(), rel=1e-4, abs=1e-6)
 
 
-def test_at_temperature_0_the_margin_is_the_gap_of_the_best_two() -> None:
+def test_margin_at_temperature_0_is_the_gap_of_the_best_two() -> None:
     logits_V, seen_V = np.asarray([1.0, 4.0, 3.5, -2.0], np.float32), np.asarray([False, True, False, False])
     settings = config.SamplingConfig(temperature=0.0, repetition_penalty=1.1)
     assert measured(logits_V, seen_V, settings, 0.9) == (pytest.approx(4 / 1.1 - 3.5, rel=1e-5),) * 2
@@ -137,7 +140,7 @@ def with_alternatives(request: requests.Request) -> requests.Request:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
-def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
+def test_measuring_does_not_change_tokens(shape: dict[str, Any]) -> None:
     source = fakes.make_scheduler(**shape)
     settings: list[tuple[int, dict[str, Any]]] = [
         (2, {}),
@@ -145,9 +148,9 @@ def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
         (9, {"top_k": 0, "top_p": 1.0}),
         (4, {"eos_id": 126}),
     ]
-    wanted = [fakes.request(fakes.prompt(n), num_tokens=25, seed=n, **others) for n, others in settings]
-    plain = list(source.run(wanted))
-    measured_ = list(source.run(map(with_alternatives, wanted), measure=True))
+    requested = [fakes.request(fakes.prompt(n), num_tokens=25, seed=n, **others) for n, others in settings]
+    plain = list(source.run(requested))
+    measured_ = list(source.run(map(with_alternatives, requested), measure=True))
     assert [(e.index, e.token, e.finish_reason) for e in measured_] == [
         (e.index, e.token, e.finish_reason) for e in plain
     ]
@@ -159,8 +162,8 @@ def test_measuring_changes_no_token(shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_statistics_are_those_of_a_full_forward_pass(shape: dict[str, Any]) -> None:
-    """Log-probability, rank and alternatives, against float64 over the model's own logits of the window."""
+def test_statistics_match_a_full_forward_pass(shape: dict[str, Any]) -> None:
+    """Log-probability, rank and alternatives, against float64 over the logits of a full forward pass."""
     from hipgpt_jax.model import transformer
 
     source = fakes.make_scheduler(**shape)
@@ -192,7 +195,7 @@ def test_statistics_are_those_of_a_full_forward_pass(shape: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("measure", [False, True])
-def test_numbers_that_are_not_finite_end_a_sample_as_an_error(measure: bool) -> None:
+def test_non_finite_logits_end_a_sequence_with_an_error(measure: bool) -> None:
     params = fakes.random_params(fakes.MODEL)
     params["wte"]["embedding"][7] = np.nan
     broken = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11))

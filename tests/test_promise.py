@@ -1,4 +1,4 @@
-"""The promise about a token, clause by clause: it depends on what DESIGN.md section 2 names and on nothing else."""
+"""Tests of the reproducibility promise, clause by clause: a token depends on its documented inputs only."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from hipgpt_jax.generation import engine, requests, scheduler
 
 pytestmark = pytest.mark.gpu
 
-# Width, the window's stride and the type. Prompts of up to 14 tokens lie in both buckets and beyond the window of 11.
+# Width, window stride and dtype. Prompts of up to 14 tokens cover both buckets and exceed the window of 11.
 SHAPES: list[Any] = [
     (1, 1, "float32"),
     pytest.param(3, 1, "float32", marks=pytest.mark.slow),
@@ -41,7 +41,7 @@ def scheduler_of(width: int, stride: int, dtype: str = "float32") -> scheduler.S
 
 @functools.cache
 def alone(width: int, stride: int, request: requests.Request, dtype: str = "float32") -> list[int]:
-    """The tokens of a request that nothing else runs beside."""
+    """Returns the tokens of a request that is run alone."""
     return fakes.tokens_of(scheduler_of(width, stride, dtype), [request])[0]
 
 
@@ -68,19 +68,19 @@ def longer(request: requests.Request, more: int) -> requests.Request:
 @pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
 @SETTINGS
 @hypothesis.given(st.lists(any_request(), min_size=1, max_size=7), st.randoms())
-def test_sample_is_the_same_alone_and_in_any_company_and_order(
-    width: int, stride: int, dtype: str, wanted: list[requests.Request], random: Any
+def test_a_sample_is_independent_of_the_batch_and_its_order(
+    width: int, stride: int, dtype: str, requested: list[requests.Request], random: Any
 ) -> None:
-    wanted = [*wanted, random.choice(wanted)]
-    random.shuffle(wanted)
-    drawn = fakes.tokens_of(scheduler_of(width, stride, dtype), wanted)
-    assert drawn == [alone(width, stride, one, dtype) for one in wanted]
+    requested = [*requested, random.choice(requested)]
+    random.shuffle(requested)
+    sampled = fakes.tokens_of(scheduler_of(width, stride, dtype), requested)
+    assert sampled == [alone(width, stride, one, dtype) for one in requested]
 
 
 @pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
 @SETTINGS
 @hypothesis.given(any_request(), st.integers(0, 40))
-def test_first_tokens_of_a_longer_run_are_the_shorter_run(
+def test_a_longer_run_starts_with_the_tokens_of_a_shorter_run(
     width: int, stride: int, dtype: str, request_: requests.Request, more: int
 ) -> None:
     short = alone(width, stride, request_, dtype)
@@ -89,57 +89,56 @@ def test_first_tokens_of_a_longer_run_are_the_shorter_run(
     assert len(longest) == len(short) or len(short) == request_.generation.num_tokens
 
 
-def test_samples_differ_by_prompt_seed_index_and_place() -> None:
-    """What the promise says a token does depend on; 12 tokens agree by chance less than once in a million."""
+def test_samples_differ_by_prompt_seed_and_index() -> None:
+    """A token depends on prompt, seed and index; 12 tokens agree by chance less than once in a million."""
     free: dict[str, Any] = {"num_tokens": 12, **NEUTRAL}
     prompts = [fakes.prompt(20), (0, *fakes.prompt(20)[1:])]
-    assert prompts[0][-11:] == prompts[1][-11:], "they differ only in what is not read"
-    drawn = [
+    assert prompts[0][-11:] == prompts[1][-11:], "the prompts differ only before the window"
+    sampled = [
         tuple(alone(1, 1, fakes.request(prompt, seed=seed, sample=sample, **free)))
         for prompt in prompts
         for seed in (0, 1)
         for sample in (0, 1)
     ]
-    assert len(set(drawn)) == 8
+    assert len(set(sampled)) == 8
 
 
 @pytest.mark.parametrize(("width", "stride", "dtype"), SHAPES)
-def test_streams_may_be_read_by_turns_and_left(width: int, stride: int, dtype: str) -> None:
-    """Two streams of one sampler, an event of each in turn, beside a third that nobody finishes."""
+def test_streams_may_be_interleaved_and_abandoned(width: int, stride: int, dtype: str) -> None:
+    """Interleaves two streams of one scheduler, while a third is left unfinished."""
     source = scheduler_of(width, stride, dtype)
     groups = [[fakes.request(fakes.prompt(n + k), num_tokens=20, sample=n) for k in range(width)] for n in (2, 8)]
     left = source.run(groups[0])
     next(left)
     streams = [source.run(group) for group in groups]
-    drawn: list[list[list[int]]] = [[[] for _ in group] for group in groups]
+    sampled: list[list[list[int]]] = [[[] for _ in group] for group in groups]
     for turn in zip(*streams, strict=True):
-        for group, event in zip(drawn, turn, strict=True):
+        for group, event in zip(sampled, turn, strict=True):
             if event.token is not None:
                 group[event.index].append(event.token)
-    assert drawn == [[alone(width, stride, one, dtype) for one in group] for group in groups]
+    assert sampled == [[alone(width, stride, one, dtype) for one in group] for group in groups]
 
 
-def test_tokens_come_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a token is yielded, at most the next one is under way."""
+def test_tokens_are_yielded_as_they_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a token is yielded, at most the next one has been dispatched."""
     source, steps = scheduler_of(1, 1), []
     step = engine.Engine.decode
     monkeypatch.setattr(engine.Engine, "decode", lambda *args: steps.append(1) or step(*args))
-    for drawn, event in enumerate(source.run([fakes.request(num_tokens=30)])):
-        assert len(steps) <= (drawn + 2 if drawn else 1)
-        assert event.token is not None or drawn == 30
+    for sampled, event in enumerate(source.run([fakes.request(num_tokens=30)])):
+        assert len(steps) <= (sampled + 2 if sampled else 1)
+        assert event.token is not None or sampled == 30
 
 
 @pytest.mark.slow
-def test_another_sampler_gives_the_same_and_compiles_for_one_group_alone() -> None:
-    """Compiled afresh, from copied parameters, and no more once both buckets were seen and a window rolled.
+def test_a_new_scheduler_gives_the_same_tokens_and_compiles_only_once() -> None:
+    """A first batch from copied parameters covers both buckets and the sliding window.
 
-    Then neither a token compiles, nor a window that rolls, nor another prompt, seed, sample or setting,
-    nor a last partial group.
+    Later tokens, slides, prompts, seeds, samples, settings and partial batches compile nothing.
     """
     params = jax.tree.map(np.copy, fakes.random_params(fakes.MODEL))
     fresh = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11, width=3))
     first = [fakes.request(fakes.prompt(n), num_tokens=10) for n in (3, 10, 4)]
-    drawn = fakes.tokens_of(fresh, first)
+    sampled = fakes.tokens_of(fresh, first)
     settings: list[dict[str, Any]] = [
         {"temperature": 0.0, "seed": 5},
         {"top_k": 0, "sample": 2},
@@ -153,14 +152,14 @@ def test_another_sampler_gives_the_same_and_compiles_for_one_group_alone() -> No
         for k in range(4)
     ]
     with fakes.compilations() as compiled:
-        drawn += fakes.tokens_of(fresh, others)
+        sampled += fakes.tokens_of(fresh, others)
     assert compiled == []
-    assert drawn == [alone(3, 1, one) for one in [*first, *others]]
+    assert sampled == [alone(3, 1, one) for one in [*first, *others]]
 
 
-# Literal ids, seen with JAX 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12) on CPU. They must never change.
-# The weights are NumPy's. No boundary that would change a token lies within 2e-4 of its uniform number or of
-# top_p, nor the two best logits at temperature 0 within 0.04, so no rounding can change them.
+# Literal ids, obtained with JAX 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12) on CPU. They must never change.
+# The weights come from NumPy. Every boundary that would change a token is further than 2e-4 from its uniform number
+# and from top_p, and the two best logits at temperature 0 differ by more than 0.04, so rounding cannot change them.
 GOLDEN: list[tuple[dict[str, Any], list[int]]] = [
     (
         {"prompt_ids": (1, 2, 3)},
@@ -190,8 +189,8 @@ GOLDEN: list[tuple[dict[str, Any], list[int]]] = [
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_golden_tokens(width: int) -> None:
-    wanted = [fakes.request(**{"num_tokens": 24, **arguments}) for arguments, _ in GOLDEN]
-    assert fakes.tokens_of(scheduler_of(width, 1), wanted) == [tokens for _, tokens in GOLDEN]
+    requested = [fakes.request(**{"num_tokens": 24, **arguments}) for arguments, _ in GOLDEN]
+    assert fakes.tokens_of(scheduler_of(width, 1), requested) == [tokens for _, tokens in GOLDEN]
 
 
 @pytest.mark.slow
@@ -203,13 +202,13 @@ def test_golden_tokens(width: int) -> None:
     ],
 )
 @pytest.mark.parametrize("platform", [None, "gpu"])
-def test_another_process_gives_the_same_whatever_the_environment_says_of_numbers(
+def test_another_process_gives_the_same_tokens_whatever_jax_settings_its_environment_has(
     platform: str | None, own: dict[str, str]
 ) -> None:
     lengths = (6, 2, 9)
     program = (
-        f"import fakes, json; wanted = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in {lengths}];"
-        "print(json.dumps(fakes.tokens_of(fakes.make_scheduler(" + repr(platform) + "), wanted)))"
+        f"import fakes, json; requested = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in {lengths}];"
+        "print(json.dumps(fakes.tokens_of(fakes.make_scheduler(" + repr(platform) + "), requested)))"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
@@ -219,5 +218,5 @@ def test_another_process_gives_the_same_whatever_the_environment_says_of_numbers
         text=True,
         check=True,
     )
-    wanted = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in lengths]
-    assert json.loads(done.stdout) == [alone(1, 1, one) for one in wanted]
+    requested = [fakes.request(fakes.prompt(n), num_tokens=20, seed=n) for n in lengths]
+    assert json.loads(done.stdout) == [alone(1, 1, one) for one in requested]

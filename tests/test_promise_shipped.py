@@ -1,4 +1,4 @@
-"""The clauses of the promise for a run of real size, the one in the package: records equal to the last digit."""
+"""Tests of the reproducibility promise on the run shipped in the package: records equal to the last digit."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,45 +31,43 @@ def wide() -> hipgpt_jax.Run:
     return load(4)
 
 
-def drawn(made: record.Record) -> tuple[Any, ...]:
-    """All that was drawn and measured, bit for bit: a record has the shortest digits that are a float32's own."""
-    return made.ids, made.logprobs, made.ranks, made.margins, made.gaps, made.top_logprobs
+def outputs_of(generated: record.Record) -> tuple[Any, ...]:
+    """Returns ids and statistics. A record's decimal digits round-trip float32, so equality is bitwise."""
+    return generated.ids, generated.logprobs, generated.ranks, generated.margins, generated.gaps, generated.top_logprobs
 
 
-def first(made: record.Record, number: int) -> tuple[Any, ...]:
-    return tuple(part and part[:number] for part in drawn(made))
+def first(generated: record.Record, number: int) -> tuple[Any, ...]:
+    return tuple(part and part[:number] for part in outputs_of(generated))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 4])
-def test_first_50_of_100_tokens_are_the_run_of_50(width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run) -> None:
+def test_first_50_of_100_tokens_equal_a_run_of_50(width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run) -> None:
     run = {1: narrow, 4: wide}[width]
     long = run.generate(PROMPTS, num_tokens=100, top_logprobs=3)
     short = run.generate(PROMPTS, num_tokens=50, top_logprobs=3)
-    assert [first(one, 50) for one in long] == [drawn(one) for one in short]
+    assert [first(one, 50) for one in long] == [outputs_of(one) for one in short]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 4])
-def test_a_sample_is_the_same_alone_and_in_any_company(
-    width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run
-) -> None:
-    """Sample 7 of 10, streamed; and each prompt in a list that is shuffled, split and doubled."""
+def test_a_sample_is_independent_of_the_batch(width: int, narrow: hipgpt_jax.Run, wide: hipgpt_jax.Run) -> None:
+    """Streams sample 7 of 10 alone, and runs each prompt in reversed, extended and repeated lists."""
     run = {1: narrow, 4: wide}[width]
     ten = run.generate(PROMPTS[1], num_samples=10, num_tokens=30)
     stream = run.stream(PROMPTS[1], sample=7, num_tokens=30)
     assert "".join(stream) == ten[7].text
     assert stream.record is not None
-    assert drawn(stream.record) == drawn(ten[7])
-    alone = {prompt: drawn(run.generate(prompt, num_tokens=30)[0]) for prompt in PROMPTS}
+    assert outputs_of(stream.record) == outputs_of(ten[7])
+    alone = {prompt: outputs_of(run.generate(prompt, num_tokens=30)[0]) for prompt in PROMPTS}
     for prompts in (PROMPTS[::-1], PROMPTS[2:] + PROMPTS, PROMPTS[1:2] * 5):
-        assert [drawn(one) for one in run.generate(prompts, num_tokens=30)] == [alone[prompt] for prompt in prompts]
+        assert [outputs_of(one) for one in run.generate(prompts, num_tokens=30)] == [
+            alone[prompt] for prompt in prompts
+        ]
 
 
-def test_logits_are_bit_identical_at_one_batch_size_whatever_the_other_slots_hold(
-    wide: hipgpt_jax.Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The logits themselves, at every step, in each slot: beside prompts of other lengths, other settings, itself."""
+def test_logits_are_independent_of_the_other_slots(wide: hipgpt_jax.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise, at every step and in each slot, beside other prompts and settings and beside copies of itself."""
     decoded: list[engine.Decoded] = []
     decode = engine.Engine.decode
 
@@ -78,7 +76,7 @@ def test_logits_are_bit_identical_at_one_batch_size_whatever_the_other_slots_hol
         return found
 
     def logits_of(slot: int) -> np.ndarray:
-        """The 25 steps of a slot; nothing takes it before the other requests, of 60 tokens, have ended."""
+        """Returns the 25 steps of a slot, which is not reused while the other requests, of 60 tokens, run."""
         rows = [np.asarray(each.output.logits_BV)[: each.counts[slot], slot] for each in decoded if slot in each.counts]
         return np.concatenate(rows)
 
@@ -105,7 +103,7 @@ def test_logits_are_bit_identical_at_one_batch_size_whatever_the_other_slots_hol
 
 
 @pytest.mark.slow
-def test_a_run_loaded_again_gives_the_same_records(wide: hipgpt_jax.Run) -> None:
+def test_a_reloaded_run_gives_the_same_records(wide: hipgpt_jax.Run) -> None:
     again = load(4)
     for one, other in zip(wide.generate(PROMPTS), again.generate(PROMPTS), strict=True):
         plain = {"timings": one.timings, "started": one.started}

@@ -1,4 +1,4 @@
-"""From tokens to text: pieces, stop strings and ends, whatever runs beside."""
+"""Tests of sequences: text pieces, stop strings and finish reasons, whatever the other slots hold."""
 
 import itertools
 import tracemalloc
@@ -13,13 +13,13 @@ from hipgpt_jax.generation import requests, scheduler
 from hipgpt_jax.text import tokenizer
 
 
-def wanted(count: int, **changes: Any) -> list[requests.Request]:
+def make_requests(count: int, **changes: Any) -> list[requests.Request]:
     settings = {"num_tokens": 30, "top_k": 0, "top_p": 1.0, **changes}
     return [fakes.request(fakes.prompt(i + 1), sample=i, **settings) for i in range(count)]
 
 
-def made(asked: list[requests.Request], width: int = 3) -> list[requests.Sequence]:
-    outputs = list(fakes.make_scheduler(width=width).run(asked, fakes.SHIFTED, measure=True))
+def sequences_of(requested: list[requests.Request], width: int = 3) -> list[requests.Sequence]:
+    outputs = list(fakes.make_scheduler(width=width).run(requested, fakes.SHIFTED, measure=True))
     ended = sorted((one for one in outputs if one.finish_reason is not None), key=lambda output: output.index)
     for output in ended:
         pieces = [one.text for one in outputs if one.index == output.index]
@@ -27,22 +27,22 @@ def made(asked: list[requests.Request], width: int = 3) -> list[requests.Sequenc
     return [output.sequence for output in ended]
 
 
-def test_tokens_joined_are_the_text_and_the_decoded_ids() -> None:
-    found = made(wanted(5))
+def test_joined_tokens_equal_the_text_and_the_decoded_ids() -> None:
+    found = sequences_of(make_requests(5))
     for one in found:
         assert "".join(one.tokens) == one.text == fakes.SHIFTED.decode(one.ids)
         assert len(one.tokens) == len(one.ids) == 30
     assert any("\ufffd" in one.text for one in found)
-    assert any("" in one.tokens for one in found), "a character over two tokens"
+    assert any("" in one.tokens for one in found), "some character spans two tokens"
 
 
-def test_a_stop_string_cuts_the_text_and_ends_the_sample() -> None:
-    """Every string of up to four characters that occurs is tried: alone in width and beside others."""
-    plain = made(wanted(4))
+def test_a_stop_string_truncates_the_text_and_ends_the_sequence() -> None:
+    """Tries substrings of 1, 2 and 4 characters of each text as the stop string of a batch."""
+    plain = sequences_of(make_requests(4))
     for row, start in itertools.product(range(4), (0, 5, 11)):
         for length in (1, 2, 4):
             string = plain[row].text[start : start + length]
-            for one, before in zip(made(wanted(4, stop=(string, "never"))), plain, strict=True):
+            for one, before in zip(sequences_of(make_requests(4, stop=(string, "never"))), plain, strict=True):
                 assert one.ids == before.ids[: len(one.ids)]
                 assert string not in one.text
                 if string in before.text:
@@ -53,10 +53,10 @@ def test_a_stop_string_cuts_the_text_and_ends_the_sample() -> None:
                     assert (one.finish_reason, one.stop, one.text) == ("length", None, before.text)
 
 
-def test_the_end_token_is_drawn_and_says_nothing() -> None:
-    (plain,) = made(wanted(1))
+def test_the_end_token_is_kept_and_has_no_text() -> None:
+    (plain,) = sequences_of(make_requests(1))
     eos_id = plain.ids[9]
-    (one,) = made(wanted(1, eos_id=eos_id))
+    (one,) = sequences_of(make_requests(1, eos_id=eos_id))
     end = plain.ids.index(eos_id)
     assert one.ids == plain.ids[: end + 1]
     assert one.finish_reason == "eos"
@@ -64,30 +64,30 @@ def test_the_end_token_is_drawn_and_says_nothing() -> None:
     assert one.text == fakes.SHIFTED.decode(one.ids[:-1])
 
 
-def test_nothing_asked_for_is_an_empty_sample() -> None:
-    (one,) = made(wanted(1, num_tokens=0))
+def test_a_request_for_no_tokens_gives_an_empty_sequence() -> None:
+    (one,) = sequences_of(make_requests(1, num_tokens=0))
     assert (one.ids, one.tokens, one.text, one.finish_reason, one.first_token) == ([], [], "", "length", None)
 
 
-def test_weights_that_are_no_good_give_an_error_and_no_text() -> None:
+def test_non_finite_weights_give_an_error_and_no_text() -> None:
     params = fakes.random_params(fakes.MODEL)
     params["ln_f"]["bias"][0] = np.inf
     broken = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11))
-    (output,) = broken.run(wanted(1), fakes.SHIFTED, measure=True)
+    (output,) = broken.run(make_requests(1), fakes.SHIFTED, measure=True)
     assert (output.finish_reason, output.text, output.token) == ("error", "", None)
     assert output.sequence.error == "the model's numbers are not finite at token 0: its weights are no good"
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_outputs_are_put_in_order(width: int) -> None:
-    outputs = fakes.make_scheduler(width=width).run(wanted(5), fakes.SHIFTED)
+def test_outputs_are_sorted_by_request(width: int) -> None:
+    outputs = fakes.make_scheduler(width=width).run(make_requests(5), fakes.SHIFTED)
     order = [output.index for output in requests.in_order(outputs)]
     assert order == sorted(order)
     assert order.count(0) == 30
 
 
 def test_a_streamed_sequence_keeps_none_of_its_tokens() -> None:
-    """A text that nothing records may be longer than memory holds."""
+    """Memory is constant in the length of a streamed text that is not recorded."""
     peaks = []
     for number in (1_000, 20_000):
         sequence = requests.Sequence(fakes.request(), number, tokenizer.Tokenizer.train([], 256), keeps=False)

@@ -1,4 +1,4 @@
-"""From logits to a token, against a slow float64 reference, and the bits that the promise rests on."""
+"""Tests of sampling against a slow float64 reference, and golden values of the random bits."""
 
 import math
 from typing import Any
@@ -32,11 +32,11 @@ def choices(logits_V: np.ndarray, uniforms: Any, **settings: Any) -> np.ndarray:
 
 
 def acceptable(logits_V: np.ndarray, seen_V: np.ndarray, row: config.SamplingConfig, uniform: float) -> set[int]:
-    """The token by the definition, in float64, and those that float32 may take for it.
+    """Returns the token by the float64 definition, and those that float32 rounding may give instead.
 
-    These are the neighbours within 1e-5 of a boundary. XLA divides by a penalty through its
-    reciprocal, so a penalty widens the boundaries by what the last bits of the largest logits make
-    of the probabilities, and lets tokens change places that it brings within those bits.
+    These are the neighbours within 1e-5 of a boundary. XLA divides by a penalty by multiplying with its
+    reciprocal. The last bits of the largest logits then shift the boundaries further, and tokens whose
+    penalized logits agree up to those bits may swap ranks.
     """
     logits_V = logits_V.astype(np.float64)
     temperature, top_p, penalty = (float(np.float32(x)) for x in (row.temperature, row.top_p, row.repetition_penalty))
@@ -63,7 +63,7 @@ def acceptable(logits_V: np.ndarray, seen_V: np.ndarray, row: config.SamplingCon
 
 @st.composite
 def logits_and_seen(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Logits with ties, gaps and tails, and which tokens were seen."""
+    """Draws logits with ties, gaps and tails, and a mask of seen tokens."""
     size = draw(st.sampled_from(SIZES))
     if draw(st.booleans()):
         elements = st.floats(-30, 30, width=16, allow_subnormal=False) | st.sampled_from([-1e30, 1e30])
@@ -88,7 +88,7 @@ def logits_and_seen(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     ),
     st.sampled_from([0.0, LAST]) | st.integers(0, 2**24 - 1).map(lambda word: word * 2**-24),
 )
-def test_choice_is_that_of_the_definition(
+def test_choice_matches_the_definition(
     case: tuple[np.ndarray, np.ndarray], row: config.SamplingConfig, uniform: float
 ) -> None:
     logits_V, seen_V = case
@@ -98,7 +98,7 @@ def test_choice_is_that_of_the_definition(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_of_tied_tokens_the_lower_ids_come_first(size: int) -> None:
+def test_ties_are_broken_by_the_lower_id(size: int) -> None:
     logits_V = np.zeros(size, np.float32)
     logits_V[size // 2 :] = 1
     uniforms = (np.arange(64) / 64).astype(np.float32)
@@ -117,7 +117,7 @@ def test_zeros_of_both_signs_are_tied() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_temperature_0_takes_the_likeliest_whatever_else_is_set(size: int) -> None:
+def test_temperature_0_is_greedy_whatever_the_other_settings(size: int) -> None:
     rng = np.random.RandomState(size)
     for decimals in (0, 6):
         logits_V = np.round(rng.normal(0, 2, size), decimals)
@@ -128,7 +128,7 @@ def test_temperature_0_takes_the_likeliest_whatever_else_is_set(size: int) -> No
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_extreme_temperatures_choose_as_their_limits(size: int) -> None:
+def test_extreme_temperatures_behave_as_their_limits(size: int) -> None:
     rng = np.random.RandomState(size)
     logits_V, uniforms = rng.permutation(size) - size / 2, np.append(rng.randint(0, 2**24, 63) * 2**-24, LAST)
     for tiny in (1e-40, 1e-37, 1e-30, 1e-6):
@@ -143,20 +143,20 @@ def test_extreme_temperatures_choose_as_their_limits(size: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [3.5e38, 1e39, 1e308])
-def test_a_temperature_beyond_float32_draws_uniformly(temperature: float) -> None:
-    """Warnings are errors here: NumPy's conversion warned of an overflow."""
+def test_a_temperature_beyond_float32_samples_uniformly(temperature: float) -> None:
+    """The conversion to float32 must not emit NumPy's overflow warning, which pytest turns into an error."""
     row = sampling.sampling_params(
         [config.SamplingConfig(temperature=temperature, top_k=4, top_p=1, repetition_penalty=1)]
     )
     logits = jnp.array([[0.0, 30.0, 10.0, 20.0, -5.0]])
     seen = jnp.zeros(logits.shape, bool)
-    drawn = [
+    sampled = [
         int(sampling.sample(logits, seen, row, jnp.array([u], jnp.float32)).token_B[0]) for u in (0.1, 0.3, 0.6, 0.9)
     ]
-    assert drawn == [1, 3, 2, 0]
+    assert sampled == [1, 3, 2, 0]
 
 
-def test_penalty_divides_or_multiplies_the_tokens_seen_alone() -> None:
+def test_penalty_changes_only_the_logits_of_seen_tokens() -> None:
     logits_BV = np.random.RandomState(0).normal(0, 5, (2, 300)).astype(np.float32)
     seen_BV = np.random.RandomState(1).randint(0, 2, (2, 300)).astype(bool)
     penalty_B = np.asarray([1.3, 0.7], np.float32)
@@ -166,7 +166,7 @@ def test_penalty_divides_or_multiplies_the_tokens_seen_alone() -> None:
     np.testing.assert_array_equal(got_BV[~seen_BV], logits_BV[~seen_BV])
 
 
-def test_neutral_penalty_and_temperature_leave_every_bit() -> None:
+def test_neutral_penalty_and_temperature_change_no_bit() -> None:
     logits_BV = np.random.RandomState(0).normal(0, 5, (1, 300)).astype(np.float32)
     logits_BV[0, :6] = 0.0, -0.0, 3e38, -3e38, 1.2e-38, -np.inf
     for seen in (False, True):
@@ -178,14 +178,14 @@ def test_neutral_penalty_and_temperature_leave_every_bit() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_top_k_0_is_all_is_more_than_all(size: int) -> None:
+def test_top_k_of_0_and_above_the_vocabulary_keep_all_tokens(size: int) -> None:
     logits_V, uniforms = np.random.RandomState(size).normal(size=size), np.append(np.arange(63) / 63, LAST)
     expected = choices(logits_V, uniforms, top_k=0)
     for top_k in (size, size + 1, 2**31 - 1, 2**31, 2**40):
         np.testing.assert_array_equal(choices(logits_V, uniforms, top_k=top_k), expected)
 
 
-def test_top_p_1_keeps_a_tail_that_is_lost_in_the_sum() -> None:
+def test_top_p_1_keeps_a_tail_below_float32_resolution() -> None:
     cumulative_BK = np.asarray([[1, 1, 1, 1], [1, 1 + 2**-20, 1 + 2**-19, 1 + 2**-19]], np.float32)
     count = jax.jit(sampling.num_top_p)
     np.testing.assert_array_equal(count(cumulative_BK, np.asarray([4, 3]), np.ones(2, np.float32)), [4, 3])
@@ -197,7 +197,7 @@ def test_top_p_1_keeps_a_tail_that_is_lost_in_the_sum() -> None:
     assert choices(tail_V, [LAST], top_p=0.9999) == [0]
 
 
-def test_drawn_frequencies_are_the_softmax() -> None:
+def test_sampled_frequencies_match_the_softmax() -> None:
     """Pearson's statistic of 20,000 draws stays below a bound that chance exceeds once in a million."""
     n, logits_V = 20_000, np.linspace(1.5, -1.5, 12)[np.random.RandomState(0).permutation(12)]
     key = sampling.sample_key(sampling.seed_words(3, (1, 2), 0))
@@ -221,8 +221,8 @@ SLOW = ({"top_k": 0}, {"top_k": 129, "top_p": 0.95}, {"top_k": 0, "top_p": 0.5},
 
 
 @pytest.mark.parametrize("own", [*FAST, *SLOW])
-def test_choice_depends_on_no_companion(own: dict[str, Any]) -> None:
-    """Also where uniform numbers lie on the boundaries, so that a bit of difference would show."""
+def test_choice_is_independent_of_other_slots(own: dict[str, Any]) -> None:
+    """Includes uniform numbers on the boundaries, where a difference of one bit changes the token."""
     rng, width, V = np.random.RandomState(0), 4, 300
     logits_V = rng.normal(0, 3, V).astype(np.float32)
     seen_BV = rng.randint(0, 2, (width, V)).astype(bool)
@@ -231,9 +231,9 @@ def test_choice_depends_on_no_companion(own: dict[str, Any]) -> None:
     uniforms = [*((boundaries[:, None] + [-1, 0, 1]).ravel().clip(0, 2**24 - 1) * 2**-24), *rng.rand(20)]
     for number, uniform in enumerate(np.asarray(uniforms, np.float32)):
         chosen = set()
-        for companions in ((own,) * width, FAST, SLOW, (*SLOW[:1], *FAST[1:]), (*FAST[:3], *SLOW[:1])):
+        for neighbours in ((own,) * width, FAST, SLOW, (*SLOW[:1], *FAST[1:]), (*FAST[:3], *SLOW[:1])):
             row = number % width
-            configs = [config.SamplingConfig(**{**NEUTRAL, **settings}) for settings in companions]
+            configs = [config.SamplingConfig(**{**NEUTRAL, **settings}) for settings in neighbours]
             configs[row] = config.SamplingConfig(**{**NEUTRAL, **own})
             logits_BV, uniform_B = rng.normal(0, 3, (width, V)).astype(np.float32), rng.rand(width).astype(np.float32)
             logits_BV[row], uniform_B[row] = logits_V, uniform
@@ -241,7 +241,7 @@ def test_choice_depends_on_no_companion(own: dict[str, Any]) -> None:
         assert len(chosen) == 1
 
 
-def test_no_setting_and_no_number_compiles_again() -> None:
+def test_settings_do_not_recompile() -> None:
     fresh, rng = jax.jit(lambda *args: sampling.sample(*args).token_B), np.random.RandomState(0)
     counts = []
     for row in ({}, {"temperature": 0.0}, {"top_k": 7}, {"top_k": 2**31}, {"top_p": 0.3}, {"repetition_penalty": 2.0}):
@@ -253,7 +253,7 @@ def test_no_setting_and_no_number_compiles_again() -> None:
     assert counts == [1, 0, 0, 0, 0, 0]
 
 
-# Literal numbers, seen with JAX 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12): the key's two words,
+# Literal numbers, obtained with JAX 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12): the key's two words,
 # and the uniform numbers of tokens 0, 1, 2 and 1000 in units of 2**-24. They must never change.
 GOLDEN: list[tuple[tuple[int, tuple[int, ...], int], list[int], list[int]]] = [
     ((0, (1,), 0), [0xD61A42FF, 0xDF79AB30], [14399590, 6809447, 14813428, 674346]),
@@ -268,7 +268,7 @@ GOLDEN: list[tuple[tuple[int, tuple[int, ...], int], list[int], list[int]]] = [
 @pytest.mark.parametrize("partitionable", [True, False])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize(("of", "words", "numbers"), GOLDEN)
-def test_golden_keys_and_uniform_numbers_under_any_setting_of_jax(
+def test_golden_keys_and_uniform_numbers_under_any_jax_setting(
     of: tuple[int, tuple[int, ...], int], words: list[int], numbers: list[int], impl: str, partitionable: bool
 ) -> None:
     with jax.threefry_partitionable(partitionable), jax.default_prng_impl(impl):

@@ -1,4 +1,4 @@
-"""The scheduler against a naive loop of full forward passes, and how samples begin and end."""
+"""Tests of the scheduler against a naive loop of full forward passes, and of finish reasons and slot reuse."""
 
 import dataclasses
 import math
@@ -28,11 +28,11 @@ uniform = jax.jit(sampling.uniform)
 
 
 def naive(request: requests.Request, window: int, stride: int) -> list[int]:
-    """Generates by a full forward pass over the window for every token; nothing is kept between them.
+    """Generates by a full forward pass over the window for every token, without a cache.
 
     With ``m`` tokens from the first one read, the window starts at the first multiple of the stride
-    that leaves at most ``W``. Zeros follow it to one length, which no real token sees
-    (``test_transformer.py``), so one program serves all.
+    that leaves at most ``W`` tokens. Zero padding to one length lets one program serve all contexts;
+    no real token attends to it (``test_transformer.py``).
     """
     ids = list(request.prompt_ids)
     first = max(0, len(ids) - window)
@@ -70,36 +70,38 @@ def wide() -> scheduler.Scheduler:
         (1, 1, 2),
     ],
 )
-def test_generation_is_the_naive_loop_far_past_the_window(window: int, stride: int, width: int) -> None:
-    """Prompts shorter than, equal to and longer than the window; rows of a group roll at different steps."""
+def test_generation_matches_a_naive_loop_far_past_the_window(window: int, stride: int, width: int) -> None:
+    """Prompts shorter than, equal to and longer than the window; slots of a batch slide at different steps."""
     others = {"width": width} if width > 1 else {}
     if (window, stride) != (WINDOW, 1):
         others |= {"window": window, "window_stride": stride}
     source = fakes.make_scheduler(**others)
-    wanted = [
+    requested = [
         fakes.request(fakes.prompt(length), num_tokens=window + 10 + length % 4, sample=place, **settings)
         for place, length in enumerate((1, window, window - 1 or 2, window + 1, 2 * window + 3, 6))
         for settings in (GREEDY, {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.3})
     ]
-    drawn = fakes.tokens_of(source, wanted)
-    assert drawn == [naive(one, window, stride) for one in wanted]
-    assert len({token for tokens in drawn for token in tokens}) > 30
+    sampled = fakes.tokens_of(source, requested)
+    assert sampled == [naive(one, window, stride) for one in requested]
+    assert len({token for tokens in sampled for token in tokens}) > 30
 
 
-def test_stop_ends_where_the_window_is_full(narrow: scheduler.Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule belongs to the driver, so the programs compiled for another rule serve."""
+def test_overflow_stop_ends_a_sequence_when_the_window_is_full(
+    narrow: scheduler.Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler applies the overflow rule, so programs compiled for another rule can be reused."""
     monkeypatch.setattr(narrow, "_decoding", fakes.make_scheduler(overflow="stop")._decoding)
-    wanted = [fakes.request(fakes.prompt(n), num_tokens=30) for n in (1, 4, WINDOW - 1, WINDOW, WINDOW + 1)]
-    wanted.append(fakes.request(fakes.prompt(4), num_tokens=3))
-    drawn = fakes.tokens_of(narrow, wanted)
-    assert [len(tokens) for tokens in drawn] == [WINDOW, WINDOW - 3, 2, 1, 1, 3]
-    for one, tokens in zip(wanted, drawn, strict=True):
+    requested = [fakes.request(fakes.prompt(n), num_tokens=30) for n in (1, 4, WINDOW - 1, WINDOW, WINDOW + 1)]
+    requested.append(fakes.request(fakes.prompt(4), num_tokens=3))
+    sampled = fakes.tokens_of(narrow, requested)
+    assert [len(tokens) for tokens in sampled] == [WINDOW, WINDOW - 3, 2, 1, 1, 3]
+    for one, tokens in zip(requested, sampled, strict=True):
         assert tokens == naive(one, WINDOW, 1)[: len(tokens)]
-    reasons = [event.finish_reason for event in narrow.run(wanted) if event.finish_reason is not None]
-    assert reasons == ["length"] * len(wanted)
+    reasons = [event.finish_reason for event in narrow.run(requested) if event.finish_reason is not None]
+    assert reasons == ["length"] * len(requested)
 
 
-def test_error_refuses_what_cannot_fit_and_says_the_numbers() -> None:
+def test_overflow_error_refuses_requests_that_exceed_the_window() -> None:
     source = fakes.make_scheduler(overflow="error")
     source.check(fakes.request(fakes.prompt(4), num_tokens=WINDOW - 3))
     with pytest.raises(ValueError, match=r"prompt of 4 tokens and 9 new ones need a window of 12: it holds 11"):
@@ -108,7 +110,7 @@ def test_error_refuses_what_cannot_fit_and_says_the_numbers() -> None:
         list(source.run([fakes.request(fakes.prompt(WINDOW + 1), num_tokens=1)]))
 
 
-def test_refused_requests(narrow: scheduler.Scheduler) -> None:
+def test_invalid_requests_and_windows_are_refused(narrow: scheduler.Scheduler) -> None:
     with pytest.raises(ValueError, match="prompt is empty: it must hold at least one token"):
         list(narrow.run([fakes.request(())]))
     with pytest.raises(ValueError, match="eos_id must be -1 or below the vocabulary's size 150: got 150"):
@@ -119,17 +121,17 @@ def test_refused_requests(narrow: scheduler.Scheduler) -> None:
         fakes.make_scheduler(window_stride=WINDOW + 1)
 
 
-def test_eos_ends_its_row_alone_and_is_its_last_token(wide: scheduler.Scheduler) -> None:
-    """Every token of a row in turn is made the id that ends it, and its last one, and none."""
+def test_eos_ends_only_its_own_sequence_and_is_its_last_token(wide: scheduler.Scheduler) -> None:
+    """Tries every token of a sequence as its end token, an id that never occurs, and no end token."""
     plain = [fakes.request(fakes.prompt(n), num_tokens=n + 12) for n in (2, 9, 4)]
     expected = fakes.tokens_of(wide, plain)
     for row in range(3):
         for eos_id in {*expected[row], -1, 149}:
             ending = list(plain)
             ending[row] = fakes.request(plain[row].prompt_ids, num_tokens=len(expected[row]), eos_id=eos_id)
-            happened = list(wide.run(ending))
+            outputs = list(wide.run(ending))
             for index, tokens in enumerate(expected):
-                own = [event for event in happened if event.index == index]
+                own = [event for event in outputs if event.index == index]
                 ended = index == row and eos_id in tokens
                 kept = tokens[: tokens.index(eos_id) + 1] if ended else tokens
                 reasons = [*[None] * (len(kept) - 1), "eos" if ended else "length"]
@@ -138,10 +140,10 @@ def test_eos_ends_its_row_alone_and_is_its_last_token(wide: scheduler.Scheduler)
 
 
 @pytest.mark.parametrize("length", [2, WINDOW + 2])
-def test_work_stops_after_eos(length: int, narrow: scheduler.Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the window it is the last token on the device too; beyond it at most one more is under way."""
+def test_decoding_stops_after_eos(length: int, narrow: scheduler.Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the window the device stops at EOS too; past it, at most one further token has been dispatched."""
     (tokens,) = fakes.tokens_of(narrow, [fakes.request(fakes.prompt(length), num_tokens=30)])
-    drawn = next(t for t in range(4, 30) if tokens[t] not in tokens[:t])
+    eos_at = next(t for t in range(4, 30) if tokens[t] not in tokens[:t])
     counts, sampled = [], []
     decode = engine.Engine.decode
 
@@ -152,15 +154,15 @@ def test_work_stops_after_eos(length: int, narrow: scheduler.Scheduler, monkeypa
         return decoded
 
     monkeypatch.setattr(engine.Engine, "decode", spy)
-    happened = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[drawn])]))
-    assert len(happened) == drawn + 1
-    assert drawn + 1 <= sampled[-1] <= drawn + 1 + (length + drawn >= WINDOW)
+    outputs = list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30, eos_id=tokens[eos_at])]))
+    assert len(outputs) == eos_at + 1
+    assert eos_at + 1 <= sampled[-1] <= eos_at + 1 + (length + eos_at >= WINDOW)
     counts.clear()
     list(narrow.run([fakes.request(fakes.prompt(length), num_tokens=30)]))
-    assert sum(counts) == 30, "nothing follows the last"
+    assert sum(counts) == 30, "no token is sampled after the last"
 
 
-def test_no_tokens_asked_for_is_an_end_without_work(wide: scheduler.Scheduler) -> None:
+def test_a_request_for_no_tokens_finishes_without_compiling(wide: scheduler.Scheduler) -> None:
     nothing = fakes.request(num_tokens=0)
     with fakes.compilations() as compiled:
         outputs = list(fakes.make_scheduler(width=3).run([nothing] * 4))
@@ -172,8 +174,8 @@ def test_no_tokens_asked_for_is_an_end_without_work(wide: scheduler.Scheduler) -
 
 
 @pytest.mark.parametrize(("width", "ahead"), [(1, 0), (3, 63)])
-def test_requests_are_taken_as_they_are_needed(width: int, ahead: int) -> None:
-    """So that any number of them runs in constant memory; wide steps read prompts together, so they look ahead."""
+def test_requests_are_consumed_lazily(width: int, ahead: int) -> None:
+    """Memory is constant in the number of requests; wide batches read ahead to prefill prompts together."""
     taken = []
 
     def endless() -> Iterator[requests.Request]:
@@ -181,15 +183,15 @@ def test_requests_are_taken_as_they_are_needed(width: int, ahead: int) -> None:
             taken.append(sample)
             yield fakes.request(num_tokens=2, sample=sample)
 
-    happened = fakes.make_scheduler(width=width).run(endless())
+    outputs = fakes.make_scheduler(width=width).run(endless())
     for _ in range(2 * width):
-        next(happened)
+        next(outputs)
     assert len(taken) == width + ahead
-    next(happened)
+    next(outputs)
     assert len(taken) == 2 * width + ahead
 
 
-def test_bucket_is_tight_monotone_and_within_the_window() -> None:
+def test_prefill_buckets_are_tight_monotone_and_within_the_window() -> None:
     for window in (1, 5, 8, 11, 32, 100, 1024):
         sizes = [backends.prefill_bucket(length, window) for length in range(1, window + 1)]
         assert sizes == sorted(sizes)
@@ -201,7 +203,7 @@ def test_bucket_is_tight_monotone_and_within_the_window() -> None:
 
 @hypothesis.settings(deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(1, 5), st.randoms())
-def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int], width: int, random: Any) -> None:
+def test_in_order_sorts_by_sample_and_delays_only_later_samples(lengths: list[int], width: int, random: Any) -> None:
     samples = [
         [requests.Output(index=i, token=t, sequence=SEQUENCE) for t in range(length)]
         + [requests.Output(index=i, finish_reason="length", sequence=SEQUENCE)]
@@ -218,12 +220,12 @@ def test_in_order_sorts_samples_and_holds_back_only_later_ones(lengths: list[int
         assert next(ordered) == event
         assert set(expected[: place + 1]) <= set(taken)
         needed = max(given.index(one) for one in expected[: place + 1])
-        assert len(taken) == needed + 1, "an event waits for nothing but those before it"
+        assert len(taken) == needed + 1, "an output waits only for those before it"
     assert list(ordered) == []
 
 
-def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long and short samples in three rows: every one is what it is alone, none has a token too many, in few steps."""
+def test_a_freed_slot_is_reused_by_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long and short requests in three slots: exact tokens, none sampled in excess, and few steps."""
     source = fakes.make_scheduler(width=3, window=16)
     steps: list[int] = []
     tokens: list[int] = []
@@ -237,17 +239,15 @@ def test_a_row_that_ends_is_taken_by_the_next_sample(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(engine.Engine, "decode", spy)
     lengths = [16, 4, 4, 4, 4, 2, 6, 15, 4]
-    wanted = [fakes.request(fakes.prompt(1), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
-    assert fakes.tokens_of(source, wanted) == [naive(one, 16, 1) for one in wanted]
+    requested = [fakes.request(fakes.prompt(1), num_tokens=n, sample=place) for place, n in enumerate(lengths)]
+    assert fakes.tokens_of(source, requested) == [naive(one, 16, 1) for one in requested]
     assert sum(tokens) == sum(lengths)
-    assert sum(steps) <= 27, "in groups of three, which wait for their longest, they would be 35"
+    assert sum(steps) <= 27, "fixed batches of three, each waiting for its longest request, take 35"
 
 
 @pytest.mark.parametrize("measure", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(
-    measure: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A position is no number, which the next sample in the row never reads, though the cache holds it still."""
+def test_nans_do_not_leak_into_the_next_request_of_a_slot(measure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The position embedding at 10 is NaN. The next request of the slot must not attend to the NaNs in the cache."""
     monkeypatch.setattr(cache, "SMALLEST_BLOCK", 4)
     params = fakes.random_params(MODEL)
     params["wpe"]["embedding"][10] = np.nan
@@ -263,27 +263,27 @@ def test_a_sample_that_ends_in_nan_leaves_none_to_the_next_in_its_row(
     assert [event.token for event in together if event.index == 1] == apart
 
 
-def test_samples_of_a_prompt_read_it_once_until_the_weights_change(narrow: scheduler.Scheduler) -> None:
+def test_a_prompt_is_prefilled_once_for_its_samples_until_the_weights_change(narrow: scheduler.Scheduler) -> None:
     prefilled: list[int] = []
     prefill = executables.Executables.prefill
-    asked = [fakes.request(fakes.prompt(6), num_tokens=3, sample=k) for k in range(4)]
-    expected = fakes.tokens_of(narrow, asked)
+    requested = [fakes.request(fakes.prompt(6), num_tokens=3, sample=k) for k in range(4)]
+    expected = fakes.tokens_of(narrow, requested)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executables.Executables, "prefill", lambda *args: prefilled.append(1) or prefill(*args))
         narrow.load(PARAMS)
-        assert fakes.tokens_of(narrow, asked) == expected
+        assert fakes.tokens_of(narrow, requested) == expected
         assert len(prefilled) == 1
-        fakes.tokens_of(narrow, [fakes.request(fakes.prompt(5), num_tokens=2), asked[0]])
-        assert len(prefilled) == 3, "one prompt is held"
+        fakes.tokens_of(narrow, [fakes.request(fakes.prompt(5), num_tokens=2), requested[0]])
+        assert len(prefilled) == 3, "only the latest prompt is cached"
         narrow.load(fakes.random_params(MODEL, seed=5))
-        assert fakes.tokens_of(narrow, asked) != expected
+        assert fakes.tokens_of(narrow, requested) != expected
         narrow.load(PARAMS)
-        assert fakes.tokens_of(narrow, asked) == expected
+        assert fakes.tokens_of(narrow, requested) == expected
 
 
 @pytest.mark.slow
-def test_replicas_side_by_side_give_the_tokens_of_their_slots_alone() -> None:
-    """On a CPU a width of 16 is two replicas of 8 slots; their events come in one order whatever the threads do."""
+def test_replicas_generate_the_tokens_of_a_single_replica() -> None:
+    """On a CPU a width of 16 is two replicas of 8 slots; the order of outputs does not depend on thread timing."""
     assert [backends.backend_for("cpu", MODEL, 11, width).num_replicas for width in (1, 8, 15, 16, 17, 64)] == [
         1,
         1,
@@ -298,11 +298,11 @@ def test_replicas_side_by_side_give_the_tokens_of_their_slots_alone() -> None:
         == 1
     )
     wide = fakes.make_scheduler(width=16)
-    wanted = [fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n % 5 + 6, sample=n) for n in range(40)]
-    drawn = fakes.tokens_of(wide, wanted)
-    assert drawn == fakes.tokens_of(fakes.make_scheduler(width=8), wanted)
-    assert drawn == [naive(one, WINDOW, 1) for one in wanted]
-    events_of = [[(event.index, event.token) for event in wide.run(wanted)] for _ in range(2)]
+    requested = [fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n % 5 + 6, sample=n) for n in range(40)]
+    sampled = fakes.tokens_of(wide, requested)
+    assert sampled == fakes.tokens_of(fakes.make_scheduler(width=8), requested)
+    assert sampled == [naive(one, WINDOW, 1) for one in requested]
+    events_of = [[(event.index, event.token) for event in wide.run(requested)] for _ in range(2)]
     assert events_of[0] == events_of[1]
 
 
@@ -317,7 +317,7 @@ def test_replicas_side_by_side_give_the_tokens_of_their_slots_alone() -> None:
     ],
 )
 def test_nothing_compiles_after_the_first_token(width: int, length: int, stride: int, measure: bool) -> None:
-    """Not where the text fills another part of the cache, nor where the window rolls, nor where it falls back to."""
+    """Neither at the next cache block, nor when the window slides, nor at the length it slides back to."""
     source = fakes.make_scheduler.__wrapped__(width=width, window_stride=stride)
     request = fakes.request(fakes.prompt(length), num_tokens=WINDOW + 9, top_logprobs=3)
     stream = source.run([request], measure=measure)
@@ -328,37 +328,37 @@ def test_nothing_compiles_after_the_first_token(width: int, length: int, stride:
 
 
 @pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_alternatives_are_found_by_one_program_within_the_window_and_another_comes_when_it_rolls(width: int) -> None:
-    """Steps tell of several tokens at once, a window that rolls of one."""
+def test_alternatives_compile_once_within_the_window_and_once_past_it(width: int) -> None:
+    """A program returns several tokens within the window and one past it, so the shapes differ."""
     source = fakes.make_scheduler.__wrapped__(width=width)
     for num_tokens, expected in ((4, 1), (WINDOW, 1), (WINDOW, 0)):
         with fakes.compilations() as compiled:
-            drawn = source.run([fakes.request((5,), num_tokens=num_tokens + 1, top_logprobs=3)], measure=True)
-            assert all(event.stats is not None and len(event.stats.top_logprobs(3)[0]) == 3 for event in drawn)
+            sampled = source.run([fakes.request((5,), num_tokens=num_tokens + 1, top_logprobs=3)], measure=True)
+            assert all(event.stats is not None and len(event.stats.top_logprobs(3)[0]) == 3 for event in sampled)
         assert compiled.count("jit(top_logprobs)") == expected
 
 
 @pytest.mark.slow
-def test_two_replicas_compile_no_program_twice() -> None:
-    """Both take in samples at once, from prompts of one bucket in a new sampler."""
+def test_two_replicas_compile_each_program_once() -> None:
+    """In a new scheduler, both replicas prefill prompts of one bucket at the same time."""
     fresh = scheduler.Scheduler(MODEL, fakes.random_params(MODEL), config.DecodingConfig(width=16))
-    wanted = [fakes.request(fakes.prompt(3), sample=n, num_tokens=4) for n in range(16)]
+    requested = [fakes.request(fakes.prompt(3), sample=n, num_tokens=4) for n in range(16)]
     with fakes.compilations() as names:
-        fakes.tokens_of(fresh, wanted)
+        fakes.tokens_of(fresh, requested)
     assert {"jit(prefill)", "jit(decode)"} <= set(names)
     assert len(names) == len(set(names))
 
 
 @pytest.mark.slow
-def test_slots_are_made_when_a_text_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_blocks_are_allocated_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dataclasses.replace(MODEL, max_seq_len=256, num_layers=1)
     source = scheduler.Scheduler(model, fakes.random_params(model), config.DecodingConfig())
-    made: list[int] = []
+    allocated: list[int] = []
     empty = cache.empty
     monkeypatch.setattr(
-        cache, "empty", lambda *args: made.extend(block.keys[0].shape[2] for block in args[0]) or empty(*args)
+        cache, "empty", lambda *args: allocated.extend(block.keys[0].shape[2] for block in args[0]) or empty(*args)
     )
     for num_tokens, parts in ((60, 1), (61, 2), (300, 4)):
-        made.clear()
+        allocated.clear()
         assert len(fakes.tokens_of(source, [fakes.request(fakes.prompt(5), num_tokens=num_tokens)])[0]) == num_tokens
-        assert made == [64] * (parts - 1), "the first is what was read of the prompt"
+        assert allocated == [64] * (parts - 1), "the first block comes from prefill"

@@ -1,4 +1,4 @@
-"""Text to ids and back without loss, in every process, whole or streamed."""
+"""Tests of the tokenizer: lossless round trips, deterministic training, streaming, and refused files."""
 
 import hashlib
 import json
@@ -104,7 +104,7 @@ print(hashlib.sha256(tokenizer.Tokenizer.train([text], 330).to_json().encode()).
 
 @SETTINGS
 @given(cuts=st.lists(st.integers(0, 1000), max_size=20))
-def test_training_does_not_depend_on_the_pieces(cuts: list[int]) -> None:
+def test_training_is_independent_of_how_the_text_is_split(cuts: list[int]) -> None:
     places = [match.end() for match in re.finditer(r"\S(?= )", TEXT)]
     ends = sorted({places[cut % len(places)] for cut in cuts} | {len(TEXT)})
     pieces = [TEXT[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -118,14 +118,14 @@ def test_training_does_not_depend_on_the_pieces(cuts: list[int]) -> None:
 )
 @example(content=b"caf\xe9")
 @example(content=b"\xed\xa0\x80")
-def test_bytes_of_a_command_line_read_like_a_file(content: bytes) -> None:
+def test_command_line_bytes_decode_like_a_file(content: bytes) -> None:
     smuggled, plain = content.decode("utf-8", "surrogateescape"), content.decode("utf-8", "replace")
     assert MERGED.encode(smuggled) == MERGED.encode(plain)
     assert MERGED.decode(MERGED.encode(smuggled)) == plain
 
 
 @pytest.mark.parametrize("code", [0xD800, 0xDBFF, 0xDC00, 0xDC7F, 0xDC80, 0xDCFF, 0xDD00, 0xDFFF])
-def test_a_lone_surrogate_reads_as_the_replacement_character(code: int) -> None:
+def test_a_lone_surrogate_becomes_the_replacement_character(code: int) -> None:
     assert MERGED.decode(MERGED.encode(f"é{chr(code)}é")) == "é\ufffdé"
     assert list(MERGED.encode_batch([f"é{chr(code)}é"])) == [MERGED.encode("é\ufffdé")]
 
@@ -148,7 +148,7 @@ def _is_scalar(char: str) -> bool:
 @SETTINGS
 @given(ids=ANY_IDS)
 @example(ids=BYTES.encode("🙂")[:3])
-def test_joined_stream_pieces_are_the_whole(vocabulary: tokenizer.Tokenizer, ids: list[int]) -> None:
+def test_joined_stream_pieces_equal_the_decoded_text(vocabulary: tokenizer.Tokenizer, ids: list[int]) -> None:
     ids = [token_id % vocabulary.vocab_size for token_id in ids]
     stream = vocabulary.decoder()
     pieces = [stream.push(token_id) for token_id in ids]
@@ -158,7 +158,7 @@ def test_joined_stream_pieces_are_the_whole(vocabulary: tokenizer.Tokenizer, ids
 @BOTH
 @SETTINGS
 @given(text=ANY_TEXT)
-def test_a_stream_emits_each_character_whole_and_at_once(vocabulary: tokenizer.Tokenizer, text: str) -> None:
+def test_a_stream_emits_each_character_once_complete(vocabulary: tokenizer.Tokenizer, text: str) -> None:
     ids = vocabulary.encode(text)
     stream, shown = vocabulary.decoder(), ""
     for count, token_id in enumerate(ids, start=1):
@@ -177,7 +177,7 @@ def test_streams_are_independent() -> None:
 
 
 def test_a_token_outside_the_byte_alphabet_is_its_own_text() -> None:
-    """A tokenizer that the library, not this package, has made may hold such: added ones, or with a blank."""
+    """A tokenizer trained by other software may contain such tokens: added ones, or ones with a space."""
     value = json.loads(BYTES.to_json())
     value["model"]["vocab"]["to be"] = 256
     backend = tokenizers.Tokenizer.from_str(json.dumps(value))
@@ -265,7 +265,7 @@ def test_text_that_spells_the_end_token_is_text(parts: list[str]) -> None:
 
 
 def byte_level(**settings: Any) -> tokenizers.Tokenizer:
-    """A vocabulary such as other programs make: bytes, some merges, and an end token of GPT-2's name."""
+    """Returns a vocabulary as other software writes it: bytes, some merges, and GPT-2's end token."""
     backend = tokenizers.Tokenizer.from_str(MERGED.to_json())
     backend.add_special_tokens(["<|endoftext|>"])
     for name, value in settings.items():
@@ -274,7 +274,7 @@ def byte_level(**settings: Any) -> tokenizers.Tokenizer:
 
 
 def sequence(*others: Any) -> tokenizers.Tokenizer:
-    """A vocabulary whose text is split by others before it becomes bytes, if there are any."""
+    """Returns a vocabulary with further pre-tokenizers before the byte-level one."""
     steps = [*others, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)] if others else []
     return byte_level(pre_tokenizer=tokenizers.pre_tokenizers.Sequence(steps))
 
@@ -286,7 +286,7 @@ def word_piece() -> tokenizers.Tokenizer:
     return backend
 
 
-def test_a_ready_made_tokenizer_adds_and_removes_nothing(tmp_path: Path) -> None:
+def test_a_third_party_tokenizer_round_trips_text(tmp_path: Path) -> None:
     backend = byte_level(
         post_processor=tokenizers.processors.TemplateProcessing(
             single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 330)]
@@ -334,7 +334,7 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path: Path, backend: token
 
 
 def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
-    """A file of ``byte_level`` with a change that the library's own classes would not make."""
+    """Writes ``byte_level`` with an edit that the library's classes cannot produce, and returns the path."""
     value = json.loads(byte_level().to_str())
     edit(value)
     (tmp_path / "ready.json").write_text(json.dumps(value))
@@ -347,7 +347,7 @@ def added(content: str, **settings: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 def without_byte(value: dict[str, Any]) -> None:
-    """Gives the token of byte 0xd0, a lead byte of Cyrillic, to something else."""
+    """Renames the token of byte 0xd0, a lead byte of Cyrillic letters."""
     vocab = value["model"]["vocab"]
     vocab["unused"] = vocab.pop("Ð")
 
@@ -371,7 +371,7 @@ def without_byte(value: dict[str, Any]) -> None:
 def test_a_setting_that_loses_text_is_refused(
     tmp_path: Path, edit: Callable[[dict[str, Any]], Any], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And none of them makes the library panic, which would write a backtrace past Python's stderr."""
+    """None of them makes the library panic, which would bypass Python's stderr with a backtrace."""
     path = edited(tmp_path, edit)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} does not keep text as it is: .*{reason}"):
         tokenizer.Tokenizer.load(path)
@@ -401,7 +401,7 @@ def test_a_setting_that_loses_text_is_refused(
     ],
 )
 def test_a_malformed_file_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], reason: str) -> None:
-    """A repeated id, or one beyond a gap, stands for whichever token the library saw last."""
+    """With a repeated id, or one past a gap, the library silently keeps the token it read last."""
     path = edited(tmp_path, edit)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is not a tokenizer.json .*{re.escape(reason)}"):
         tokenizer.Tokenizer.load(path)
@@ -446,7 +446,7 @@ def test_a_lossless_setting_is_accepted(
 
 
 def template(*sequences: str) -> dict[str, Any]:
-    """A post-processor that keeps the sequences named; without one it drops the text, and ``B`` is a panic."""
+    """Returns a post-processor template. Without sequence ``A`` it drops the text; ``B`` makes the library panic."""
     parts = [{"Sequence": {"id": name, "type_id": 0}} for name in sequences]
     both = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     return {"type": "TemplateProcessing", "single": parts, "pair": both, "special_tokens": {}}

@@ -1,4 +1,4 @@
-"""The transformer: causality, dropout, the first weights, the tied head, and the prompt's pass."""
+"""Tests of the transformer: causality, dropout, initial weights, the tied head, prefill and dtypes."""
 
 import functools
 import math
@@ -48,14 +48,13 @@ def first_params() -> tuple[config.ModelConfig, dict[str, Any]]:
     return model, init(jax.random.key(0, impl="threefry2x32"), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def test_position_sees_itself_and_the_past_alone(params: dict[str, Any]) -> None:
-    """A loss at position X has zero gradient for what enters after X, and some for all up to X.
+def test_attention_is_causal(params: dict[str, Any]) -> None:
+    """A loss at position X has zero gradient for later inputs, and nonzero gradient for all up to X.
 
-    The row ``t`` of the position table enters the network at position ``t`` and nowhere else (the
-    token table would not do: the head reads all of it). A masked score is exactly 0 after softmax
-    and backward, so the test is for exactly 0, not for little. The network is an analytic function
-    of that row, and a function that depends on it has a gradient of zero at most on a set of measure
-    zero: random weights do not lie there.
+    Row ``t`` of the position table enters the network only at position ``t``. The token table is
+    unsuitable, because the head reads all of it. A masked score is exactly 0 after softmax, forward
+    and backward, so the test requires exactly 0. The network is an analytic function of that row.
+    Its gradient, if it depends on the row, vanishes at most on a set of measure zero.
     """
 
     def loss(wpe_WD: jax.Array, position: jax.Array) -> jax.Array:
@@ -70,7 +69,7 @@ def test_position_sees_itself_and_the_past_alone(params: dict[str, Any]) -> None
     assert np.all(reach_XW[sees_XW] > 1e-3)
 
 
-def test_later_tokens_and_other_rows_change_no_bit(params: dict[str, Any]) -> None:
+def test_logits_are_independent_of_later_tokens_and_other_rows(params: dict[str, Any]) -> None:
     logits_BTV = np.asarray(forward(params, TOKENS_BT))
     for position in range(1, T):
         changed_BT = TOKENS_BT.copy()
@@ -87,7 +86,7 @@ def test_order_of_the_past_matters(params: dict[str, Any]) -> None:
     assert np.all(np.abs(difference_BTV[:, -1]).max(axis=-1) > 1e-2)
 
 
-def test_without_dropout_needs_no_key_and_repeats(params: dict[str, Any]) -> None:
+def test_forward_without_dropout_is_deterministic_and_needs_no_key(params: dict[str, Any]) -> None:
     once_BTV = np.asarray(forward(params, TOKENS_BT))
     np.testing.assert_array_equal(forward(params, TOKENS_BT), once_BTV)
 
@@ -111,7 +110,7 @@ def test_dropout_is_a_function_of_its_key(params: dict[str, Any]) -> None:
         ("h_1", "mlp", "c_proj", "bias"),
     ],
 )
-def test_dropout_reaches_what_is_added_to_the_stream(source: tuple[str, ...], params: dict[str, Any]) -> None:
+def test_dropout_applies_to_every_residual_branch(source: tuple[str, ...], params: dict[str, Any]) -> None:
     """All sources of the residual stream but one are zero, so only dropping that one can show."""
     names = {("wte", "embedding"), source}
 
@@ -127,8 +126,8 @@ def test_dropout_reaches_what_is_added_to_the_stream(source: tuple[str, ...], pa
     assert np.all(np.abs(first_BTV - other_BTV).max(axis=-1) > 1e-3)
 
 
-def test_dropout_reaches_the_attention_weights() -> None:
-    """With values of one, attention gives the sum of its weights: 1, or what dropping left, 1 on average."""
+def test_dropout_applies_to_the_attention_weights() -> None:
+    """With values of 1, attention returns the sum of its weights: 1 without dropout, 1 on average with it."""
     q_BTNH, k_BTNH = np.random.RandomState(0).normal(size=(2, 40, 30, 4, 8)).astype(np.float32)
     ones_BTNH = np.ones_like(q_BTNH)
     attend = jax.jit(attention.causal_attention, static_argnames="dropout")
@@ -141,7 +140,7 @@ def test_dropout_reaches_the_attention_weights() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.9])
-def test_drop_keeps_its_share_and_scales_it_to_keep_the_mean(rate: float) -> None:
+def test_drop_zeroes_its_rate_and_preserves_the_mean(rate: float) -> None:
     n = 200_000
     x = jnp.full((n,), 3.0)
     dropped = np.asarray(attention.drop(x, rate, jax.random.key(7)))
@@ -151,12 +150,12 @@ def test_drop_keeps_its_share_and_scales_it_to_keep_the_mean(rate: float) -> Non
     assert dropped.mean() == pytest.approx(3, abs=3 * five_sigma / (1 - rate) + 1e-4)
 
 
-def test_drop_takes_every_rate_that_the_config_takes() -> None:
+def test_drop_accepts_every_valid_rate() -> None:
     rate = training_config.TrainConfig(dropout=math.nextafter(1, 0)).dropout
     assert np.all(np.isfinite(attention.drop(jnp.ones(1000), rate, jax.random.key(0))))
 
 
-def test_first_weights_are_those_of_gpt2(first_params: tuple[config.ModelConfig, dict[str, Any]]) -> None:
+def test_initial_weights_follow_gpt2(first_params: tuple[config.ModelConfig, dict[str, Any]]) -> None:
     model, params = first_params
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = tuple(key.key for key in path)
@@ -170,7 +169,7 @@ def test_first_weights_are_those_of_gpt2(first_params: tuple[config.ModelConfig,
         assert np.abs(value).max() > 3.2 * stddev, f"{name} is cut off, not normal"
 
 
-def test_first_loss_is_that_of_a_uniform_guess(first_params: tuple[config.ModelConfig, dict[str, Any]]) -> None:
+def test_initial_loss_is_that_of_a_uniform_guess(first_params: tuple[config.ModelConfig, dict[str, Any]]) -> None:
     model, params = first_params
     tokens_BT, next_BT = np.random.RandomState(0).randint(0, model.vocab_size, (2, 8, 50))
     apply = jax.jit(functools.partial(transformer.Transformer(model).apply, dropout=0.0))
@@ -179,7 +178,7 @@ def test_first_loss_is_that_of_a_uniform_guess(first_params: tuple[config.ModelC
     assert loss == pytest.approx(math.log(model.vocab_size), abs=0.05)
 
 
-def test_head_is_the_token_embedding(params: dict[str, Any]) -> None:
+def test_head_is_tied_to_the_token_embedding(params: dict[str, Any]) -> None:
     """The logit of a token that was not read is linear in its embedding, and no other logit moves."""
     used, a, b, v = 1, 2, 3, 4
     tokens_BT = np.full((2, T), used)
@@ -196,11 +195,13 @@ def test_prefill_gives_the_logits_of_the_last_real_token_at_every_length(params:
     full_TV = np.asarray(forward(params, TOKENS_BT))[0]
     logits_TV, _ = prefill(params, np.repeat(TOKENS_BT[:1], T, axis=0), jnp.arange(1, T + 1))
     np.testing.assert_allclose(logits_TV, full_TV, rtol=1e-5, atol=1e-5)
-    assert np.abs(np.diff(full_TV, axis=0)).max(axis=-1).min() > 0.1, "neighbours must differ for this to mean much"
+    assert np.abs(np.diff(full_TV, axis=0)).max(axis=-1).min() > 0.1, (
+        "the logits of adjacent positions must differ for the comparison to be meaningful"
+    )
 
 
-def test_prefill_never_sees_padding(params: dict[str, Any]) -> None:
-    """Logits and the keys and values of real tokens are bit-identical whatever the padding holds."""
+def test_prefill_ignores_padding(params: dict[str, Any]) -> None:
+    """The logits, keys and values of real tokens are bit-identical whatever the padding holds."""
     length_B = jnp.arange(1, T + 1)
     real_BT = np.arange(T)[None] < length_B[:, None]
     tokens_BT = np.repeat(TOKENS_BT[:1], T, axis=0)
@@ -231,7 +232,7 @@ def test_a_step_in_half_precision_keeps_softmax_and_logits_in_float32(params: di
     assert {out.dtype for out in program.out_avals[1:]} == {jnp.dtype(dtype)}, "keys and values"
 
 
-def test_cast_parameters_give_the_bits_of_whole_ones(params: dict[str, Any]) -> None:
+def test_cast_parameters_give_the_logits_of_float32_ones(params: dict[str, Any]) -> None:
     model = transformer.Transformer(MODEL, "bfloat16")
     whole, narrow = (
         jax.jit(lambda params: model.bind({"params": params})(jnp.asarray(TOKENS_BT), dropout=0.0))(given)
@@ -242,7 +243,7 @@ def test_cast_parameters_give_the_bits_of_whole_ones(params: dict[str, Any]) -> 
     assert 0 < np.abs(whole - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_cast_narrows_all_but_layer_norms_and_copies_nothing_that_fits(params: dict[str, Any]) -> None:
+def test_cast_skips_layer_norms_and_does_not_copy_unchanged_arrays(params: dict[str, Any]) -> None:
     narrow = parameters.cast(params, "bfloat16")
     kinds = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(narrow)}
     assert all((dtype == np.float32) == ("ln_" in name) for name, dtype in kinds.items())
@@ -251,10 +252,8 @@ def test_cast_narrows_all_but_layer_norms_and_copies_nothing_that_fits(params: d
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
-def test_exact_products_are_in_the_type_whatever_jax_is_set_to(
-    params: dict[str, Any], dtype: str, precision: str
-) -> None:
-    """A setting of the environment would change tokens on a GPU, and TF32 be taken for float32."""
+def test_matmul_precision_is_independent_of_jax_settings(params: dict[str, Any], dtype: str, precision: str) -> None:
+    """A setting of the environment must not replace float32 by TF32, which would change tokens on a GPU."""
     model = transformer.Transformer(MODEL, dtype, full_precision=True)
     tokens_1T, length_1 = TOKENS_BT[:1], jnp.asarray([T])
     programs = {
