@@ -69,7 +69,7 @@ def test_prompts_of_one_bucket_are_prefilled_once_in_one_batch(
 
 @pytest.mark.parametrize("width", [1, WIDTH])
 def test_a_prompt_of_one_token_is_not_prefilled(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first decode step prefills it, and does not attend to the cache of the slot's previous request."""
+    """The first decode step processes it, and does not attend to the cache of the slot's previous request."""
     source, one = fakes.make_scheduler(width=width), fakes.request((5,), num_tokens=9)
     after_others = fakes.tokens_of(source, [*make_requests([9] * width), one])[-1]
     run, names = executables.Executables.run, []
