@@ -252,7 +252,7 @@ def test_a_disabled_cache_is_not_created(tmp_path: Path) -> None:
 
 
 def test_from_python_the_entries_of_jaxs_own_cache_are_checked_too(tmp_path: Path) -> None:
-    """Where JAX has a cache, and has it open already; else nothing changes."""
+    """Without a cache of JAX nothing changes; one that is open already is checked."""
     compilation.check_cache(lambda line: pytest.fail(line))
     assert jax.config.values["jax_compilation_cache_dir"] is None
     own = tmp_path / "own"

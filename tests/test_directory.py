@@ -21,7 +21,7 @@ SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
 MODEL = fakes.RUN_MODEL
 
-# What the config of a step must hold, and of which kind.
+# Required fields of a step's config, and their types.
 REQUIRED: dict[tuple[str, str], type] = {
     **{("model", field.name): int for field in dataclasses.fields(config.ModelConfig)},
     ("tokenizer", "path"): str,

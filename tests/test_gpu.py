@@ -1,4 +1,4 @@
-"""What only a GPU can show: it agrees with the CPU but for rounding, and another start gives the same bits."""
+"""Agreement of a GPU with the CPU up to rounding, and of two starts on a GPU to the bit."""
 
 import json
 import re

@@ -104,12 +104,17 @@ def test_one_of_many_concurrent_lockers_succeeds(tmp_path: Path) -> None:
 
 
 def test_file_system_without_locks_is_no_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(*_: object) -> None:
+    calls: list[object] = []
+
+    def flock(*args: object) -> None:
+        calls.append(args)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lock.Lock(run), lock.Lock(run):
-        pass
+    with lock.Lock(run):
+        tried = len(calls)
+        with lock.Lock(run):
+            assert len(calls) == 2 * tried > 0, "each lock was tried and refused"
 
 
 @pytest.mark.parametrize(

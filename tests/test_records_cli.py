@@ -270,7 +270,7 @@ def peak_of(tiny: Path, *arguments: str) -> float:
 
 @pytest.mark.slow
 def test_ten_thousand_samples_take_no_more_memory_than_one_thousand(tiny: Path, tmp_path: Path) -> None:
-    """What grows is the set of finished samples, some hundred bytes each."""
+    """Only the set of finished samples grows, by some hundred bytes per prompt id."""
     peaks = []
     for samples in (1000, 10_000):
         out = tmp_path / f"{samples}.jsonl"

@@ -107,7 +107,7 @@ def test_starts_no_python_where_there_is_nothing_to_do(repository: Repository):
 
 
 def test_more_extras_satisfy_fewer(repository: Repository):
-    """What was installed for the tests serves generation, and is kept when the project changes."""
+    """Generation uses the environment of the tests, which is kept when the project changes."""
     assert repository.environment() == ["venv", "pip ."]
     assert repository.environment(".venv dev") == ["pip .[dev]"]
     assert repository.environment() == []

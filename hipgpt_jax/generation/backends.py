@@ -95,7 +95,8 @@ def backend_for(platform: str, model: config.ModelConfig, window: int, batch_siz
     return Backend(
         layout=kv.cpu_layout(window) if is_cpu else kv.gpu_layout(window),
         plan=plan,
-        decode_plans=(plan,) if is_cpu else (plan.smallest, plan.full_vocab),
+        # One plan if the smallest bucket is the whole vocabulary already.
+        decode_plans=(plan,) if is_cpu else tuple(dict.fromkeys((plan.smallest, plan.full_vocab))),
         max_steps=_max_steps_on_cpu(model, num_slots) if is_cpu else _MAX_STEPS,
         waits_for_ends=is_cpu,
         crosses_blocks=not is_cpu,

@@ -136,7 +136,7 @@ def prefill(
         layout: Division of the cache into blocks.
 
     Returns:
-        Logits ``[B, V]``, and the blocks that hold any of the first ``T`` slots.
+        Logits ``[B, V]``, and the blocks that hold any of the first ``T`` positions.
     """
     logits_BV, block = model.bind({"params": params}).prefill(context_BT, length_B)
     return logits_BV, layout.split(block)
@@ -161,7 +161,7 @@ def decode_step(
         plan: Numbers of candidates; a CPU's by default. Changing it recompiles.
     """
     logits_BV, token = model.bind({"params": params}).decode(state.token_B, state.cache.blocks, state.length_B)
-    append = jax.vmap(lambda context_S, token, slot: context_S.at[slot].set(token))
+    append = jax.vmap(lambda context_S, token, position: context_S.at[position].set(token))
     context_BS = append(state.context_BS, state.token_B, state.length_B)
     new = _mark_seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1, cache=NO_CACHE)
     new, output = sample_next(new, logits_BV, plan)
@@ -303,6 +303,7 @@ def where(slots_B: jax.Array, new: DecodeState, old: DecodeState) -> DecodeState
     """Returns the slots of ``new`` where ``slots_B`` is true, and of ``old`` elsewhere."""
 
     def select(a: jax.Array, b: jax.Array) -> jax.Array:
+        # Fields that a step leaves alone are the same object in both: JAX then keeps them out of the loop's body.
         return a if a is b else jnp.where(jnp.expand_dims(slots_B, tuple(range(1, a.ndim))), a, b)
 
     return jax.tree.map(select, new, old)
