@@ -90,7 +90,7 @@ class Engine:
         """
         programs = self._programs
         params, state = programs.params, self._state
-        full = [slot for slot in limits if self._lengths[slot] >= programs.window]
+        full = [slot for slot in limits if self._window_is_full(slot)]
         others = {slot: limit for slot, limit in limits.items() if slot not in full}
         decoded: list[Decoded] = []
         # Slides read the state before the decode programs, which are given its memory. Their results are put in place
@@ -115,6 +115,10 @@ class Engine:
             self._lengths[slot] = programs.window - programs.stride + 1
             self._num_sampled[slot] += 1
         return decoded
+
+    def _window_is_full(self, slot: int) -> bool:
+        """Returns whether a slot's window must slide before its next token: the rule ``roll`` of a full window."""
+        return self._lengths[slot] >= self._programs.window
 
     def _slide_slot(self, slot: int) -> tuple[decoding.DecodeState, tuple[kv.Block, ...], decoding.StepOutput]:
         programs = self._programs

@@ -171,7 +171,7 @@ class Sequence:
             stats: Its statistics.
         """
         if token < 0:
-            return self._output(None, "", None, "error")
+            return self._end("error")
         self._num_tokens += 1
         if self.first_token is None:
             self.first_token = time.perf_counter() - self._started
@@ -183,30 +183,32 @@ class Sequence:
             self.tokens.append(piece)
             if stats is not None:
                 self.stats.append(stats)
-        if is_end_token:
-            reason = "eos"
-        elif self._stops.found is not None:
-            reason = "stop"
-        else:
-            reason = "length" if self._num_tokens >= self.max_tokens else None
-        return self._output(token, text, stats, reason)
+        if is_end_token or self._stops.found is not None or self._num_tokens >= self.max_tokens:
+            return self._end("eos" if is_end_token else "length", token, text, stats)
+        return self._output(token, text, stats)
 
     def finish(self) -> Output:
         """Ends a sequence with ``max_tokens`` of 0."""
-        return self._output(None, "", None, "length")
+        return self._end("length")
 
-    def _output(self, token: int | None, text: str, stats: Stats | None, reason: str | None) -> Output:
-        if reason is not None:
-            text += self._flush()
-            reason = "stop" if self.stop is not None else reason
-            self.finish_reason, self.total = reason, time.perf_counter() - self._started
-        if reason == "error":
+    def _end(self, reason: str, token: int | None = None, text: str = "", stats: Stats | None = None) -> Output:
+        """Ends the sequence; a stop string, which may end only in text that was held back, precedes other reasons."""
+        text += self._flush()
+        self.stop = self._stops.found
+        self.finish_reason = reason if self.stop is None else "stop"
+        if self.finish_reason == "error":
             self.error = f"the model's numbers are not finite at token {self._num_tokens}: its weights are no good"
+        self.total = time.perf_counter() - self._started
+        output = self._output(token, text, stats)
+        self.text = "".join(self._pieces)
+        return output
+
+    def _output(self, token: int | None, text: str, stats: Stats | None) -> Output:
         if self._keeps and text:
             self._pieces.append(text)
-        if reason is not None:
-            self.text = "".join(self._pieces)
-        return Output(index=self.index, token=token, text=text, stats=stats, finish_reason=reason, sequence=self)
+        return Output(
+            index=self.index, token=token, text=text, stats=stats, finish_reason=self.finish_reason, sequence=self
+        )
 
     def _flush(self) -> str:
         """Returns the text that was held back; an unfinished character belongs to the last token with text."""
@@ -215,9 +217,7 @@ class Sequence:
             last = -2 if self.ids[-1] == self.request.generation.eos_id else -1
             if len(self.tokens) >= -last:
                 self.tokens[last] += rest
-        text = self._stops.push(rest) + self._stops.finish()
-        self.stop = self._stops.found
-        return text
+        return self._stops.push(rest) + self._stops.finish()
 
 
 def in_order(outputs: Iterable[Output]) -> Iterator[Output]:
