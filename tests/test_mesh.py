@@ -22,8 +22,7 @@ from hipgpt_jax.training import checkpoint, mesh, optimizer, train_step
 
 MODEL = config.ModelConfig(vocab_size=301, max_seq_len=16, embed_dim=32, num_heads=4, ff_hidden_dim=64, num_layers=2)
 TRAIN = training_config.TrainConfig(batch_size=8, steps=20, warmup_steps=2, learning_rate=3e-3)
-QUICK = "fsdp=2"
-MESHES = ("data=8", "fsdp=8", "model=4", "data=4,model=2", "data=2,fsdp=2,model=2")
+MESHES = ("fsdp=2", "data=8", "fsdp=8", "model=4", "data=4,model=2", "data=2,fsdp=2,model=2")
 KEY = jax.random.key(3, impl="threefry2x32")
 
 
@@ -66,7 +65,8 @@ def alone() -> np.ndarray:
         return run("data=1")[0]
 
 
-@pytest.mark.parametrize("text", [QUICK, *(pytest.param(text, marks=pytest.mark.slow) for text in MESHES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", MESHES)
 def test_losses_equal_those_of_one_device(text: str, alone: np.ndarray) -> None:
     losses, state = run(text)
     np.testing.assert_allclose(losses, alone, atol=1e-5)
