@@ -160,6 +160,7 @@ def test_disabled_jit_is_logged() -> None:
     assert [note for note in notes if note.startswith("JAX_DISABLE_JIT is set")]
 
 
+@pytest.mark.slow
 def test_generation_works_with_jit_disabled() -> None:
     """JAX refuses to compile ahead of a call then, so functions are called as they are."""
     wanted = [fakes.request((5, 6), num_tokens=3, temperature=0.0)]
