@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 DTYPES = ("float32", "bfloat16")
 OVERFLOW_RULES = ("roll", "stop", "error")
+PENALTY_SCOPES = ("all", "output")
 MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 2**32  # a sample's index is one 32-bit word of its random key
 MAX_ALTERNATIVES = 20
@@ -152,6 +153,59 @@ def _top_p(name: str, value: Any) -> float:
     return number
 
 
+def _min_p(name: str, value: Any) -> float:
+    number = require_number(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1 (0 keeps every token): got {number}")
+    return number
+
+
+def _penalty(name: str, value: Any) -> float:
+    number = require_number(name, value)
+    if not abs(number) <= 1e6:
+        raise ValueError(f"{name} must be from -1e6 to 1e6 (0 is neutral): got {number}")
+    return number
+
+
+def _token(name: str, value: Any) -> int | str:
+    """Returns a token given by its id, as a number or in digits, or by its text."""
+    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+        require_text(name, value)
+        return str(value)
+    return require_int(name, int(value) if isinstance(value, str) else value, 0, "a token's id or its text")
+
+
+def _tokens(name: str, value: Any) -> tuple[int | str, ...]:
+    several = (value,) if isinstance(value, (str, int)) else value
+    if not isinstance(several, (tuple, list)):
+        raise ValueError(f"{name} must be a token or a list of tokens: got {shortened(value)}")
+    return tuple(dict.fromkeys(_token(name, token) for token in several))
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int | str, float], ...]:
+    pairs = list(value.items()) if isinstance(value, Mapping) else [value] if isinstance(value, str) else value
+    if not isinstance(pairs, (tuple, list)):
+        raise ValueError(f"{name} must be a mapping of tokens to values: got {shortened(value)}")
+    bias: dict[int | str, float] = {}
+    for pair in pairs:
+        token, number = pair, None
+        if isinstance(pair, str):
+            token, _, number = pair.rpartition("=")
+        elif isinstance(pair, (tuple, list)) and len(pair) == 2:
+            token, number = pair
+        try:
+            number = float(number) if isinstance(number, str) else require_number(name, number)
+        except ValueError:
+            raise ValueError(f"{name} must be given as ID=VALUE: got {shortened(pair)}") from None
+        if not abs(number) <= 1e6:
+            raise ValueError(f"{name} must be from -1e6 to 1e6 (0 is neutral; ban excludes a token): got {number}")
+        token = _token(name, token)
+        if token in bias:
+            raise ValueError(f"{name} has two values for the token {shortened(token)}")
+        bias[token] = number
+    return tuple(bias.items())
+
+
 def _repetition_penalty(name: str, value: Any) -> float:
     number = require_number(name, value)
     require_finite(name, number, "1 is neutral")
@@ -234,27 +288,76 @@ class ModelConfig:
 class SamplingConfig:
     """Choice of the next token from the logits.
 
-    The order of operations is fixed: repetition penalty, temperature, top-k, top-p, draw. Each setting has a neutral
-    value, at which its operation is an exact identity.
+    The order of operations is fixed: bias and bans, penalties, temperature, top-k, top-p, min-p, draw. Each setting has
+    a neutral value, at which its operation is an exact identity.
+
+    Tokens are given by their ids, or by texts that are one token of the run's vocabulary; digits are an id.
 
     Attributes:
         temperature: Divisor of the logits; at least 0. 0 always takes the most likely token; 1 is neutral.
         top_k: Number of most likely tokens kept, exactly; 0, or more than the vocabulary, keeps all.
         top_p: Probability that the smallest set of most likely tokens must reach; in (0, 1], 1 keeps all.
-        repetition_penalty: Divisor of positive and factor of negative logits of every token in the prompt or the
-            output, applied once per distinct token; from 1e-6 to 1e6, 1 is neutral.
+        repetition_penalty: Divisor of positive and factor of negative logits of every token that occurred, applied
+            once per distinct token; from 1e-6 to 1e6, 1 is neutral.
+        min_p: Smallest probability kept, relative to that of the most likely token; in [0, 1), 0 keeps all.
+        frequency_penalty: Subtracted from a token's logit per occurrence; 0 is neutral.
+        presence_penalty: Subtracted once from the logit of every token that occurred; 0 is neutral.
+        penalty_scope: Text whose tokens the three penalties count: ``all`` (prompt and output) or ``output``.
+        no_repeat_ngram: Length of the sequences of tokens in the window that are not repeated; 0 allows all.
+        logit_bias: Tokens, each with a number that is added to its logit. A mapping is accepted too.
+        ban: Tokens that are never sampled.
+        allow: The only tokens that may be sampled; empty allows all.
 
     Raises:
-        ValueError: A value is out of range, infinite or NaN.
+        ValueError: A value is out of range, infinite or NaN, or no token is left.
     """
 
     temperature: float = _field(1.0, _temperature)
     top_k: int = _field(5, _integer(0, "0 keeps every token"))
     top_p: float = _field(0.9, _top_p)
     repetition_penalty: float = _field(1.1, _repetition_penalty)
+    min_p: float = _field(0.0, _min_p)
+    frequency_penalty: float = _field(0.0, _penalty)
+    presence_penalty: float = _field(0.0, _penalty)
+    penalty_scope: str = _field("all", _choice(PENALTY_SCOPES))
+    no_repeat_ngram: int = _field(0, _integer(0, "0 allows repetition", 2**24))
+    logit_bias: tuple[tuple[int | str, float], ...] = _field((), _logit_bias)
+    ban: tuple[int | str, ...] = _field((), _tokens)
+    allow: tuple[int | str, ...] = _field((), _tokens)
 
     def __post_init__(self) -> None:
         _validate(self)
+        if self.allow and not set(self.allow) - set(self.ban):
+            raise ValueError("allow must leave a token: every token that it has is in ban")
+
+    def with_ids(self, token_id: Callable[[str], int], vocab_size: int) -> "SamplingConfig":
+        """Returns the settings with the ids of their tokens, in ascending order.
+
+        Args:
+            token_id: Returns the id of a text that is one token, or raises ValueError.
+            vocab_size: Size of the vocabulary.
+
+        Raises:
+            ValueError: A text is not one token, an id is not in the vocabulary, or no token is left.
+        """
+
+        def resolve(name: str, token: int | str) -> int:
+            try:
+                number = token_id(token) if isinstance(token, str) else token
+            except ValueError as error:
+                raise ValueError(f"{name} must be a token's id, or a text that is one token: {error}") from error
+            if number >= vocab_size:
+                raise ValueError(f"{name} must be below the vocabulary's size {vocab_size}: got {number}")
+            return number
+
+        if not (self.logit_bias or self.ban or self.allow):
+            return self
+        allow, ban = (tuple(sorted({resolve(n, one) for one in getattr(self, n)})) for n in ("allow", "ban"))
+        bias = [(resolve("logit_bias", token), value) for token, value in self.logit_bias]
+        if len(set(ban)) == vocab_size:
+            raise ValueError(f"ban must leave a token: it has all {vocab_size} of the vocabulary")
+        # Replacing them validates that no token has two values, and that a token is left.
+        return dataclasses.replace(self, allow=allow, ban=ban, logit_bias=tuple(sorted(bias)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,10 +424,11 @@ class GenerationConfig:
         eos_id: Token that ends a sample and is not part of its text; -1 for none.
         stop: Strings that end a sample when its text contains one; the text is cut before it. A single string and a
             list are accepted too.
+        min_tokens: Number of tokens before which neither an end token nor a stop string ends a sample.
         top_logprobs: Number of most likely alternatives recorded per token; at most 20.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: A value is out of range, or ``min_tokens`` is above ``num_tokens``.
     """
 
     num_tokens: int = _field(50, _integer(0, "new tokens to generate"))
@@ -332,10 +436,13 @@ class GenerationConfig:
     seed: int = _field(0, _integer(0, "a 32-bit number", MAX_SEED))
     eos_id: int = _field(-1, _integer(-1, "-1 disables it"))
     stop: tuple[str, ...] = _field((), _texts)
+    min_tokens: int = _field(0, _integer(0, "tokens before a sample may end"))
     top_logprobs: int = _field(0, _integer(0, "alternatives recorded per token", MAX_ALTERNATIVES))
 
     def __post_init__(self) -> None:
         _validate(self)
+        if self.min_tokens > self.num_tokens:
+            raise ValueError(f"min_tokens must be at most num_tokens: got {self.min_tokens} and {self.num_tokens}")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError if ``eos_id`` is not in a vocabulary of ``vocab_size``."""

@@ -12,7 +12,7 @@ from absl import flags
 from hipgpt_jax import config
 
 # Flags with text values, which ``config.valid_text`` decodes; other values, such as paths, are left unchanged.
-TEXT_FLAGS = frozenset({"ids", "prompt", "sample-prompt", "stop", "text-field", "title"})
+TEXT_FLAGS = frozenset({"allow", "ban", "ids", "logit_bias", "prompt", "sample-prompt", "stop", "text-field", "title"})
 
 _FLAG_FILE = "flagfile"
 _USAGE = {"help": "help", "h": "help", "version": "version"}

@@ -38,6 +38,24 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
             "rep-penalty",
             "Penalty for tokens already in the text, once per distinct one; 1 is none.",
         ),
+        "min_p": ("min_p", "Keep tokens at least this likely, relative to the most likely one; 0 keeps all."),
+        "frequency_penalty": ("frequency_penalty", "Subtracted from a token's logit per occurrence; 0 is none."),
+        "presence_penalty": (
+            "presence_penalty",
+            "Subtracted once from the logit of a token already in the text; 0 is none.",
+        ),
+        "penalty_scope": ("penalty_scope", "Text whose tokens the penalties count: all (prompt and output) or output."),
+        "no_repeat_ngram": (
+            "no_repeat_ngram",
+            "Never repeat a sequence of this many tokens of the window; 0 allows all.",
+        ),
+        "logit_bias": (
+            "logit_bias",
+            "ID=VALUE: add a value to the logit of a token, given by its id or a text that is one token; may be "
+            "repeated.",
+        ),
+        "ban": ("ban", "Never sample this token, given by its id or a text that is one token; may be repeated."),
+        "allow": ("allow", "Sample only tokens that are given so; may be repeated."),
     },
     config.GenerationConfig: {
         "num_tokens": ("num_tokens", "Tokens to generate after the prompt."),
@@ -49,6 +67,7 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
             "trained on several documents, else none.",
         ),
         "stop": ("stop", "String that ends a sample and is cut off; may be repeated."),
+        "min_tokens": ("min_tokens", "Tokens before which neither the end token nor a stop string ends a sample."),
         "top_logprobs": (
             "top_logprobs",
             f"Most likely alternatives to record per token, at most {config.MAX_ALTERNATIVES}.",
@@ -105,6 +124,8 @@ _DEFINE: dict[Any, Any] = {
     float | None: absl.flags.DEFINE_float,
     str: absl.flags.DEFINE_string,
     tuple[str, ...]: absl.flags.DEFINE_multi_string,
+    tuple[int | str, ...]: absl.flags.DEFINE_multi_string,
+    tuple[tuple[int | str, float], ...]: absl.flags.DEFINE_multi_string,
 }
 
 # Arguments of the package's functions whose flags have the same name.

@@ -30,7 +30,7 @@ _PROMPTS_FILE = _string(
     "prompts_file",
     None,
     "File of prompts instead: one per line, or in a .jsonl file one JSON object per line with prompt, id, seed, "
-    "num_samples, num_tokens, eos_id, stop, temp, top_k, top_p, rep_penalty. May be .gz or .zst; - reads stdin.",
+    "num_samples, num_tokens, stop and other flags of sampling. May be .gz or .zst; - reads stdin.",
 )
 _RUN_NAME = flags.define_shared(FLAGS, "run-name")
 _STEP = flags.define_shared(FLAGS, "step")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hipgpt_jax.records import comparison
 
 SUMMARY = """Regenerate the samples of a record file and compare them token by token: ids, text, log-probabilities,
-ranks, margins, gaps, alternatives. Prints one line per record and a summary. The exit code is 0 if all are identical,
+ranks, leads, cuts, alternatives. Prints one line per record and a summary. The exit code is 0 if all are identical,
 1 if any differs, else 2 if any was skipped. Examples:
 
   hipgpt-replay samples.jsonl
@@ -245,15 +245,15 @@ def _verdict(tally: _Tally, name: str, result: "comparison.Comparison", vocabula
 
 
 def _forked(fork: "comparison.Fork", old: record.Record, new: record.Record, vocabulary: tokenizer.Tokenizer) -> str:
-    """Returns the first token that differs, with the margin and the gap of this replay there."""
+    """Returns the first token that differs, with the lead and the cut of this replay there."""
 
     def show(token: int | None, reason: str) -> str:
         return f"the end ({reason})" if token is None else f"{token} {_shown(repr(vocabulary.show(token)))}"
 
-    margins = "" if fork.margin is None else f"; margin {fork.margin:.2g}, gap {fork.gap:.2g}"
+    near = "" if fork.lead is None else f"; lead {fork.lead:.2g}, cut {fork.cut:.2g}"
     return (
         f"token {fork.index} is {show(fork.recorded, old.finish_reason)} in the record, "
-        f"{show(fork.regenerated, new.finish_reason)} now{margins}"
+        f"{show(fork.regenerated, new.finish_reason)} now{near}"
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import logprobs, sampling, topk
+from hipgpt_jax.generation import logprobs, requests, sampling, topk
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import parameters
 
@@ -28,16 +28,17 @@ class DecodeState(NamedTuple):
     """State of a batch of slots: parameters of each slot, its rolling context buffer, and the KV cache.
 
     Attributes:
-        key_B2: Raw threefry keys of the samples, uint32 ``[B, 2]``.
+        key_B2: Threefry keys of the samples, uint32 ``[B, 2]``.
         params: Sampling settings.
         eos_B: The id that ends each slot's sample, -1 for none.
+        min_tokens_B: Number of tokens before which the end token is banned.
         limit_B: Maximum of ``num_sampled``; a slot that reaches it pauses.
         num_sampled_B: Tokens sampled so far, including the newest.
         token_B: The newest token, sampled or the last of the prompt, which is not in the context yet; -1 after logits
             that are not finite.
         length_B: Tokens in the context.
         context_BS: The context: ids by position, zeros at and beyond ``length``.
-        seen_BV: Whether each token occurs in the prompt or the output. The newest sampled token is marked in the next
+        counts_BV: Occurrences of each token that the penalties count. The newest sampled token is counted in the next
             step.
         cache: Keys and values of the context.
     """
@@ -45,12 +46,13 @@ class DecodeState(NamedTuple):
     key_B2: jax.Array
     params: sampling.SamplingParams
     eos_B: jax.Array
+    min_tokens_B: jax.Array
     limit_B: jax.Array
     num_sampled_B: jax.Array
     token_B: jax.Array
     length_B: jax.Array
     context_BS: jax.Array
-    seen_BV: jax.Array
+    counts_BV: jax.Array
     cache: kv.Cache
 
 
@@ -76,46 +78,60 @@ def blank_state(B: int, W: int, V: int) -> DecodeState:
     zero_B = sampling.host_array([0] * B, np.int32)
     return DecodeState(
         key_B2=sampling.host_array(np.zeros((B, 2), np.uint32), np.uint32),
-        params=sampling.sampling_params([config.SamplingConfig()] * B),
+        params=sampling.sampling_params([config.SamplingConfig()] * B, V),
         eos_B=zero_B,
+        min_tokens_B=zero_B,
         limit_B=zero_B,
         num_sampled_B=zero_B,
         token_B=zero_B,
         length_B=zero_B,
         context_BS=sampling.host_array(np.zeros((B, W), np.int32), np.int32),
-        seen_BV=sampling.host_array(np.zeros((B, V), bool), bool),
+        counts_BV=sampling.host_array(np.zeros((B, V), np.int32), np.int32),
         cache=NO_CACHE,
     )
 
 
-def initial_state(
-    key_12: jax.Array,
-    prompt_ids: Sequence[int],
-    settings: config.SamplingConfig,
-    eos_id: int,
-    *,
-    W: int,
-    V: int,
-) -> DecodeState:
-    """Returns the initial state of one slot, without its cache.
+def initial_state(request: requests.Request, W: int, V: int) -> DecodeState:
+    """Returns the initial state of a sample's slot, without its cache; see ``requests.Request.context``.
 
     Args:
-        key_12: The sample's key.
-        prompt_ids: All ids of the prompt; see ``requests.Request.context``.
-        settings: How tokens are chosen.
-        eos_id: The id that ends the sample, -1 for none.
+        request: The sample.
         W: Window.
         V: Size of the vocabulary.
     """
-    *context, token = prompt_ids[-W:]
+    *context, token = request.prompt_ids[-W:]
+    key_2 = sampling.sample_key(request.generation.seed, request.prompt_ids, request.sample)
+    counted = request.prompt_ids if request.sampling.penalty_scope == "all" else ()
     return blank_state(1, W, V)._replace(
-        key_B2=key_12,
-        params=sampling.sampling_params([settings]),
-        eos_B=sampling.host_array([eos_id], np.int32),
+        key_B2=sampling.host_array(key_2[None], np.uint32),
+        params=sampling.sampling_params([request.sampling], V),
+        eos_B=sampling.host_array([request.generation.eos_id], np.int32),
+        min_tokens_B=sampling.host_array([min(request.generation.min_tokens, 2**31 - 1)], np.int32),
         token_B=sampling.host_array([token], np.int32),
         length_B=sampling.host_array([len(context)], np.int32),
         context_BS=sampling.host_array([[*context, *[0] * (W - len(context))]], np.int32),
-        seen_BV=sampling.host_array(np.isin(np.arange(V), prompt_ids)[None], bool),
+        counts_BV=sampling.host_array(np.bincount(np.array(counted, int), minlength=V)[None], np.int32),
+    )
+
+
+def state_at(request: requests.Request, sampled: Sequence[int], context: Sequence[int], W: int, V: int) -> DecodeState:
+    """Returns the state, without a cache, in which ``sample_next`` samples the token after ``sampled``.
+
+    Args:
+        request: The sample.
+        sampled: Ids sampled so far.
+        context: Ids in the window.
+        W: Window.
+        V: Size of the vocabulary.
+    """
+    state = initial_state(request, W, V)
+    counts_BV = np.asarray(state.counts_BV) + np.bincount(np.array(sampled, int), minlength=V).astype(np.int32)
+    return state._replace(
+        num_sampled_B=sampling.host_array([len(sampled)], np.int32),
+        token_B=sampling.host_array([-1], np.int32),  # all tokens are counted already
+        length_B=sampling.host_array([len(context)], np.int32),
+        context_BS=sampling.host_array([[*context, *[0] * (W - len(context))]], np.int32),
+        counts_BV=sampling.host_array(counts_BV, np.int32),
     )
 
 
@@ -163,7 +179,7 @@ def decode_step(
     logits_BV, token = model.bind({"params": params}).decode(state.token_B, state.cache.blocks, state.length_B)
     append = jax.vmap(lambda context_S, token, position: context_S.at[position].set(token))
     context_BS = append(state.context_BS, state.token_B, state.length_B)
-    new = _mark_seen(state)._replace(context_BS=context_BS, length_B=state.length_B + 1, cache=NO_CACHE)
+    new = state._replace(context_BS=context_BS, length_B=state.length_B + 1, cache=NO_CACHE)
     new, output = sample_next(new, logits_BV, plan)
     # All reads of the cache come before its update, so that XLA can write the new token in place.
     (new, output), token = jax.lax.optimization_barrier(((new, output), token))
@@ -182,20 +198,25 @@ def is_active(state: DecodeState) -> jax.Array:
 def sample_next(
     state: DecodeState, logits_BV: jax.Array, plan: topk.Plan | None = None
 ) -> tuple[DecodeState, StepOutput]:
-    """Samples the next token of each slot from its logits."""
-    key_B = jax.random.wrap_key_data(state.key_B2, impl="threefry2x32")
-    uniform_B = jax.vmap(sampling.uniform)(key_B, state.num_sampled_B)
-    choice = sampling.sample(logits_BV, state.seen_BV, state.params, uniform_B, plan)
-    stats = logprobs.token_stats(logits_BV, *choice)
+    """Counts the newest token of each slot, and samples the next from its logits."""
+    id_1V = jnp.arange(logits_BV.shape[1])[None]
+    # The last token of the prompt is counted with the prompt.
+    is_newest_BV = (id_1V == state.token_B[:, None]) & (state.num_sampled_B > 0)[:, None]
+    counts_BV = state.counts_BV + is_newest_BV.astype(jnp.int32)
+    allowed_BV = restrict(state, logits_BV, plan)
+    choice = sampling.sample(allowed_BV, counts_BV, state.params, state.key_B2, state.num_sampled_B, plan)
+    stats = logprobs.token_stats(logits_BV, choice)
     token_B = jnp.where(jnp.isfinite(stats.logprob_B), choice.token_B, -1)
-    state = state._replace(num_sampled_B=state.num_sampled_B + 1, token_B=token_B)
+    state = state._replace(num_sampled_B=state.num_sampled_B + 1, token_B=token_B, counts_BV=counts_BV)
     return state, StepOutput(token_B, stats, logits_BV)
 
 
-def _mark_seen(state: DecodeState) -> DecodeState:
-    """Marks the newest token as seen."""
-    is_newest_BV = jnp.arange(state.seen_BV.shape[1])[None] == state.token_B[:, None]
-    return state._replace(seen_BV=state.seen_BV | is_newest_BV)
+def restrict(state: DecodeState, logits_BV: jax.Array, plan: topk.Plan | None) -> jax.Array:
+    """Adds the bias of each token, and bans an early end token and repeated n-grams."""
+    is_end_BV = jnp.arange(logits_BV.shape[1])[None] == state.eos_B[:, None]
+    is_early_B = state.num_sampled_B < state.min_tokens_B
+    logits_BV = jnp.where(is_end_BV & is_early_B[:, None], -jnp.inf, logits_BV + state.params.bias_BV)
+    return sampling.ban_repeats(logits_BV, state.context_BS, state.length_B, state.params, plan)
 
 
 def decode_steps(
@@ -236,14 +257,14 @@ def decode_steps(
 
     # Frozen blocks are not carried through the loop, since XLA may copy what is carried.
     start = state._replace(cache=kv.Cache((), state.cache.writable))
-    outputs = _blank_output(num_steps, *state.seen_BV.shape)
+    outputs = _blank_output(num_steps, *state.counts_BV.shape)
     return jax.lax.while_loop(goes_on, body, (jnp.int32(0), start, outputs))[1:]
 
 
 def _blank_output(T: int, B: int, V: int) -> StepOutput:
     """Returns the outputs of ``T`` steps, all zeros."""
     zero_TB, none_TB = jnp.zeros((T, B), jnp.float32), jnp.zeros((T, B), jnp.int32)
-    stats = logprobs.TokenStats(zero_TB, none_TB, zero_TB, zero_TB)
+    stats = logprobs.TokenStats(zero_TB, none_TB, zero_TB, none_TB, zero_TB, zero_TB, zero_TB)
     return StepOutput(none_TB, stats, jnp.zeros((T, B, V), jnp.float32))
 
 
@@ -254,7 +275,7 @@ def slide_window(state: DecodeState, stride: int) -> DecodeState:
     """
     W = state.context_BS.shape[1]
     context_BS = jnp.concatenate([state.context_BS[:, stride:], state.token_B[:, None]], axis=1)
-    return _mark_seen(state)._replace(
+    return state._replace(
         context_BS=jnp.pad(context_BS, ((0, 0), (0, stride - 1))),
         length_B=jnp.full_like(state.length_B, W - stride + 1),
     )

@@ -55,16 +55,7 @@ class Engine:
     def insert(self, prefix: Prefix, slot: int, request: requests.Request) -> None:
         """Gives a slot to a sample whose context is prefilled; see ``requests.Request.context``."""
         programs = self._programs
-        words_3 = sampling.seed_words(request.generation.seed, request.prompt_ids, request.sample)
-        key_12 = programs.run(executables.Program("sample_key"), words_3)
-        one = decoding.initial_state(
-            key_12,
-            request.prompt_ids,
-            request.sampling,
-            request.generation.eos_id,
-            W=programs.window,
-            V=programs.model.vocab_size,
-        )
+        one = decoding.initial_state(request, programs.window, programs.model.vocab_size)
         self._put(slot, one, prefix)
         self._lengths[slot], self._num_sampled[slot] = int(one.length_B[0]), 0
         plan = programs.backend.plan

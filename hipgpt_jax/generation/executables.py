@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import backends, decoding, export_cache, logprobs, sampling, topk
+from hipgpt_jax.generation import backends, decoding, export_cache, logprobs, topk
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import parameters
 
@@ -182,8 +182,6 @@ class Executables:
         index = jax.ShapeDtypeStruct((), np.int32)
         blocks = self.blocks(B, 0, program.blocks)
         match program.name:
-            case "sample_key":
-                return (jax.ShapeDtypeStruct((3,), np.uint32),)
             case "prefill":
                 return self.params, jax.ShapeDtypeStruct((program.rows, program.length), np.int32)
             case "insert":
@@ -246,9 +244,8 @@ def _functions(
     if not backend.exports_programs or not export_cache.has_cached(settings):
         module()  # importing Flax while a program is traced makes JAX 0.12 trace it again
     return {
-        "sample_key": jit(lambda words_3: jax.random.key_data(sampling.sample_key(words_3))[None], "sample_key"),
         "prefill": jit(prefill, "prefill"),
-        "insert": jit(_insert, "insert", donate_argnums=0),
+        "insert": jit(_insert, "insert", donate_argnums=(0, 1) if backend.num_slots > 1 else 0),
         **{name: jit(functools.partial(decode, plan), name, **in_place) for name, plan in decodes.items()},
         "slide": jit(slide_all, "slide"),
         "slide_slot": jit(slide_slot, "slide_slot"),

@@ -55,25 +55,9 @@ class Stats(NamedTuple):
     top: tuple[np.ndarray, np.ndarray] | None
     row: int
 
-    @property
-    def logprob(self) -> np.float32:
-        """Log-probability in nats."""
-        return self.step.logprob_B[self.row]
-
-    @property
-    def rank(self) -> np.int32:
-        """Rank from 1."""
-        return self.step.rank_B[self.row]
-
-    @property
-    def margin(self) -> np.float32:
-        """Margin; see ``logprobs.margin``."""
-        return self.step.margin_B[self.row]
-
-    @property
-    def gap(self) -> np.float32:
-        """Gap; see ``logprobs.gap``."""
-        return self.step.gap_B[self.row]
+    def __getattr__(self, name: str) -> Any:
+        """Returns a statistic by its name in ``logprobs.TokenStats`` without the axis, such as ``logprob``."""
+        return getattr(self.step, f"{name}_B")[self.row]
 
     def top_logprobs(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and log-probabilities of the ``count`` most likely tokens; none if they were not requested."""
@@ -177,7 +161,8 @@ class Sequence:
             self.first_token = time.perf_counter() - self._started
         is_end_token = token == self.request.generation.eos_id
         piece = "" if is_end_token or self._decoder is None else self._decoder.push(token)  # an end token has no text
-        text = self._stops.push(piece)
+        is_early = self._num_tokens <= self.request.generation.min_tokens
+        text = piece if is_early else self._stops.push(piece)
         if self._keeps:
             self.ids.append(token)
             self.tokens.append(piece)

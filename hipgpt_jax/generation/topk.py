@@ -33,15 +33,19 @@ class Plan(NamedTuple):
         buckets: Numbers of candidates, ascending. A row uses the smallest bucket that its settings need. A row that
             needs more than the last bucket has an undefined result.
         chunked: Whether the largest chunks are found before their elements are sorted.
+        skips_sort: Whether rows that keep the whole vocabulary are drawn without sorting it.
+        bans_repeats: Whether a row may ban repeated n-grams.
     """
 
     buckets: tuple[int, ...]
     chunked: bool
+    skips_sort: bool = False
+    bans_repeats: bool = True
 
     @property
     def smallest(self) -> "Plan":
-        """The plan with the first bucket alone."""
-        return self._replace(buckets=self.buckets[:1])
+        """The plan with the first bucket alone, for rows that do not ban repeats."""
+        return self._replace(buckets=self.buckets[:1], bans_repeats=False) if len(self.buckets) > 1 else self
 
     @property
     def full_vocab(self) -> "Plan":
@@ -49,9 +53,10 @@ class Plan(NamedTuple):
         return self._replace(buckets=self.buckets[-1:])
 
     def needs_full_vocab(self, settings: config.SamplingConfig) -> bool:
-        """Returns whether a slot with these settings needs more candidates than the first bucket has."""
+        """Returns whether ``smallest`` does not suffice for a slot with these settings."""
         needed = settings.top_k if 0 < settings.top_k < self.buckets[-1] else self.buckets[-1]
-        return bool(np.float32(settings.temperature) >= SMALLEST_TEMPERATURE) and needed > self.buckets[0]
+        is_greedy = min(settings.temperature, 1.0) < SMALLEST_TEMPERATURE
+        return settings.no_repeat_ngram > 0 or (needed > self.buckets[0] and not is_greedy)
 
 
 def plan_for(V: int, platform: str) -> Plan:
@@ -61,7 +66,8 @@ def plan_for(V: int, platform: str) -> Plan:
     ((16, 128, 5000), (16, 100))
     """
     buckets = _CPU_BUCKETS if platform == "cpu" else _GPU_BUCKETS
-    return Plan((*(size for size in buckets if size < V), V), chunked=platform != "cpu")
+    small = tuple(size for size in buckets if size < V)
+    return Plan((*small, V), chunked=platform != "cpu", skips_sort=platform == "cpu" and _CPU_BUCKETS[-1] < V)
 
 
 def candidates(logits_BV: jax.Array, num: int, *, chunked: bool) -> tuple[jax.Array, jax.Array]:
@@ -72,32 +78,55 @@ def candidates(logits_BV: jax.Array, num: int, *, chunked: bool) -> tuple[jax.Ar
 
 
 def choose_bucket(
-    choose: Callable[[int], _Result], none: _Result, plan: Plan, top_k_B: jax.Array, is_greedy_B: jax.Array
+    choose: Callable[[int], tuple[_Result, jax.Array]],
+    choose_unsorted: Callable[[], _Result],
+    plan: Plan,
+    top_k_B: jax.Array,
+    cuts_by_mass_B: jax.Array,
 ) -> _Result:
-    """Runs ``choose`` for every bucket that some row needs, and takes each row's result from its own bucket.
+    """Takes each row's result from the smallest bucket that holds all candidates that the row keeps.
 
     So a row's result does not depend on the settings of the rows beside it.
 
     Args:
-        choose: Function of the number of candidates; returns arrays ``[B]``.
-        none: Arrays of the same shapes, for rows without a result yet.
+        choose: Function of the number of candidates; returns arrays ``[B]``, and whether those were enough.
+        choose_unsorted: Returns the arrays of rows that keep the whole vocabulary.
         plan: The buckets.
-        top_k_B: Number of candidates that each row keeps; 0 keeps all.
-        is_greedy_B: Rows that need one candidate, whatever their ``top_k``.
+        top_k_B: Number of candidates that top-k keeps; 0 keeps all.
+        cuts_by_mass_B: Rows that may keep fewer, as the probabilities decide.
     """
     if len(plan.buckets) == 1:
-        return choose(plan.buckets[0])
-    needed_B = jnp.where(is_greedy_B, 1, jnp.where(top_k_B == 0, plan.buckets[-1], top_k_B))
-    bucket_B = (needed_B[:, None] > jnp.asarray(plan.buckets[:-1], jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
-    chosen = none
-    for bucket, num in enumerate(plan.buckets):
-        update = functools.partial(_update_rows, choose, num, bucket_B == bucket)
-        chosen = jax.lax.cond(jnp.any(bucket_B == bucket), update, lambda chosen: chosen, chosen)
-    return chosen
+        return choose(plan.buckets[0])[0]
+    keeps_all_B = (top_k_B == 0) & ~cuts_by_mass_B
+    chosen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(choose_unsorted))
+    is_done_B = jnp.zeros(len(top_k_B), bool)
+    for index, num in enumerate(plan.buckets):
+        # Whether the probabilities cut enough is tried only in the last bucket below the vocabulary.
+        may_cut_B = (top_k_B == 0) & cuts_by_mass_B & (index == len(plan.buckets) - 2)
+        may_fit_B = ((top_k_B > 0) & (top_k_B <= num)) | may_cut_B
+        if index == len(plan.buckets) - 1:
+            may_fit_B = ~keeps_all_B if plan.skips_sort else jnp.ones(len(top_k_B), bool)
+        update = functools.partial(_update_rows, functools.partial(choose, num), may_fit_B & ~is_done_B)
+        chosen, is_done_B = jax.lax.cond(
+            jnp.any(may_fit_B & ~is_done_B), update, lambda *unchanged: unchanged, chosen, is_done_B
+        )
+    if not plan.skips_sort:
+        return chosen
+
+    def choose_rest() -> tuple[_Result, jax.Array]:
+        return choose_unsorted(), keeps_all_B
+
+    update = functools.partial(_update_rows, choose_rest, keeps_all_B)
+    return jax.lax.cond(jnp.any(keeps_all_B), update, lambda *unchanged: unchanged, chosen, is_done_B)[0]
 
 
-def _update_rows(choose: Callable[[int], _Result], num: int, rows_B: jax.Array, chosen: _Result) -> _Result:
-    return jax.tree.map(lambda new, old: jnp.where(rows_B, new, old), choose(num), chosen)
+def _update_rows(
+    choose: Callable[[], tuple[_Result, jax.Array]], rows_B: jax.Array, chosen: _Result, is_done_B: jax.Array
+) -> tuple[_Result, jax.Array]:
+    """Replaces the results of rows whose candidates were enough."""
+    new, fits_B = choose()
+    rows_B = rows_B & fits_B
+    return jax.tree.map(lambda new, old: jnp.where(rows_B, new, old), new, chosen), is_done_B | rows_B
 
 
 def top_in_chunks(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

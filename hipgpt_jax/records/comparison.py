@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hipgpt_jax.generation import requests, sampling, scheduler
+from hipgpt_jax.generation import decoding, requests, sampling, scheduler
 from hipgpt_jax.records import record, replay, rounding
 from hipgpt_jax.text import tokenizer
 
@@ -17,7 +17,8 @@ from hipgpt_jax.text import tokenizer
 # between cached and full contexts: 0.16 among 57,000 log-probabilities of the shipped run.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.3}
 
-_STATISTICS = ("logprobs", "ranks", "margins", "gaps", "top_logprobs")
+# Regenerated statistics that are this near, times the tolerance, need no closer look.
+_NEAR = {"logprobs": 1.0, "sampled_logprobs": 1.0, "kept_mass": 0.5, "leads": 1.0, "cuts": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,15 +29,15 @@ class Fork:
         index: Index of the token.
         recorded: Recorded id; None if the record ends before it.
         regenerated: Regenerated id; None if the regenerated sample ends before it.
-        margin: Regenerated margin of the token; None without a regenerated id.
-        gap: Regenerated gap of the token; None without a regenerated id.
+        lead: Regenerated lead of the token; None without a regenerated id.
+        cut: Regenerated cut of the token; None without a regenerated id.
     """
 
     index: int
     recorded: int | None
     regenerated: int | None
-    margin: float | None
-    gap: float | None
+    lead: float | None
+    cut: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,8 @@ class Judge:
 
     If a record has the numerics and versions of the replay, every field must be equal. Otherwise a statistic must be
     within the tolerance of the regenerated one, or possible for logits within the tolerance of those recomputed here
-    (``rounding.Draw``): ranks can differ between near ties, margins if the end of the nucleus is uncertain. Recorded
-    margins and gaps never decide.
+    (``rounding.Draw``): ranks can differ between near ties, leads if it is uncertain which candidates are kept.
+    Recorded leads and cuts never decide.
 
     Recorded ids after a fork cannot be regenerated, since each token depends on those before it. There the distribution
     after the recorded ids is recomputed for every token, so that one near tie does not excuse whatever follows it.
@@ -133,7 +134,7 @@ class Judge:
 
     def _unequal(self, recorded: record.Record, regenerated: record.Record, end: int) -> Iterator[Mismatch]:
         """Yields statistics before ``end`` that are not equal."""
-        for name in _STATISTICS:
+        for name in record.STATISTICS:
             old, new = getattr(recorded, name), getattr(regenerated, name)
             if (old is None) != (new is None):
                 yield Mismatch(field=name)
@@ -170,13 +171,10 @@ class Judge:
         """Yields the fields of a token that no logits within the tolerance explain."""
         token, tolerance = recorded.ids[index], TOLERANCE[recorded.numerics.dtype]
         draw = self._draw(recorded, index, tolerance)
-        margins = draw.margins(token)
-        if margins is None:
+        if not draw.explains(token):
             yield "ids"
             return
-        if abs(recorded.logprobs[index] - draw.logprobs[token]) > tolerance:
-            yield "logprobs"
-        for name, interval in (("ranks", draw.ranks(token)), ("margins", margins), ("gaps", draw.gaps(token))):
+        for name, interval in draw.statistics(token).items():
             if not interval.contains(getattr(recorded, name)[index]):
                 yield name
         if recorded.top_logprobs is not None:
@@ -201,16 +199,22 @@ class Judge:
 
     def _draw(self, recorded: record.Record, index: int, tolerance: float) -> rounding.Draw:
         """Recomputes the draw of a recorded token from the recorded ids before it."""
-        ids = (*recorded.prompt_ids, *recorded.ids)
+        request, ids = replay.request(recorded), (*recorded.prompt_ids, *recorded.ids)
         length = len(recorded.prompt_ids) + index
         start = replay.window_start(recorded, length)
-        seen_V = np.zeros(self._scheduler.model.vocab_size, bool)
-        seen_V[list(ids[:length])] = True
-        key = sampling.sample_key(sampling.seed_words(recorded.seed, recorded.prompt_ids, recorded.sample))
-        uniform = float(sampling.uniform(key, jax.numpy.uint32(index)))
         logits_V = self._logits(ids[start : start + self._scheduler.window])[length - start - 1]
-        _, _, settings = recorded.settings.configs()
-        return rounding.Draw(logits_V, seen_V, settings, uniform, tolerance)
+        state = decoding.state_at(
+            request, recorded.ids[:index], ids[start:length], self._scheduler.window, len(logits_V)
+        )
+        bias_V, noise_V = _bias_and_noise(state)
+        return rounding.Draw(
+            logits_V,
+            np.asarray(bias_V),
+            np.asarray(state.counts_BV)[0],
+            request.sampling,
+            np.asarray(noise_V),
+            tolerance,
+        )
 
     def _logits(self, ids: tuple[int, ...]) -> np.ndarray:
         """Returns the logits ``[T, V]`` after each of the ids. Consecutive tokens usually share a context."""
@@ -233,6 +237,15 @@ class Judge:
         return sequence
 
 
+@jax.jit
+def _bias_and_noise(state: decoding.DecodeState) -> tuple[jax.Array, jax.Array]:
+    """Returns the bias and the noise of each token, which the draw adds to its logit."""
+    V = state.counts_BV.shape[1]
+    restricted_BV = decoding.restrict(state, jax.numpy.zeros((1, V), jax.numpy.float32), None)
+    id_1V = jax.numpy.arange(V)[None]
+    return restricted_BV[0], sampling.noise(state.key_B2, state.num_sampled_B, id_1V)[0]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
     return model.bind({"params": params})(tokens_BT, dropout=0.0)
@@ -252,8 +265,8 @@ def _find_fork(recorded: record.Record, regenerated: record.Record) -> Fork | No
         index=index,
         recorded=at_fork(recorded.ids),
         regenerated=at_fork(regenerated.ids),
-        margin=at_fork(regenerated.margins),
-        gap=at_fork(regenerated.gaps),
+        lead=at_fork(regenerated.leads),
+        cut=at_fork(regenerated.cuts),
     )
 
 
@@ -271,15 +284,16 @@ def _mismatch(name: str, index: int, recorded: record.Record, regenerated: recor
 def _is_near(recorded: record.Record, regenerated: record.Record, index: int) -> bool:
     """Returns whether the statistics of a token are so near that its draw need not be recomputed."""
     tolerance = TOLERANCE[recorded.numerics.dtype]
-    if recorded.ranks[index] != regenerated.ranks[index]:
+    if any(getattr(recorded, name)[index] != getattr(regenerated, name)[index] for name in ("ranks", "kept")):
         return False
-    # At temperature 1, shares of the probability move half as far as logits.
-    if abs(recorded.margins[index] - regenerated.margins[index]) > tolerance / 2:
+    if any(
+        abs(getattr(recorded, name)[index] - getattr(regenerated, name)[index]) > factor * tolerance
+        for name, factor in _NEAR.items()
+    ):
         return False
-    pairs = [(getattr(recorded, name)[index], getattr(regenerated, name)[index]) for name in ("logprobs", "gaps")]
     if recorded.top_logprobs is not None and regenerated.top_logprobs is not None:
         old, new = recorded.top_logprobs[index], regenerated.top_logprobs[index]
         if [(token, text) for token, _, text in old] != [(token, text) for token, _, text in new]:
             return False
-        pairs += [(one[1], two[1]) for one, two in zip(old, new, strict=True)]
-    return all(abs(one - two) <= tolerance for one, two in pairs)
+        return all(abs(one[1] - two[1]) <= tolerance for one, two in zip(old, new, strict=True))
+    return True

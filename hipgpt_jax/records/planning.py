@@ -12,6 +12,9 @@ from hipgpt_jax.records import writer
 from hipgpt_jax.runs import loading
 from hipgpt_jax.text import prompts
 
+# Settings that can contradict the vocabulary or one another. The others are checked when a prompt is read.
+_TOKENS = frozenset({"allow", "ban", "eos_id", "logit_bias", "min_tokens"})
+
 
 class Plan:
     """Prompts that were checked and counted. Iterating reads and tokenizes them, one at a time.
@@ -48,8 +51,7 @@ class Plan:
                 settings. The message names the prompt.
         """
         self._files, self._prompts, self._out = files, requested, out
-        self._sampling, self._generation = sampling, generation
-        generation.check_vocabulary(files.vocabulary.vocab_size)
+        self._generation, self._sampling = files.resolve_settings(prompts.Prompt(text=""), sampling, generation)
         is_alone = isinstance(requested, list) and len(requested) == 1
         names, wanted, finished = NameIndex(), array.array("Q"), array.array("Q")
         for number, prompt in enumerate(requested, 1):
@@ -92,8 +94,10 @@ class Plan:
             self._files.resolve(prompt, self._sampling, self._generation)
         elif not prompt.text:
             raise ValueError(loading.EMPTY_PROMPT)
-        elif "eos_id" in prompt.generation:
-            config.require_token("eos_id", prompt.generation["eos_id"], self._files.vocabulary.vocab_size)
+        elif _TOKENS & (prompt.sampling.keys() | prompt.generation.keys()) or (
+            self._generation.min_tokens and "num_tokens" in prompt.generation
+        ):
+            self._files.resolve_settings(prompt, self._sampling, self._generation)
 
     def _count_finished(self, prompt: prompts.Prompt) -> int:
         """Returns how many samples of a prompt are in the output; raises ValueError if they have other settings."""
@@ -101,6 +105,9 @@ class Plan:
         if self._out is None or name is None or name not in self._out.finished:
             return 0
         settings = {**vars(self._generation), **vars(self._sampling), **prompt.generation, **prompt.sampling}
+        if _TOKENS & prompt.sampling.keys():
+            generation, sampling = self._files.resolve_settings(prompt, self._sampling, self._generation)
+            settings = {**vars(generation), **vars(sampling)}
         text = prompt.text
         try:
             text.encode()

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from hipgpt_jax import config, files
 from hipgpt_jax.records import provenance
 
-SCHEMA = 1
-CONTRACT = 1
+SCHEMA = 2
+CONTRACT = 2
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
-_PER_TOKEN = ("tokens", "logprobs", "ranks", "margins", "gaps", "top_logprobs")
+STATISTICS = ("logprobs", "ranks", "sampled_logprobs", "kept", "kept_mass", "leads", "cuts", "top_logprobs")
+_PER_TOKEN = ("tokens", *STATISTICS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,19 @@ class Settings:
         temperature: Divisor of the logits; 0 takes the most likely token.
         top_k: Number of candidates kept; 0 keeps all.
         top_p: Probability mass kept; 1 keeps all.
-        repetition_penalty: Penalty on tokens of the prompt and the output; 1 is neutral.
+        repetition_penalty: Divisor or factor of the logits of tokens that occurred; 1 is neutral.
+        min_p: Probability kept, relative to the most likely token's; 0 keeps all.
+        frequency_penalty: Subtracted from a token's logit per occurrence.
+        presence_penalty: Subtracted once from the logit of a token that occurred.
+        penalty_scope: Text whose tokens the penalties count: ``all`` or ``output``.
+        no_repeat_ngram: Length of the sequences of tokens that are not repeated; 0 allows all.
+        logit_bias: Ids, each with a number that is added to its logit.
+        ban: Ids that are never sampled.
+        allow: The only ids that may be sampled; empty allows all.
+        rule: Name and digest of the caller's own function of the logits; None for none.
         eos_id: Token that ends the sample; -1 for none.
         stop: Strings that end the sample.
+        min_tokens: Number of tokens before which the sample does not end.
         window: Maximum number of tokens that the model sees, ``W``.
         window_stride: Tokens dropped at a time once the window is full.
         overflow: Rule for a full window: ``roll``, ``stop`` or ``error``.
@@ -42,8 +53,18 @@ class Settings:
     top_k: int
     top_p: float
     repetition_penalty: float
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    penalty_scope: str
+    no_repeat_ngram: int
+    logit_bias: tuple[tuple[int, float], ...]
+    ban: tuple[int, ...]
+    allow: tuple[int, ...]
+    rule: str | None
     eos_id: int
     stop: tuple[str, ...]
+    min_tokens: int
     window: int
     window_stride: int
     overflow: str
@@ -56,9 +77,10 @@ class Settings:
         generation: config.GenerationConfig,
         sampling: config.SamplingConfig,
         window: int,
+        rule: str | None = None,
     ) -> "Settings":
-        """Returns the settings in three configurations and the window that ``decoding`` resolves to."""
-        values = {**vars(decoding), **vars(generation), **vars(sampling), "window": window}
+        """Returns the settings in three configurations, with the window that ``decoding`` resolves to, and a rule."""
+        values = {**vars(decoding), **vars(generation), **vars(sampling), "window": window, "rule": rule}
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
     def configs(self) -> tuple[config.DecodingConfig, config.GenerationConfig, config.SamplingConfig]:
@@ -162,13 +184,17 @@ class Record:
         finish_reason: ``length`` (``num_tokens`` or the window is exhausted), ``eos``, ``stop`` or ``error``.
         stop: Stop string found, or None.
         error: Reason for which the sample could not be finished, or None.
-        logprobs: Log-probability of each id in nats, in the distribution at temperature 1 before penalty, top-k and
-            top-p.
+        logprobs: Log-probability of each id in nats, in the model's own distribution: at temperature 1, before bias,
+            bans, penalties and cuts.
         ranks: Rank of each id in that distribution; 1 is the most likely.
-        margins: Distance of the uniform number from the nearest value that would have changed the token, or of
-            ``top_p`` from the nearest value that would have changed the nucleus so that the token changes; in [0, 1],
-            1 if there is no such value. At temperature 0, the difference of the two largest logits.
-        gaps: Distance of the token's logit, after the penalty, to the nearest other candidate's.
+        sampled_logprobs: Log-probability of each id under the sampling settings: its chance of being sampled.
+        kept: Number of candidates that each id was sampled from.
+        kept_mass: Probability of those candidates before the cuts, after the penalties and the temperature (at
+            temperature 0, a temperature of 1).
+        leads: How far logits must move apart for another of those candidates to be sampled. At temperature 0, the
+            difference of the two largest logits. 3.4028235e+38 without another candidate.
+        cuts: How far logits must move apart for the id to be cut, or for the first candidate that was cut to be
+            sampled. 3.4028235e+38 if neither can happen.
         top_logprobs: Most likely tokens at each position as (id, log-probability, text), or None if not requested.
             Bytes that are not text by themselves are written ``\xNN``.
         settings: Settings of the sample.
@@ -194,8 +220,11 @@ class Record:
     error: str | None
     logprobs: tuple[float, ...]
     ranks: tuple[int, ...]
-    margins: tuple[float, ...]
-    gaps: tuple[float, ...]
+    sampled_logprobs: tuple[float, ...]
+    kept: tuple[int, ...]
+    kept_mass: tuple[float, ...]
+    leads: tuple[float, ...]
+    cuts: tuple[float, ...]
     top_logprobs: tuple[tuple[tuple[int, float, str], ...], ...] | None
     settings: Settings
     run: Run
@@ -313,10 +342,12 @@ def _check_version(value: dict[str, Any], source: str) -> None:
             versions = value.get("versions")
             writer = versions.get("hipgpt_jax") if isinstance(versions, dict) else None
             writer = config.shortened(writer)[1:-1] if isinstance(writer, str) else "unknown"
-            raise ValueError(
-                f"{source} has {key} {config.shortened(value.get(key))}: this version reads {key} {expected}. "
-                f"Use the version of hipgpt_jax that wrote it ({writer})"
-            )
+            found = config.shortened(value.get(key))
+            if value["schema"] == 1:
+                problem = f"was made by contract 1: this version replays contract {CONTRACT}"
+            else:
+                problem = f"has {key} {found}: this version reads {key} {expected}"
+            raise ValueError(f"{source} {problem}. Use the version of hipgpt_jax that wrote it ({writer})")
 
 
 @functools.cache

@@ -90,5 +90,6 @@ def unused_settings(recorded: record.Record) -> tuple[str, ...]:
         "seed": is_greedy,
         "top_k": is_greedy and settings.top_k > 0,
         "top_p": is_greedy and settings.top_p < 1,
+        "min_p": is_greedy and settings.min_p > 0,
     }
     return tuple(name for name, is_unused in unused.items() if is_unused)

@@ -13,8 +13,10 @@ import numpy as np
 from hipgpt_jax import config
 from hipgpt_jax.generation import topk
 
-# Shares of the probability are sums of float32 numbers, which err by a few units of 6e-8 whatever the logits are.
+# Shares of the probability are sums of float32 numbers, and scores of the draw are float32 numbers: they err by a few
+# units of 6e-8, or of 1e-6, whatever the logits are.
 _SLACK = 1e-5
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Interval(NamedTuple):
@@ -32,182 +34,141 @@ class Draw:
     """One draw with every logit known up to ``tolerance``.
 
     Weights are monotone in the logits, and logits vary independently. So a share ``a / (a + b)`` is smallest if all
-    logits of ``a`` are at their lowest and all of ``b`` at their highest. The order of two candidates is uncertain if
-    their intervals overlap, and so is the end of the nucleus if the bounds of its share enclose ``top_p``.
+    logits of ``a`` are at their lowest and all of ``b`` at their highest. Whether a candidate is kept is uncertain if
+    the bounds of its rank, or of the share before it, enclose the limit.
     """
 
     def __init__(
         self,
         logits_V: np.ndarray,
-        seen_V: np.ndarray,
+        bias_V: np.ndarray,
+        counts_V: np.ndarray,
         settings: config.SamplingConfig,
-        uniform: float,
+        noise_V: np.ndarray,
         tolerance: float,
     ) -> None:
         """Computes the bounds of all candidates.
 
         Args:
             logits_V: Recomputed logits.
-            seen_V: Whether each token is in the prompt or the output so far.
+            bias_V: Bias of each token; minus infinity if it is banned.
+            counts_V: Occurrences of each token that are penalized.
             settings: Sampling settings.
-            uniform: Uniform number of the token, in [0, 1).
+            noise_V: Exponential noise of each token.
             tolerance: Largest error of a logit, at least 0.
         """
         self._logits_V = logits_V.astype(np.float64)
         self._is_finite = bool(np.isfinite(logits_V).all())
-        self._tolerance, self._uniform = tolerance, uniform
-        with np.errstate(all="ignore"):  # what overflows in float32 here overflows in the draw, too
-            self._temperature = float(np.float32(settings.temperature))
-            penalty = float(np.float32(settings.repetition_penalty))
+        self._tolerance = tolerance
+        self._temperature = min(float(np.float32(min(settings.temperature, _LARGEST))), _LARGEST)
+        self._is_greedy = self._temperature < topk.SMALLEST_TEMPERATURE
+        self._divisor = 1.0 if self._is_greedy else self._temperature
+        with np.errstate(all="ignore"):
             self._low_V, self._high_V = (
-                _penalize(self._logits_V + error, seen_V, penalty) for error in (-tolerance, tolerance)
+                _penalize(self._logits_V + error + bias_V, counts_V, settings) for error in (-tolerance, tolerance)
             )
-            self._is_greedy = self._temperature < topk.SMALLEST_TEMPERATURE
-            if not self._is_greedy:
-                self._bound_nucleus(settings)
+            self._bound(settings, noise_V.astype(np.float64))
 
-    def _bound_nucleus(self, settings: config.SamplingConfig) -> None:
-        """Bounds the weights, the share of the ``n`` most likely candidates, and the number of candidates kept."""
+    def _bound(self, settings: config.SamplingConfig, noise_V: np.ndarray) -> None:
+        """Bounds ranks, shares and scores, and whether each candidate is kept."""
         V, best = len(self._logits_V), self._high_V.max()
-        self._low_weight_V = np.exp((self._low_V - best) / self._temperature)
-        self._high_weight_V = np.exp((self._high_V - best) / self._temperature)
-        self._top_k = min(settings.top_k or V, V)
-        # Sorted weights are bounded by the sorted bounds.
-        low, high = (_sums(weight_V)[: self._top_k + 1] for weight_V in (self._low_weight_V, self._high_weight_V))
-        self._share_low = _share(low, high[-1] - high, 0)
-        self._share_high = _share(high, low[-1] - low, 1)
-        self._top_p = float(np.float32(settings.top_p))
-        self._fewest_kept = self._most_kept = self._top_k
-        if self._top_p < 1:
-            self._fewest_kept = max(1, int(np.argmax(self._share_high >= self._top_p - _SLACK)))
-            reached = self._share_low >= self._top_p + _SLACK
-            self._most_kept = max(1, int(np.argmax(reached))) if reached.any() else self._top_k
+        low_V, high_V = (self._low_V - best) / self._divisor, (self._high_V - best) / self._divisor
+        low_V, high_V = (np.where(np.isnan(x), -np.inf, x) for x in (low_V, high_V))
+        self._scaled = low_V, high_V
+        self._scores = (low_V, high_V) if self._is_greedy else (low_V - np.log(noise_V), high_V - np.log(noise_V))
+        self._sums = tuple(np.concatenate([[0.0], np.cumsum(np.sort(np.exp(x))[::-1])]) for x in self._scaled)
+        top_k = 1 if self._is_greedy else min(settings.top_k or V, V)
+        fewest_above_V = V - np.searchsorted(np.sort(low_V), high_V, side="right")
+        most_above_V = np.maximum(V - np.searchsorted(np.sort(high_V), low_V, side="left") - 1, 0)
+        self._may_keep_V, self._keeps_V = fewest_above_V < top_k, most_above_V < top_k
+        fewest, most = top_k, top_k
+        top_p = float(np.float32(settings.top_p))
+        if top_p < 1:
+            share_low, share_high = self._shares(top_k)
+            self._may_keep_V &= share_low[np.minimum(fewest_above_V, top_k)] < top_p + _SLACK
+            self._keeps_V &= share_high[np.minimum(most_above_V, top_k)] < top_p - _SLACK
+            self._keeps_V |= most_above_V == 0
+            fewest = max(1, int(np.argmax(share_high >= top_p - _SLACK)))
+            reached = share_low >= top_p + _SLACK
+            most = max(1, int(np.argmax(reached))) if reached.any() else top_k
+        if settings.min_p > 0:
+            limit = np.log(np.float64(np.float32(settings.min_p)))
+            may_V, does_V = high_V - low_V.max() >= limit - _SLACK, low_V - high_V.max() >= limit + _SLACK
+            self._may_keep_V &= may_V
+            self._keeps_V &= does_V
+            fewest, most = max(1, min(fewest, int(does_V.sum()))), min(most, int(may_V.sum()))
+        self.kept = Interval(fewest, most)
+        self._keeps_all = fewest == V
+
+    def _shares(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns bounds of the shares of the 0, 1, 2, … most likely candidates among the ``number`` most likely."""
+        low, high = (sums[: number + 1] for sums in self._sums)
+        return _share(low, high[-1] - high, 0), _share(high, low[-1] - low, 1)
 
     @functools.cached_property
     def logprobs(self) -> np.ndarray:
-        """Log-probabilities in nats of all tokens, at temperature 1."""
+        """Log-probabilities in nats of all tokens, in the model's own distribution."""
         shifted_V = self._logits_V - self._logits_V.max()
         return shifted_V - np.log(np.exp(shifted_V).sum())
 
-    def ranks(self, token: int) -> Interval:
-        """Returns the ranks that a token can have, 1 for the most likely."""
+    def explains(self, token: int) -> bool:
+        """Returns whether logits within the tolerance lead to a token."""
+        if not self._is_finite:
+            return False
+        surest = self._best(self._scores[0], self._low_V > -np.inf if self._is_greedy else self._keeps_V, token)
+        may_keep = bool(self._may_keep_V[token]) and self._high_V[token] > -np.inf
+        return may_keep and self._scores[1][token] >= surest - self._score_slack
+
+    def statistics(self, token: int) -> dict[str, Interval]:
+        """Returns the values that the statistics of a token can have, by their names in a record."""
+        low_V, high_V = self._scaled
+        low_sums, high_sums = self._sums
+        fewest, most = int(self.kept.low), int(self.kept.high)
+        share_low, share_high = self._shares(len(self._logits_V))
+        with np.errstate(all="ignore"):
+            lowest = low_V[token] - np.log(high_sums[most]) - _SLACK
+            highest = high_V[token] - np.log(low_sums[fewest]) + _SLACK
+        logprob = float(self.logprobs[token])
+        return {
+            "logprobs": Interval(logprob - self._tolerance, logprob + self._tolerance),
+            "ranks": self._ranks(token),
+            "sampled_logprobs": Interval(0.0, 0.0) if self._is_greedy else Interval(lowest, highest),
+            "kept": self.kept,
+            "kept_mass": Interval(float(share_low[fewest]) - _SLACK, float(share_high[most]) + _SLACK),
+            "leads": self._leads(token),
+            "cuts": Interval(_LARGEST if self._keeps_all or self._is_greedy else 0.0, _LARGEST),
+        }
+
+    def _ranks(self, token: int) -> Interval:
         distance_V = self._logits_V - self._logits_V[token]
         low, high = (distance_V > 2 * self._tolerance).sum(), (distance_V >= -2 * self._tolerance).sum()
         return Interval(1 + float(low), float(high))
 
-    def gaps(self, token: int) -> Interval:
-        """Returns the gaps that a token can have: distances to the nearest other logit after the penalty."""
-        others_V = np.arange(len(self._logits_V)) != token
-        low_V, high_V = self._low_V[others_V], self._high_V[others_V]
-        low, high = self._low_V[token], self._high_V[token]
-        no_other = float(np.finfo(np.float32).max)  # gap in a vocabulary of one
-        nearest = np.maximum(low_V - high, low - high_V).min(initial=no_other)
-        return Interval(max(0.0, nearest), np.maximum(high_V - low, high - low_V).min(initial=no_other))
+    def _leads(self, token: int) -> Interval:
+        score_low_V, score_high_V = self._scores
+        is_candidate_V = np.ones(len(score_low_V), bool)
+        may_V, does_V = (is_candidate_V,) * 2 if self._is_greedy else (self._may_keep_V, self._keeps_V)
+        low = (score_low_V[token] - self._best(score_high_V, may_V, token) - self._score_slack) * self._divisor
+        high = (score_high_V[token] - self._best(score_low_V, does_V, token) + self._score_slack) * self._divisor
+        return Interval(float(np.clip(low, 0, _LARGEST)), float(np.clip(high, 0, _LARGEST)))
 
-    def margins(self, token: int) -> Interval | None:
-        """Returns the margins that a token can be drawn with; None if rounding cannot lead to the token."""
-        if not self._is_finite:
-            return None
-        if self._is_greedy:
-            return self.gaps(token) if self._high_V[token] >= self._low_V.max() else None
-        place = _Place(self._low_V, self._high_V, self._low_weight_V, self._high_weight_V, token)
-        intervals = [
-            self._margin(place, kept)
-            for kept in range(max(self._fewest_kept, place.fewest_above + 1), self._most_kept + 1)
-            if place.start(kept).low - _SLACK <= self._uniform <= place.end(kept).high + _SLACK
-        ]
-        if not intervals:
-            return None
-        return Interval(min(one.low for one in intervals) - _SLACK, max(one.high for one in intervals) + _SLACK)
+    @property
+    def _score_slack(self) -> float:
+        return 0.0 if self._is_greedy else _SLACK
 
-    def _margin(self, place: "_Place", kept: int) -> Interval:
-        """Returns the margins of a draw from ``kept`` candidates, as ``logprobs.margin`` defines them."""
-        u, lows, highs = self._uniform, [1.0], [1.0]
-        if place.most_above > 0:
-            lows.append(u - place.start(kept).high)
-        if place.fewest_above > 0:
-            highs.append(u - place.start(kept).low)
-        if place.fewest_above < kept - 1:
-            lows.append(place.end(kept).low - u)
-        if place.most_above < kept - 1:
-            highs.append(place.end(kept).high - u)
-        if self._top_p < 1:
-            # The nucleus could end one candidate earlier or later.
-            for end, other in ((kept - 1, kept - 1), (kept, kept + 1)):
-                if 0 < end < self._top_k:
-                    below, above = self._top_p - self._share_high[end], self._share_low[end] - self._top_p
-                    if place.may_miss(u, other):
-                        lows.append(max(0.0, below, above))
-                    if place.must_miss(u, other):
-                        highs.append(max(-below, -above))
-        return Interval(max(0.0, min(lows)), max(0.0, min(highs)))
+    def _best(self, score_V: np.ndarray, among_V: np.ndarray, token: int) -> float:
+        """Returns the highest score of other candidates."""
+        others_V = among_V & (np.arange(len(score_V)) != token)
+        return float(score_V[others_V].max(initial=-np.inf))
 
 
-class _Place:
-    """Bounds on a token's rank among the candidates and on its interval of uniform numbers.
-
-    Attributes:
-        fewest_above: Number of candidates that are certainly above the token.
-        most_above: Number of candidates that are possibly above it.
-    """
-
-    def __init__(
-        self, low_V: np.ndarray, high_V: np.ndarray, low_weight_V: np.ndarray, high_weight_V: np.ndarray, token: int
-    ) -> None:
-        above_V = low_V > high_V[token]
-        maybe_above_V = high_V >= low_V[token]
-        maybe_above_V[token] = False
-        self.fewest_above, self.most_above = int(above_V.sum()), int(maybe_above_V.sum())
-        others_V = np.arange(len(low_V)) != token
-        self._own = Interval(float(low_weight_V[token]), float(high_weight_V[token]))
-        self._above_low = float(low_weight_V[above_V].sum())
-        self._above_high = _sums(high_weight_V[maybe_above_V])
-        self._below_low = _sums(low_weight_V[others_V & ~maybe_above_V])
-        self._below_high = _sums(high_weight_V[others_V & ~above_V])
-
-    def start(self, kept: int) -> Interval:
-        """Returns the start of the token's interval in a draw from ``kept`` candidates including the token."""
-        above_high, below_low, below_high = self._weights(kept)
-        return Interval(
-            _share(self._above_low, self._own.high + below_high, 0), _share(above_high, self._own.low + below_low, 1)
-        )
-
-    def end(self, kept: int) -> Interval:
-        """Returns the end of the token's interval, likewise."""
-        above_high, below_low, below_high = self._weights(kept)
-        return Interval(
-            _share(self._above_low + self._own.low, below_high, 0), _share(above_high + self._own.high, below_low, 1)
-        )
-
-    def may_miss(self, uniform: float, kept: int) -> bool:
-        """Returns whether a draw from ``kept`` candidates can give another token."""
-        if self.most_above >= kept:
-            return True
-        return uniform < self.start(kept).high + _SLACK or uniform >= self.end(kept).low - _SLACK
-
-    def must_miss(self, uniform: float, kept: int) -> bool:
-        """Returns whether a draw from ``kept`` candidates certainly gives another token."""
-        if self.fewest_above >= kept:
-            return True
-        return uniform < self.start(kept).low - _SLACK or uniform >= self.end(kept).high + _SLACK
-
-    def _weights(self, kept: int) -> tuple[float, float, float]:
-        """Returns the largest weight above the token, and the smallest and the largest kept weight below it."""
-        return (
-            self._above_high[min(self.most_above, kept - 1)],
-            self._below_low[max(0, kept - 1 - self.most_above)],
-            self._below_high[kept - 1 - self.fewest_above],
-        )
-
-
-def _penalize(logits_V: np.ndarray, seen_V: np.ndarray, penalty: float) -> np.ndarray:
-    penalized_V = np.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-    return np.where(seen_V, penalized_V, logits_V)
-
-
-def _sums(weights: np.ndarray) -> np.ndarray:
-    """Returns the sums of the 0, 1, 2, … largest weights."""
-    return np.concatenate([[0.0], np.cumsum(np.sort(weights)[::-1])])
+def _penalize(logits_V: np.ndarray, counts_V: np.ndarray, settings: config.SamplingConfig) -> np.ndarray:
+    repetition, frequency, presence = (
+        float(np.float32(x))
+        for x in (settings.repetition_penalty, settings.frequency_penalty, settings.presence_penalty)
+    )
+    penalized_V = np.where(logits_V > 0, logits_V / repetition, logits_V * repetition)
+    return np.where(counts_V > 0, penalized_V - frequency * counts_V - presence, logits_V)
 
 
 def _share(part: Any, rest: Any, of_nothing: float) -> Any:

@@ -29,15 +29,10 @@ def prompt_fingerprint(prompt: str, seed: int, settings: Mapping[str, Any]) -> F
         seed: Seed.
         settings: Values of ``record.Settings`` by name.
     """
-    integers = ("num_tokens", "top_k", "eos_id", "top_logprobs")
-    floats = ("temperature", "top_p", "repetition_penalty")
-    return {
-        "prompt": prompt,
-        "seed": seed,
-        **{name: settings[name] for name in integers},
-        **{name: float(settings[name]) for name in floats},
-        "stop": list(settings["stop"]),
-    }
+    fields = [*dataclasses.fields(config.GenerationConfig), *dataclasses.fields(config.SamplingConfig)]
+    values = {field.name: settings[field.name] for field in fields if field.name not in ("seed", "num_samples")}
+    values |= {field.name: float(values[field.name]) for field in fields if field.type is float}
+    return {"prompt": prompt, "seed": seed, "rule": settings.get("rule"), **values}
 
 
 def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: record.Numerics) -> Fingerprint:

@@ -61,8 +61,10 @@
       ["id", id],
       ["rank", known.rank[index]],
       ["token", `${index + 1} of ${known.id.length}`],
-      ["margin", number(known.margin[index])],
-      ["gap", number(known.gap[index])],
+      ["sampled probability", percent(known.sampled[index])],
+      ["candidates", known.kept[index]],
+      ["lead", known.lead[index] === null ? "–" : number(known.lead[index])],
+      ["cut", known.cut[index] === null ? "–" : number(known.cut[index])],
     ]) {
       const pair = add(list, "div");
       add(pair, "dt", key);

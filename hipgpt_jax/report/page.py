@@ -163,10 +163,10 @@ def _shared(values: dict[str, list[str]]) -> str:
 
 _READING = """<details><summary>How to read this page</summary><p>A token’s surprise is −log₂ of the probability that \
 the model gave it: 1 bit for one in 2, 4 bits for one in 16. Probability and rank are the model’s own: at temperature \
-1, before the repetition penalty, top-k and top-p. Point at a token, tap it, or step through a focused text with ← and \
-→. Its margin is the distance of the random number from one that draws another token (at temperature 0, the difference \
-of the two best logits); its gap is the distance of its logit from its neighbour’s. Where both are small, other \
-arithmetic may give another token. A dot is a token without text of its own, the first part of a character; text that \
+1, before bias, bans, penalties and cuts; the sampled probability is that under the settings. Point at a token, tap \
+it, or step through a focused text with ← and →. Its lead is how far logits must move apart for another candidate to \
+be sampled; its cut, for the set of candidates to change so. Where one of them is small, other arithmetic may give \
+another token. A dot is a token without text of its own, the first part of a character; text that \
 a stop string cut off is struck through.</p></details>"""
 
 
@@ -220,8 +220,10 @@ def _body(sample: record.Record) -> str:
         "id": sample.ids,
         "logprob": [*map(_round, sample.logprobs)],
         "rank": sample.ranks,
-        "margin": [*map(_round, sample.margins)],
-        "gap": [*map(_round, sample.gaps)],
+        "sampled": [*map(_round, sample.sampled_logprobs)],
+        "kept": sample.kept,
+        "lead": [*map(_distance, sample.leads)],
+        "cut": [*map(_distance, sample.cuts)],
         "top": sample.top_logprobs
         and [
             [(token, _round(value), text) for token, value, text in best[:ALTERNATIVES]] for best in sample.top_logprobs
@@ -255,6 +257,10 @@ def _spans(sample: record.Record) -> str:
 
 def _round(value: float) -> float:
     return float(f"{value:.5g}")
+
+
+def _distance(value: float) -> float | None:
+    return None if value > 3e38 else _round(value)
 
 
 def escape(text: str) -> str:

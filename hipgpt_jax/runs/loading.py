@@ -69,16 +69,28 @@ class RunFiles:
         ids = tuple(self.vocabulary.encode(prompt.text))
         if not ids:
             raise ValueError(EMPTY_PROMPT)
-        generation = dataclasses.replace(generation, **prompt.generation) if prompt.generation else generation
-        generation.check_vocabulary(self.vocabulary.vocab_size)
+        generation, sampling = self.resolve_settings(prompt, sampling, generation)
         self.decoding.check_fits(self.window, len(ids), generation.num_tokens)
         return ResolvedPrompt(
             id=prompt.name,
             prompt=self.vocabulary.decode(ids),
             prompt_ids=ids,
             generation=generation,
-            sampling=dataclasses.replace(sampling, **prompt.sampling) if prompt.sampling else sampling,
+            sampling=sampling,
         )
+
+    def resolve_settings(
+        self, prompt: prompts.Prompt, sampling: config.SamplingConfig, generation: config.GenerationConfig
+    ) -> tuple[config.GenerationConfig, config.SamplingConfig]:
+        """Returns the settings of a prompt, with tokens given by their ids; see ``resolve``."""
+        size = self.vocabulary.vocab_size
+        generation = dataclasses.replace(generation, **prompt.generation) if prompt.generation else generation
+        generation.check_vocabulary(size)
+        sampling = dataclasses.replace(sampling, **prompt.sampling) if prompt.sampling else sampling
+        sampling = sampling.with_ids(self.vocabulary.id_of, size)
+        if generation.min_tokens and set(sampling.allow) - set(sampling.ban) == {generation.eos_id}:
+            raise ValueError("min_tokens needs a token other than the end token: allow has no other")
+        return generation, sampling
 
     def resolve_all(
         self, requested: Iterable[prompts.Prompt], sampling: config.SamplingConfig, generation: config.GenerationConfig
@@ -123,7 +135,7 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
 
 def _check_memory(width: int, window: int, vocab_size: int) -> None:
     """Raises ValueError if the smallest part of the decode state exceeds the machine's memory."""
-    needed = width * (5 * vocab_size + 4 * window)  # float32 logits, one byte per seen token, ids of the context
+    needed = width * (12 * vocab_size + 4 * window)  # logits, bias and counts of tokens; ids of the context
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise ValueError(

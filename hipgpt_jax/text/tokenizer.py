@@ -115,6 +115,13 @@ class Tokenizer:
         """Returns the ids of a text, without special tokens."""
         return self._backend.encode(config.valid_text(text), add_special_tokens=False).ids
 
+    def id_of(self, text: str) -> int:
+        """Returns the id of a text that is one token; raises ValueError for any other."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens, {', '.join(map(str, ids))}")
+        return ids[0]
+
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yields the ids of each text, encoded on all cores."""
         valid = [config.valid_text(text) for text in texts]
