@@ -76,6 +76,7 @@ def request(
     seed: int = 0,
     eos_id: int = -1,
     stop: tuple[str, ...] = (),
+    min_tokens: int = 0,
     top_logprobs: int = 0,
     **settings: Any,
 ) -> requests.Request:
@@ -84,7 +85,12 @@ def request(
         prompt_ids=prompt_ids,
         sample=sample,
         generation=config.GenerationConfig(
-            num_tokens=num_tokens, seed=seed, eos_id=eos_id, stop=stop, top_logprobs=top_logprobs
+            num_tokens=num_tokens,
+            seed=seed,
+            eos_id=eos_id,
+            stop=stop,
+            min_tokens=min_tokens,
+            top_logprobs=top_logprobs,
         ),
         sampling=config.SamplingConfig(**settings),
     )
@@ -106,7 +112,7 @@ def tokens_of(source: scheduler.Scheduler, requests: list[requests.Request]) -> 
 
 def stats_bytes(stats: requests.Stats) -> bytes:
     """Returns the bits of a token's statistics."""
-    return np.array([stats.logprob, stats.rank, stats.margin, stats.gap], np.float32).tobytes()
+    return np.array([column_B[stats.row] for column_B in stats.step], np.float32).tobytes()
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -8,14 +8,26 @@ from typing import Any
 
 from hipgpt_jax.records import provenance, record
 
+LARGEST = 3.4028234663852886e38  # of float32
+
 SETTINGS = record.Settings(
     num_tokens=8,
     temperature=1.0,
     top_k=5,
     top_p=0.9,
     repetition_penalty=1.1,
+    min_p=0.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+    penalty_scope="all",
+    no_repeat_ngram=0,
+    logit_bias=(),
+    ban=(),
+    allow=(),
+    rule=None,
     eos_id=-1,
     stop=(),
+    min_tokens=0,
     window=128,
     window_stride=1,
     overflow="roll",
@@ -63,8 +75,11 @@ _ROOT = record.Record(
     error=None,
     logprobs=(-math.log(2), -math.log(16)),
     ranks=(1, 4),
-    margins=(0.25, 0.0625),
-    gaps=(1.5, 0.5),
+    sampled_logprobs=(-math.log(1.5), -math.log(8)),
+    kept=(5, 3),
+    kept_mass=(0.75, 0.5),
+    leads=(0.25, 1.5),
+    cuts=(0.0625, LARGEST),
     top_logprobs=None,
     settings=SETTINGS,
     run=RUN,
@@ -94,8 +109,11 @@ def with_tokens(*tokens: str, **changes: Any) -> record.Record:
         "text": "".join(tokens),
         "logprobs": (-math.log(8),) * number,
         "ranks": (3,) * number,
-        "margins": (0.125,) * number,
-        "gaps": (0.25,) * number,
+        "sampled_logprobs": (-math.log(4),) * number,
+        "kept": (4,) * number,
+        "kept_mass": (0.5,) * number,
+        "leads": (0.125,) * number,
+        "cuts": (0.25,) * number,
         "top_logprobs": best,
     }
     return make_record(**facts | changes)
@@ -142,8 +160,11 @@ def babble(number: int, seed: int, **changes: Any) -> record.Record:
         "text": "".join(tokens),
         "logprobs": logprobs,
         "ranks": tuple(draw.randrange(1, 40) for _ in range(number)),
-        "margins": tuple(draw.random() / 5 for _ in range(number)),
-        "gaps": tuple(draw.expovariate(2) for _ in range(number)),
+        "sampled_logprobs": tuple(logprob / 2 for logprob in logprobs),
+        "kept": tuple(draw.randrange(1, 6) for _ in range(number)),
+        "kept_mass": tuple(draw.random() for _ in range(number)),
+        "leads": tuple(draw.expovariate(2) for _ in range(number)),
+        "cuts": tuple(draw.choice((draw.expovariate(2), LARGEST)) for _ in range(number)),
         "top_logprobs": tuple(best),
     }
     return make_record(**facts | changes)

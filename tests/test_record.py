@@ -55,7 +55,13 @@ def test_schema_dataclasses_and_docstrings_have_the_same_fields() -> None:
 
 def test_parse_inverts_to_json() -> None:
     nasty = '\n\r\t"\\\u2028\u0000</script>😀'
-    for made in (records.make_record(prompt=nasty, text=nasty), records.babble(40, 1), records.with_tokens()):
+    biased = dataclasses.replace(records.SETTINGS, logit_bias=((3, -0.5), (9, 2.0)), ban=(0,), allow=(3, 9), rule="a b")
+    for made in (
+        records.make_record(prompt=nasty, text=nasty),
+        records.make_record(settings=biased),
+        records.babble(40, 1),
+        records.with_tokens(),
+    ):
         line = made.to_json()
         assert "\n" not in line
         assert record.parse(line.encode(), "it") == made
@@ -103,7 +109,7 @@ def test_read_refuses_directories_pipes_and_endless_lines(tmp_path: Path, monkey
         (b"\xff", "it line 1 is not JSON"),
         (b"[" * 100_000, "it line 1 is not JSON"),
         (
-            records.make_record().to_json().replace('"gaps":[1.5', '"gaps":[NaN'),
+            records.make_record().to_json().replace('"leads":[0.25', '"leads":[NaN'),
             "is not JSON: NaN is not a JSON number",
         ),
         (
@@ -119,16 +125,27 @@ def test_read_refuses_directories_pipes_and_endless_lines(tmp_path: Path, monkey
         ),
         (json.dumps(line_of(schema=True)), "is not a record: it has no schema number"),
         (json.dumps(line_of(schema=1.0)), "is not a record: it has no schema number"),
-        (json.dumps(line_of(contract=True)), "has contract True: this version reads contract 1"),
-        (json.dumps(line_of(contract=1.0)), "has contract 1.0: this version reads contract 1"),
+        (json.dumps(line_of(contract=True)), "has contract True: this version reads contract 2"),
+        (json.dumps(line_of(contract=1.0)), "has contract 1.0: this version reads contract 2"),
         (json.dumps(line_of(logprobs=[-1e300, -1])), r"record.logprobs\[0\] must be bigger than or equal to -3.4"),
-        (b'{"schema":1,}', "is not JSON: [^\n]* at column 1[23]$"),
+        (
+            json.dumps(line_of(schema=1, contract=1)),
+            r"line 1 was made by contract 1: this version replays contract 2\. Use .* wrote it \(0\.1\.0\)",
+        ),
+        (json.dumps({"schema": 1}), r"line 1 was made by contract 1.* wrote it \(unknown\)"),
+        (b'{"schema":2,}', "is not JSON: [^\n]* at column 1[23]$"),
         (json.dumps(line_of(sample=2**32)), "record.sample must be smaller than or equal to 4294967295"),
-        (json.dumps(line_of(schema=2)), r"has schema 2: this version reads schema 1.*wrote it \(0.1.0\)"),
-        (json.dumps(line_of(contract=3)), r"has contract 3: this version reads contract 1"),
+        (json.dumps(line_of(schema=3)), r"has schema 3: this version reads schema 2.*wrote it \(0.1.0\)"),
+        (json.dumps(line_of(contract=3)), r"has contract 3: this version reads contract 2"),
         (json.dumps({"schema": 9}), r"has schema 9.*wrote it \(unknown\)"),
         (json.dumps(line_of(ids=[1, 2, 3])), "it has 3 ids and 2 tokens"),
-        (json.dumps(line_of(margins=[1.0])), "it has 2 ids and 1 margins"),
+        (json.dumps(line_of(leads=[1.0])), "it has 2 ids and 1 leads"),
+        (json.dumps(line_of(kept=[1, 2, 3])), "it has 2 ids and 3 kept"),
+        (json.dumps(line_of(kept=[0, 2])), r"record.kept\[0\] must be bigger than or equal to 1"),
+        (json.dumps(line_of(kept_mass=[1, 1.01])), r"record.kept_mass\[1\] must be smaller than or equal to 1"),
+        (json.dumps(line_of(sampled_logprobs=[0.1, 0])), r"record.sampled_logprobs\[0\] must be smaller than"),
+        (json.dumps(line_of(leads=[-0.1, 0])), r"record.leads\[0\] must be bigger than or equal to 0"),
+        (json.dumps(line_of(cuts=[1, 1e39])), r"record.cuts\[1\] must be smaller than or equal to 3.4"),
         (json.dumps(line_of(top_logprobs=[[]])), "it has 2 ids and 1 top_logprobs"),
         (json.dumps(line_of(ids=[1, "x"])), r"is not a valid record: record.ids\[1\] must be integer"),
         (json.dumps(line_of(seed=-1)), "record.seed must be bigger than or equal to 0"),
