@@ -151,7 +151,10 @@ class Run:
         return Stream(self, next(self.requests_of([dataclasses.replace(resolved, samples=[sample])])))
 
     def score(
-        self, texts: "str | Iterable[str | Sequence[int] | np.ndarray | record.Record]", stride: int | None = None
+        self,
+        texts: "str | Iterable[str | Sequence[int] | np.ndarray | record.Record]",
+        stride: int | None = None,
+        settings: config.SamplingConfig | None = None,
     ) -> "list[score.TextScore]":
         """Returns the log-probability of every token of each text but the first, which nothing predicts.
 
@@ -159,6 +162,8 @@ class Run:
             texts: Texts, or their token ids as lists or arrays, of at least two tokens each. Of a record, the prompt
                 ids in the window and the generated ids are scored; the scores of the latter are those recorded.
             stride: Tokens by which the window moves in a text that is longer; that of generation if absent.
+            settings: Sampling settings, under which ``sampled_logprobs`` are computed, too. The first token, or the
+                prompt of a record, is the prompt whose tokens the penalties count.
 
         Raises:
             TypeError: ``texts`` is neither a text nor several.
@@ -171,16 +176,28 @@ class Run:
         if not isinstance(texts, Iterable) or isinstance(texts, (bytes, bytearray, Mapping)):
             raise TypeError(f"texts must be a text or a list of texts or of ids: got {config.shortened(texts)}")
         vocabulary, window = self.files.vocabulary, self.files.window
-        ids = [
-            score.check_ids(self._ids_of(text), vocabulary.vocab_size)
-            for text in ([texts] if isinstance(texts, str) else texts)
-        ]
+        several = [texts] if isinstance(texts, str) else list(texts)
+        ids = [score.check_ids(self._ids_of(text), vocabulary.vocab_size) for text in several]
         number = self.files.decoding.window_stride if stride is None else config.as_int(stride)
         if number is None:
             raise ValueError(f"stride must be an integer: got {config.shortened(stride)}")
         model, params = self._scheduler.module, self._scheduler.params
-        return [
+        scores = [
             score.score_text(model, params, each, vocabulary=vocabulary, window=window, stride=number) for each in ids
+        ]
+        if settings is None:
+            return scores
+        settings = settings.with_ids(vocabulary.id_of, vocabulary.vocab_size)
+        from hipgpt_jax.records import forced
+
+        drawer = forced.Drawer(self._scheduler, number)
+        prompts = [
+            text.prompt_ids if isinstance(text, record.Record) else own[:1]
+            for text, own in zip(several, ids, strict=True)
+        ]
+        return [
+            dataclasses.replace(one, sampled_logprobs=drawer.sampled_logprobs(settings, prompt, one.ids))
+            for prompt, one in zip(prompts, scores, strict=True)
         ]
 
     def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "score.Score":
@@ -239,6 +256,19 @@ class Run:
         from hipgpt_jax.records import comparison
 
         return comparison.Judge(self._scheduler, self.files.vocabulary).compare(recorded, regenerated)
+
+    def screen(self, recorded: record.Record) -> "comparison.Screening":
+        """Feeds a record's ids to the model, draws each again, and compares them: much faster than generating them.
+
+        Raises:
+            ValueError: This run cannot have made the record.
+        """
+        from hipgpt_jax.records import comparison, forced
+
+        self.request_of(recorded)  # checks that
+        drawer = forced.Drawer(self._scheduler, self.files.decoding.window_stride)
+        draws = drawer.draw(replay.request(recorded), recorded.ids)
+        return comparison.Judge(self._scheduler, self.files.vocabulary).screen(recorded, draws)
 
     def records_of(self, samples: Iterable[requests.Request]) -> Iterator[record.Record]:
         """Generates samples and yields their records in order."""

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 SUMMARY = """Regenerate the samples of a record file and compare them token by token: ids, text, log-probabilities,
 ranks, leads, cuts, alternatives. Prints one line per record and a summary. The exit code is 0 if all are identical,
-1 if any differs, else 2 if any was skipped. Examples:
+1 if any differs, else 2 if any was skipped. With --forced, the recorded ids are fed to the model and every token is
+drawn again: a fast check of all tokens, which passes those that differ by rounding. Examples:
 
   hipgpt-replay samples.jsonl
   hipgpt-replay samples.jsonl --ids da0bdec7fe17f901,story-7 --run-dir backup/my_run
-  hipgpt-replay samples.jsonl --device cuda --batch_size 16"""
+  hipgpt-replay samples.jsonl --device cuda --batch_size 16
+  hipgpt-replay samples.jsonl --forced"""
 
 FLAGS = absl.flags.FlagValues()
 _RECORDS = flags.define_shared(FLAGS, "records")
@@ -40,7 +43,16 @@ _RUN_DIR = absl.flags.DEFINE_string(
 _BATCH_SIZE = absl.flags.DEFINE_integer(
     "batch_size", None, "Batch size; the record's own if absent. Another one rounds differently.", flag_values=FLAGS
 )
+_FORCED = absl.flags.DEFINE_boolean(
+    "forced",
+    False,
+    "Feed the recorded ids to the model and draw each again, instead of generating them; 0 if rounding explains all.",
+    flag_values=FLAGS,
+)
 _DEVICE = flags.define_shared(FLAGS, "device")
+
+
+_MOST_SHOWN = 3  # tokens per record
 
 
 def main() -> None:
@@ -57,16 +69,30 @@ class _Tally:
         logprob_error: Largest difference of a log-probability in identical records.
         changes: Lines about software and numerics that differ between records and replay.
         unused: Identical records per setting that had no effect on them.
+        tokens: Tokens that were drawn again.
+        unexplained: Those that rounding does not explain.
     """
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     logprob_error: float = 0.0
     changes: set[str] = dataclasses.field(default_factory=set)
     unused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    tokens: int = 0
+    unexplained: int = 0
 
     @property
     def exit_code(self) -> int:
         return 1 if self.counts["differs"] else 2 if self.counts["skipped"] else 0
+
+    def screening(self) -> str:
+        """Returns the statement about all tokens that were drawn again."""
+        limit = _largest_share(self.unexplained, self.tokens) * 100_000
+        skipped = f"; {self.counts['skipped']} records skipped" if self.counts["skipped"] else ""
+        return (
+            f"{self.unexplained} of {self.tokens:,} tokens unexplained, {self.counts['redrawn']} differ within "
+            f"floating-point error: at 95 % confidence, fewer than {limit:,.3g} in 100,000 are unexplained; largest "
+            f"log-probability error {self.logprob_error:.0e}{skipped}"
+        )
 
     def unused_settings(self) -> str:
         """Returns the settings that identical records do not verify, grouped by their number of records."""
@@ -127,7 +153,7 @@ def _replay() -> None:
         print(f"changed    {change}")
     if tally.unused:
         print(f"not exercised: {tally.unused_settings()}")
-    print(tally.summary())
+    print(tally.screening() if _FORCED.value and tally.tokens else tally.summary())
     sys.exit(tally.exit_code)
 
 
@@ -181,6 +207,14 @@ def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[
     if run is None:
         for entry in entries:
             yield tally.skip(entry.name, entry.problem or problem)
+        return
+    if _FORCED.value:
+        for entry in entries:
+            assert entry.recorded is not None
+            try:
+                yield _screen(tally, entry.name, entry.recorded, run)
+            except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+                yield tally.skip(entry.name, error)
         return
     waiting: collections.deque[_Entry] = collections.deque()
     skipped: list[str] = []
@@ -242,6 +276,57 @@ def _verdict(tally: _Tally, name: str, result: "comparison.Comparison", vocabula
         f"differs    {name}: {_forked(result.fork, old, new, vocabulary)}: {verdict}"
         f"{f'; nor is its {mismatches} explained' if mismatches else ''}"
     )
+
+
+def _screen(tally: _Tally, name: str, recorded: record.Record, run: api.Run) -> str:
+    """Draws the tokens of a record again and returns its line."""
+    found = run.screen(recorded)
+    tally.tokens += found.tokens
+    tally.unexplained += found.unexplained
+    tally.logprob_error = max(tally.logprob_error, found.logprob_error)
+    tally.counts["redrawn"] += sum(one.is_rounding for one in found.redrawn)
+    tally.counts["agrees" if found.is_explained else "differs"] += 1
+    line = f"{'agrees' if found.is_explained else 'differs':9}  {name}: "
+    line += f"{found.tokens - len(found.redrawn)} of {found.tokens} tokens"
+    for one in found.redrawn[:_MOST_SHOWN]:
+        old, new = (f"{token} {_shown(repr(run.files.vocabulary.show(token)))}" for token in (one.recorded, one.drawn))
+        verdict = "within floating-point error" if one.is_rounding else "more than floating-point error explains"
+        line += (
+            f"; token {one.index} is {old} in the record, {new} now; lead {one.lead:.2g}, cut {one.cut:.2g}: {verdict}"
+        )
+    if len(found.redrawn) > _MOST_SHOWN:
+        line += f"; and {len(found.redrawn) - _MOST_SHOWN} more"
+    mismatches = [one.field for one in found.mismatches]
+    if found.unexplained and all(one.is_rounding for one in found.redrawn):
+        mismatches.append(f"logprobs (error {found.logprob_error:.2g})")
+    return line + (f"; not its {' and '.join(mismatches)}: was it changed?" if mismatches else "")
+
+
+def _largest_share(seen: int, number: int) -> float:
+    """Returns the upper end of the one-sided 95 % confidence interval of a share, after Clopper and Pearson.
+
+    >>> round(_largest_share(0, 50_000) * 50_000, 2), round(_largest_share(1, 50_000) * 50_000, 2)
+    (3.0, 4.74)
+    """
+
+    def tail(share: float) -> float:  # the probability of at most as many
+        terms = (
+            math.lgamma(number + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(number - k + 1)
+            + k * math.log(share)
+            + (number - k) * math.log1p(-share)
+            for k in range(seen + 1)
+        )
+        return math.fsum(math.exp(term) for term in terms)
+
+    if seen >= number:
+        return 1.0
+    low, high = seen / number, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle) > 0.05 else (low, middle)
+    return high
 
 
 def _forked(fork: "comparison.Fork", old: record.Record, new: record.Record, vocabulary: tokenizer.Tokenizer) -> str:

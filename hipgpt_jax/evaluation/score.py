@@ -54,6 +54,8 @@ class TextScore:
         logprobs: Log-probability of each id but the first, in nats, float32.
         ranks: Rank of each in the order of likelihood; 1 is the likeliest.
         score: The means over them.
+        sampled_logprobs: Log-probability of each under sampling settings, if those were given; minus infinity for an id
+            that they cut.
     """
 
     ids: tuple[int, ...]
@@ -61,6 +63,7 @@ class TextScore:
     logprobs: np.ndarray
     ranks: np.ndarray
     score: Score
+    sampled_logprobs: np.ndarray | None = None
 
 
 def perplexity(loss: float) -> float:

@@ -114,23 +114,30 @@ def initial_state(request: requests.Request, W: int, V: int) -> DecodeState:
     )
 
 
-def state_at(request: requests.Request, sampled: Sequence[int], context: Sequence[int], W: int, V: int) -> DecodeState:
-    """Returns the state, without a cache, in which ``sample_next`` samples the token after ``sampled``.
+def states_at(
+    request: requests.Request, ids: Sequence[int], starts: Sequence[int], first: int, *, W: int, V: int
+) -> DecodeState:
+    """Returns the states, without a cache, in which ``sample_next`` samples consecutive tokens of a text.
 
     Args:
-        request: The sample.
-        sampled: Ids sampled so far.
-        context: Ids in the window.
+        request: The prompt, its settings, its seed and the index of its sample.
+        ids: The ids that follow the prompt.
+        starts: Index in the text of the oldest token in the window, for each token to be sampled.
+        first: Index in ``ids`` of the first of those tokens.
         W: Window.
         V: Size of the vocabulary.
     """
-    state = initial_state(request, W, V)
-    counts_BV = np.asarray(state.counts_BV) + np.bincount(np.array(sampled, int), minlength=V).astype(np.int32)
+    text, length, B = (*request.prompt_ids, *ids), len(request.prompt_ids) + first, len(starts)
+    state = jax.tree.map(lambda x: np.repeat(x, B, axis=0), initial_state(request, W, V))
+    counts_BV, context_BS = np.array(state.counts_BV), np.zeros((B, W), np.int32)
+    for row, start in enumerate(starts):
+        context_BS[row, : length + row - start] = text[start : length + row]
+        counts_BV[row] += np.bincount(np.array(ids[: first + row], int), minlength=V).astype(np.int32)
     return state._replace(
-        num_sampled_B=sampling.host_array([len(sampled)], np.int32),
-        token_B=sampling.host_array([-1], np.int32),  # all tokens are counted already
-        length_B=sampling.host_array([len(context)], np.int32),
-        context_BS=sampling.host_array([[*context, *[0] * (W - len(context))]], np.int32),
+        num_sampled_B=sampling.host_array(range(first, first + B), np.int32),
+        token_B=sampling.host_array([-1] * B, np.int32),  # all tokens are counted already
+        length_B=sampling.host_array([length + row - start for row, start in enumerate(starts)], np.int32),
+        context_BS=sampling.host_array(context_BS, np.int32),
         counts_BV=sampling.host_array(counts_BV, np.int32),
     )
 

@@ -412,6 +412,28 @@ def _choice(
     return Choice(token_B, logprob_B, kept_B, jnp.minimum(mass_B / total_B, 1), lead_B, cut_B)
 
 
+def adjust(logits_BV: jax.Array, counts_BV: jax.Array, params: SamplingParams) -> jax.Array:
+    """Returns the logits that order the candidates: with bias, bans and penalties."""
+    logits_BV = penalize(logits_BV.astype(jnp.float32), counts_BV, params)
+    return jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
+
+
+def sampled_logprob(logits_BV: jax.Array, params: SamplingParams, kept_B: jax.Array, token_B: jax.Array) -> jax.Array:
+    """Returns the log-probability of any tokens under the sampling settings; minus infinity for those that are cut.
+
+    Args:
+        logits_BV: From ``adjust``.
+        params: Sampling settings.
+        kept_B: Number of candidates that are kept; see ``Choice``.
+        token_B: The tokens.
+    """
+    scaled_BV = scale(logits_BV, logits_BV.max(axis=-1), params.temperature_B)
+    rank_BV = jnp.argsort(jnp.argsort(-logits_BV, axis=-1, stable=True), axis=-1)
+    kept_BV = jnp.where(rank_BV < kept_B[:, None], scaled_BV, -jnp.inf)
+    logprob_BV = kept_BV - jnp.log(jnp.exp(kept_BV).sum(axis=-1, keepdims=True))
+    return jnp.minimum(topk.at_rank(logprob_BV, token_B), 0)
+
+
 def sample(
     logits_BV: jax.Array,
     counts_BV: jax.Array,
@@ -431,8 +453,7 @@ def sample(
         plan: Numbers of candidates; a CPU's by default.
     """
     plan = plan or topk.plan_for(logits_BV.shape[1], "cpu")
-    logits_BV = penalize(logits_BV.astype(jnp.float32), counts_BV, params)
-    logits_BV = jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
+    logits_BV = adjust(logits_BV, counts_BV, params)
     scaled_BV = scale(logits_BV, logits_BV.max(axis=-1), params.temperature_B)
     total_B = jnp.exp(scaled_BV).sum(axis=-1)
     shared = logits_BV, key_B2, index_B, params, total_B

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from hipgpt_jax.generation import decoding, requests, sampling, scheduler
-from hipgpt_jax.records import record, replay, rounding
+from hipgpt_jax.records import forced, record, replay, rounding
 from hipgpt_jax.text import tokenizer
 
 # Largest difference between two computations of one logit or log-probability. Seen in float32: 2e-5 between batch sizes
@@ -83,6 +83,51 @@ class Comparison:
         return self.fork is None and not self.mismatches
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Redrawn:
+    """A token that is drawn otherwise than recorded.
+
+    Attributes:
+        index: Index of the token.
+        recorded: Recorded id.
+        drawn: Id drawn now, after the recorded ids before it.
+        lead: Lead of that draw.
+        cut: Cut of that draw.
+        is_rounding: Whether rounding explains the recorded id.
+    """
+
+    index: int
+    recorded: int
+    drawn: int
+    lead: float
+    cut: float
+    is_rounding: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Screening:
+    """Verdict on a record whose ids were fed to the model, each drawn again.
+
+    Attributes:
+        tokens: Number of ids.
+        redrawn: Those that are drawn otherwise.
+        unexplained: Number of ids of which rounding does not explain the id or the log-probability.
+        mismatches: Fields of the whole sample that the ids contradict, such as the text.
+        logprob_error: Largest difference of a log-probability, in nats.
+    """
+
+    tokens: int
+    redrawn: tuple[Redrawn, ...]
+    unexplained: int
+    mismatches: tuple[Mismatch, ...]
+    logprob_error: float
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether every token is the recorded one, or differs by rounding."""
+        return not self.unexplained and not self.mismatches
+
+
 class Judge:
     """Compares records of one run and one decoding configuration with their regenerated samples.
 
@@ -132,6 +177,31 @@ class Judge:
             logprob_error=max((abs(old - new) for old, new in pairs), default=0.0),
         )
 
+    def screen(self, recorded: record.Record, draws: forced.Draws) -> Screening:
+        """Compares a record with the draws of its own ids."""
+        tolerance = TOLERANCE[recorded.numerics.dtype]
+        ids, error_T = np.array(recorded.ids), np.abs(draws.logprob_T - np.array(recorded.logprobs))
+        is_unexplained_T = ~(error_T <= tolerance)
+        redrawn = tuple(
+            Redrawn(
+                index=int(index),
+                recorded=int(ids[index]),
+                drawn=int(draws.token_T[index]),
+                lead=float(draws.stats.lead_B[index]),
+                cut=float(draws.stats.cut_B[index]),
+                is_rounding=self._draw(recorded, int(index), tolerance).explains(int(ids[index])),
+            )
+            for index in np.flatnonzero(draws.token_T != ids)
+        )
+        is_unexplained_T[[one.index for one in redrawn if not one.is_rounding]] = True
+        return Screening(
+            tokens=len(ids),
+            redrawn=redrawn,
+            unexplained=int(is_unexplained_T.sum()),
+            mismatches=tuple(self._ends(recorded)),
+            logprob_error=float(error_T.max(initial=0)),
+        )
+
     def _unequal(self, recorded: record.Record, regenerated: record.Record, end: int) -> Iterator[Mismatch]:
         """Yields statistics before ``end`` that are not equal."""
         for name in record.STATISTICS:
@@ -158,6 +228,10 @@ class Judge:
                 yield Mismatch(field=name, index=index)
                 if name == "ids":
                     return
+        yield from self._ends(recorded)
+
+    def _ends(self, recorded: record.Record) -> Iterator[Mismatch]:
+        """Yields the fields of the whole sample that do not follow from its ids."""
         sequence = self._sequence(recorded)
         ends = {
             "finish_reason": sequence.finish_reason,
@@ -201,11 +275,10 @@ class Judge:
         """Recomputes the draw of a recorded token from the recorded ids before it."""
         request, ids = replay.request(recorded), (*recorded.prompt_ids, *recorded.ids)
         length = len(recorded.prompt_ids) + index
-        start = replay.window_start(recorded, length)
+        window, stride = recorded.settings.window, recorded.settings.window_stride
+        start = replay.window_start(len(recorded.prompt_ids), length, window, stride)
         logits_V = self._logits(ids[start : start + self._scheduler.window])[length - start - 1]
-        state = decoding.state_at(
-            request, recorded.ids[:index], ids[start:length], self._scheduler.window, len(logits_V)
-        )
+        state = decoding.states_at(request, recorded.ids, [start], index, W=self._scheduler.window, V=len(logits_V))
         bias_V, noise_V = _bias_and_noise(state)
         return rounding.Draw(
             logits_V,

@@ -57,14 +57,13 @@ def shortened(asked: requests.Request, recorded: record.Record) -> requests.Requ
     return dataclasses.replace(asked, generation=dataclasses.replace(asked.generation, num_tokens=num_tokens))
 
 
-def window_start(recorded: record.Record, length: int) -> int:
+def window_start(prompt_length: int, length: int, window: int, stride: int) -> int:
     """Returns the index of the oldest token in the window, for a prompt and text of ``length`` tokens together.
 
-    The window begins with the last ``window`` tokens of the prompt; each time it overflows, ``window_stride`` tokens
-    are dropped.
+    The window begins with the last ``window`` tokens of the prompt; each time it overflows, ``stride`` tokens are
+    dropped.
     """
-    window, stride = recorded.settings.window, recorded.settings.window_stride
-    start = max(0, len(recorded.prompt_ids) - window)
+    start = max(0, prompt_length - window)
     overflow = max(0, length - start - window)
     return start - -overflow // stride * stride
 
@@ -75,8 +74,9 @@ def unused_settings(recorded: record.Record) -> tuple[str, ...]:
     Settings at their neutral value are not among them. A stop string or an end token that did not occur is: the sample
     shows no more than that it did not occur.
     """
-    settings, length = recorded.settings, len(recorded.prompt_ids) + len(recorded.ids)
-    has_rolled = window_start(recorded, length - 1) > max(0, len(recorded.prompt_ids) - settings.window)
+    settings, prompt_length = recorded.settings, len(recorded.prompt_ids)
+    last = window_start(prompt_length, prompt_length + len(recorded.ids) - 1, settings.window, settings.window_stride)
+    has_rolled = last > max(0, prompt_length - settings.window)
     is_full = (
         settings.overflow == "stop" and recorded.finish_reason == "length" and len(recorded.ids) < settings.num_tokens
     )
