@@ -220,7 +220,7 @@ class Choice(NamedTuple):
         token_B: Ids, int32.
         sampled_logprob_B: Log-probability under the sampling settings: among the candidates that are kept, after the
             penalties and the temperature.
-        kept_B: Number of candidates that are kept.
+        kept_B: Number of candidates that are kept, without banned tokens.
         kept_mass_B: Their probability before the cuts, after the penalties and the temperature.
         lead_B: How far logits must move for another kept candidate to win the draw: the difference of the two highest
             scores, times the temperature. The largest float32 if one candidate is kept. At temperature 0, the
@@ -459,10 +459,12 @@ def sample(
     shared = logits_BV, key_B2, index_B, params, total_B
     top_k_B = jnp.where(params.top_k_B < logits_BV.shape[1], params.top_k_B, 0)
     top_k_B = jnp.where(is_greedy(params.temperature_B), 1, top_k_B)
-    return topk.choose_bucket(
+    choice = topk.choose_bucket(
         functools.partial(choose, *shared, chunked=plan.chunked),
         functools.partial(choose_unsorted, *shared),
         plan,
         top_k_B,
         (params.top_p_B < 1) | (params.min_p_B > 0),
     )
+    num_allowed_B = (logits_BV > -jnp.inf).sum(axis=-1, dtype=jnp.int32)
+    return choice._replace(kept_B=jnp.minimum(choice.kept_B, num_allowed_B))

@@ -97,7 +97,8 @@ class Draw:
             self._may_keep_V &= may_V
             self._keeps_V &= does_V
             fewest, most = max(1, min(fewest, int(does_V.sum()))), min(most, int(may_V.sum()))
-        self.kept = Interval(fewest, most)
+        allowed = int((high_V > -np.inf).sum())
+        self.kept = Interval(min(fewest, allowed), min(most, allowed))
         self._keeps_all = fewest == V
 
     def _shares(self, number: int) -> tuple[np.ndarray, np.ndarray]:
