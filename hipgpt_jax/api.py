@@ -1,5 +1,6 @@
 """Runs from Python: generation with the records of the command line, and scores, in notebooks and scripts."""
 
+import copy
 import dataclasses
 import logging
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hipgpt_jax.evaluation import score
+    from hipgpt_jax.generation.topk import Rule
     from hipgpt_jax.records import comparison
 
 Prompt = prompt_files.Prompt
@@ -57,6 +59,7 @@ class Run:
         device: Device of the computation.
         recorder: Builds the records of its samples.
         load_seconds: Time from the start of the program until the weights were loaded.
+        rule: Name and digest of the rule that samples follow; None for none. See ``with_rule``.
     """
 
     def __init__(self, files: loading.RunFiles, device: devices.Device, invocation: provenance.Invocation) -> None:
@@ -71,6 +74,29 @@ class Run:
         self._scheduler = scheduler.Scheduler(model, params, files.decoding, attention)
         self.load_seconds = invocation.elapsed()
         self.recorder = recorder.Recorder(files, device, invocation, self.load_seconds)
+        self.rule: str | None = None
+        self._ruled: dict[Rule, Run] = {}
+
+    def with_rule(self, rule: "Rule") -> "Run":
+        """Returns this run with a rule of the caller's own, applied to the logits before all sampling settings.
+
+        Records name the rule and hold the SHA-256 of its source, not what it refers to. Only a run with the same rule
+        replays them. The parameters are shared, and programs are compiled once per rule.
+
+        Args:
+            rule: A function ``f(logits_V, context_W, length) -> logits_V`` of JAX arrays: the logits of the next token,
+                the ids in the window, zeros behind them, and their number. It must be pure: no randomness, no state.
+
+        Raises:
+            TypeError: It is not a function.
+            ValueError: Its source cannot be read.
+        """
+        if rule not in self._ruled:
+            other = copy.copy(self)
+            other.rule, other._ruled = provenance.describe_rule(rule), {}
+            other._scheduler = self._scheduler.with_rule(rule)
+            self._ruled[rule] = other
+        return self._ruled[rule]
 
     def generate(
         self,
@@ -78,6 +104,7 @@ class Run:
         settings: config.SamplingConfig | None = None,
         seed: int = 0,
         num_samples: int = 1,
+        rule: "Rule | None" = None,
         **more: Any,
     ) -> list[record.Record]:
         """Generates from prompts and returns one record per sample, prompt by prompt.
@@ -87,15 +114,17 @@ class Run:
             settings: Sampling settings; the defaults of ``hipgpt-generate`` if absent.
             seed: Seed in ``[0, 2**32)``.
             num_samples: Samples per prompt, from 1 to 2**32.
-            **more: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``eos_id``, ``stop``,
+            rule: A function of the logits; see ``with_rule``.
+            **more: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``min_tokens``, ``eos_id``, ``stop``,
                 ``top_logprobs``. Instead of ``settings`` also those of ``config.SamplingConfig``: ``temperature``,
-                ``top_k``, ``top_p``, ``repetition_penalty``.
+                ``top_k``, ``top_p``, ``repetition_penalty`` and so on.
 
         Raises:
             TypeError: A prompt is not a text, a keyword is unknown, or ``settings`` is given beside a field of it.
             ValueError: A prompt is empty, two different ones have one id, or a value is out of range.
         """
-        return list(self.records(prompts, settings, seed, num_samples, **more))
+        run = self if rule is None else self.with_rule(rule)
+        return list(run.records(prompts, settings, seed, num_samples, **more))
 
     def records(
         self,
@@ -236,6 +265,7 @@ class Run:
                     sample=sample,
                     generation=prompt.generation,
                     sampling=prompt.sampling,
+                    rule=self.rule,
                 )
 
     def request_of(self, recorded: record.Record) -> requests.Request:
@@ -246,6 +276,8 @@ class Run:
         """
         request, vocabulary = replay.request(recorded), self.files.vocabulary
         self._scheduler.check(request)
+        if request.rule != self.rule:
+            raise ValueError(f"it follows the rule {request.rule}: this run has {self.rule}. Use run.with_rule")
         if recorded.ids and max(recorded.ids) >= vocabulary.vocab_size:
             raise ValueError(f"it has ids beyond the vocabulary's size {vocabulary.vocab_size}")
         prompt = vocabulary.decode(recorded.prompt_ids)

@@ -28,7 +28,8 @@ run's validation split, a given text, or prompts, which can be scored token by t
 
   hipgpt-evaluate --run-name my_run
   hipgpt-evaluate --run-name shakespeare --data-path data/data.txt --split validation --stride 32
-  hipgpt-evaluate --run-name shakespeare --prompt "To be, or not to be" --output -"""
+  hipgpt-evaluate --run-name shakespeare --prompt "To be, or not to be" --output -
+  hipgpt-evaluate --run-name shakespeare --prompt "To be, or not to be" --as-sampled --temp 0.8"""
 
 FLAGS = absl.flags.FlagValues()
 SPLITS = ("validation", "all")
@@ -59,6 +60,13 @@ _OUTPUT = _string(
     "File to write with --prompt or --prompts_file, one JSON line per text: ids, tokens, and the log-probability and "
     "rank of each. - writes to stdout.",
 )
+_AS_SAMPLED = absl.flags.DEFINE_boolean(
+    "as-sampled",
+    False,
+    "Also give the log-probability of each token under the sampling settings, with --prompt or --prompts_file; null in "
+    "the output for a token that they cut.",
+    flag_values=FLAGS,
+)
 _OVERWRITE = absl.flags.DEFINE_boolean(
     "overwrite", False, "Replace the file of --output if it is empty or this program wrote it.", flag_values=FLAGS
 )
@@ -69,6 +77,7 @@ _STRIDE = absl.flags.DEFINE_integer(
     "length, the value if absent, is the fastest.",
     flag_values=FLAGS,
 )
+flags.define_config(FLAGS, config.SamplingConfig)
 flags.define_field(FLAGS, config.DecodingConfig, "window")
 flags.define_field(FLAGS, config.DecodingConfig, "dtype")
 _DEVICE = flags.define_shared(FLAGS, "device")
@@ -118,6 +127,10 @@ def _check_flags() -> None:
             raise ValueError(f"--{flag.name} excludes --prompt and --prompts_file: give one of them")
     if _OUTPUT.value is not None and not _has_prompts():
         raise ValueError("--output needs --prompt or --prompts_file")
+    if _AS_SAMPLED.value and not _has_prompts():
+        raise ValueError("--as-sampled needs --prompt or --prompts_file")
+    if not _AS_SAMPLED.value and (unused := flags.given(config.SamplingConfig, FLAGS)):
+        raise ValueError(f"--{unused[0]} needs --as-sampled: the model's own probabilities do not depend on it")
     if _OVERWRITE.value and _OUTPUT.value in (None, "-"):
         raise ValueError("--overwrite needs --output FILE, the file to replace")
 
@@ -140,8 +153,10 @@ def _check_output() -> Path | None:
 def _read_prompts(source: loading.RunFiles) -> list[prompts.Prompt]:
     texts = list(program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value))
     planning.check_unique(texts)
-    if any(one.generation or one.sampling for one in texts):
+    if any(one.generation or (one.sampling and not _AS_SAMPLED.value) for one in texts):
         program.note("generation settings in the prompts file are ignored: they do not affect the score of a text")
+    sampling = flags.build(config.SamplingConfig, FLAGS)
+    planning.Plan(source, texts, sampling, config.GenerationConfig())  # checks the settings
     for number, one in enumerate(texts, 1):
         if len(source.vocabulary.encode(one.text)) < 2:
             name = config.shortened(one.text if one.id is None else one.id)
@@ -216,15 +231,19 @@ def _score_texts(
     run: api.Run, texts: list[prompts.Prompt], stride: int, out: TextIO | None, *, shows_table: bool
 ) -> None:
     """Scores texts one by one, and writes a line of JSON, rows of a table, or both for each."""
+    sampling = flags.build(config.SamplingConfig, FLAGS)
     for text in texts:
-        (scored,) = run.score([text.text], stride=stride)
+        settings = dataclasses.replace(sampling, **text.sampling) if _AS_SAMPLED.value else None
+        (scored,) = run.score([text.text], stride=stride, settings=settings)
         if out is not None:
-            line = _line(run, text, scored, stride)
+            line = _line(run, text, scored, stride) | _sampled(settings, scored.sampled_logprobs)
             out.write(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
             out.flush()
         if shows_table:
             print(f"{program.printable(text.name)}: {len(scored.ids)} tokens")
             _print(scored.score)
+            if scored.sampled_logprobs is not None:
+                _print_sampled(scored.sampled_logprobs)
 
 
 def _line(run: api.Run, text: prompts.Prompt, scored: "score.TextScore", stride: int) -> dict[str, Any]:
@@ -241,6 +260,20 @@ def _line(run: api.Run, text: prompts.Prompt, scored: "score.TextScore", stride:
         "stride": stride,
         **run.recorder.common_fields(),
     }
+
+
+def _sampled(settings: config.SamplingConfig | None, logprobs: "np.ndarray | None") -> dict[str, Any]:
+    if settings is None or logprobs is None:
+        return {}
+    values = [float(str(value)) if math.isfinite(value) else None for value in logprobs]
+    return {"sampled_logprobs": [None, *values], "sampling": vars(settings)}
+
+
+def _print_sampled(logprobs: np.ndarray) -> None:
+    kept = logprobs[np.isfinite(logprobs)].astype(np.float64)
+    if len(kept):
+        print(f"  sampled loss   {-kept.mean():9.4f} nats per token that the sampling settings keep")
+    print(f"  cut            {len(logprobs) - len(kept):9} of the tokens by the sampling settings")
 
 
 def _figures(found: "score.Score") -> dict[str, float]:

@@ -173,6 +173,11 @@ def build(config_class: type[_Config], values: absl.flags.FlagValues, **given: A
     return config_class(**fields | given)
 
 
+def given(config_class: type, values: absl.flags.FlagValues) -> list[str]:
+    """Returns the flags of a config that were given on the command line."""
+    return [flag for flag, _ in _FIELDS[config_class].values() if flag in values and values[flag].present]
+
+
 def translate(message: str, values: absl.flags.FlagValues) -> str:
     """Returns an error message about fields of a config with the names of their flags.
 

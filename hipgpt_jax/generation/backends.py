@@ -60,6 +60,11 @@ class Backend:
     num_replicas: int
     num_slots: int
 
+    def with_rule(self, rule: topk.Rule) -> "Backend":
+        """Returns the backend whose programs apply a rule; a rule may not be exported."""
+        plans = tuple(plan._replace(rule=rule) for plan in self.decode_plans)
+        return dataclasses.replace(self, plan=self.plan._replace(rule=rule), decode_plans=plans, exports_programs=False)
+
     def plan_steps(self, longest: int) -> tuple[int, int]:
         """Returns the cache blocks that a decode program reads for a longest context, and the most steps it takes.
 

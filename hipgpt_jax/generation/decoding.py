@@ -219,7 +219,9 @@ def sample_next(
 
 
 def restrict(state: DecodeState, logits_BV: jax.Array, plan: topk.Plan | None) -> jax.Array:
-    """Adds the bias of each token, and bans an early end token and repeated n-grams."""
+    """Applies the caller's rule, adds the bias of each token, and bans an early end token and repeated n-grams."""
+    if plan is not None and plan.rule is not None:
+        logits_BV = jax.vmap(plan.rule)(logits_BV, state.context_BS, state.length_B).astype(jnp.float32)
     is_end_BV = jnp.arange(logits_BV.shape[1])[None] == state.eos_B[:, None]
     is_early_B = state.num_sampled_B < state.min_tokens_B
     logits_BV = jnp.where(is_end_BV & is_early_B[:, None], -jnp.inf, logits_BV + state.params.bias_BV)

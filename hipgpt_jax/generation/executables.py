@@ -63,6 +63,13 @@ class Executables:
         self._device = jax.devices()[0]
         self._functions = _functions(model, dtype, attention, window, stride, backend)
 
+    def with_rule(self, rule: topk.Rule) -> "Executables":
+        """Returns programs of the same parameters that apply a rule."""
+        backend = self.backend.with_rule(rule)
+        other = Executables(self.model, self._dtype, self.window, self.stride, self._attention, backend)
+        other.params, other._device = self.params, self._device
+        return other
+
     @property
     def module(self) -> "transformer.Transformer":
         """The model."""

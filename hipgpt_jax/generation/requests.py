@@ -23,6 +23,7 @@ class Request:
         sampling: How tokens are chosen.
         id: Id of the prompt.
         prompt: Text of the prompt.
+        rule: Name and digest of the rule that the sample follows.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,6 +32,7 @@ class Request:
     sampling: config.SamplingConfig
     id: str = ""
     prompt: str = ""
+    rule: str | None = None
 
     def context(self, window: int) -> tuple[int, ...]:
         """Returns the ids that are prefilled: the last ``window`` of the prompt, except for the very last one.

@@ -8,6 +8,7 @@ sequences belong to the caller's thread alone.
 """
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from concurrent import futures
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import backends, engine, executables, logprobs, requests, waiting
+from hipgpt_jax.generation import backends, engine, executables, logprobs, requests, topk, waiting
 from hipgpt_jax.model import parameters
 from hipgpt_jax.text import tokenizer
 
@@ -63,6 +64,17 @@ class Scheduler:
             model, decoding.dtype, self.window, decoding.window_stride, attention, backend
         )
         self._programs.load(params)
+
+    def with_rule(self, rule: topk.Rule) -> "Scheduler":
+        """Returns a scheduler of the same parameters whose samples follow a rule."""
+        other = copy.copy(self)
+        other._programs = self._programs.with_rule(rule)
+        return other
+
+    @property
+    def plan(self) -> topk.Plan:
+        """How all slots are sampled together."""
+        return self._programs.backend.plan
 
     @property
     def module(self) -> "transformer.Transformer":

@@ -25,6 +25,9 @@ _CHUNK = 32
 
 _Result = TypeVar("_Result")
 
+# Function of the logits [V], the context [W] and its length; returns logits [V].
+Rule = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
 
 class Plan(NamedTuple):
     """Numbers of candidates that a program provides. The results are the same for every plan that has enough.
@@ -35,12 +38,14 @@ class Plan(NamedTuple):
         chunked: Whether the largest chunks are found before their elements are sorted.
         skips_sort: Whether rows that keep the whole vocabulary are drawn without sorting it.
         bans_repeats: Whether a row may ban repeated n-grams.
+        rule: The caller's own function of the logits; see ``api.Run.generate``.
     """
 
     buckets: tuple[int, ...]
     chunked: bool
     skips_sort: bool = False
     bans_repeats: bool = True
+    rule: Rule | None = None
 
     @property
     def smallest(self) -> "Plan":

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hipgpt_jax.generation import decoding, requests, sampling, scheduler
+from hipgpt_jax.generation import decoding, requests, sampling, scheduler, topk
 from hipgpt_jax.records import forced, record, replay, rounding
 from hipgpt_jax.text import tokenizer
 
@@ -279,7 +279,7 @@ class Judge:
         start = replay.window_start(len(recorded.prompt_ids), length, window, stride)
         logits_V = self._logits(ids[start : start + self._scheduler.window])[length - start - 1]
         state = decoding.states_at(request, recorded.ids, [start], index, W=self._scheduler.window, V=len(logits_V))
-        bias_V, noise_V = _bias_and_noise(state)
+        bias_V, noise_V = _bias_and_noise(self._scheduler.plan.rule, state, logits_V[None])
         return rounding.Draw(
             logits_V,
             np.asarray(bias_V),
@@ -310,13 +310,15 @@ class Judge:
         return sequence
 
 
-@jax.jit
-def _bias_and_noise(state: decoding.DecodeState) -> tuple[jax.Array, jax.Array]:
-    """Returns the bias and the noise of each token, which the draw adds to its logit."""
-    V = state.counts_BV.shape[1]
-    restricted_BV = decoding.restrict(state, jax.numpy.zeros((1, V), jax.numpy.float32), None)
-    id_1V = jax.numpy.arange(V)[None]
-    return restricted_BV[0], sampling.noise(state.key_B2, state.num_sampled_B, id_1V)[0]
+@functools.partial(jax.jit, static_argnums=0)
+def _bias_and_noise(
+    rule: topk.Rule | None, state: decoding.DecodeState, logits_BV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what is added to the logit of each token before the penalties, and the noise of each."""
+    V = logits_BV.shape[1]
+    plan = topk.plan_for(V, "cpu")._replace(rule=rule)
+    bias_BV = decoding.restrict(state, logits_BV, plan) - logits_BV
+    return bias_BV[0], sampling.noise(state.key_B2, state.num_sampled_B, jax.numpy.arange(V)[None])[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

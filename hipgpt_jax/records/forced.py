@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, logprobs, requests, sampling, scheduler
+from hipgpt_jax.generation import decoding, logprobs, requests, sampling, scheduler, topk
 from hipgpt_jax.records import replay
 
 _ROWS = 64  # tokens that are drawn by one program
@@ -42,6 +42,7 @@ class Drawer:
             stride: Tokens by which a full window slides.
         """
         self._module, self._params = generator.module, generator.params
+        self._plan = topk.plan_for(generator.model.vocab_size, "cpu")._replace(rule=generator.plan.rule)
         self._V, self._W, self._stride = generator.model.vocab_size, generator.window, stride
 
     def draw(self, request: requests.Request, ids: Sequence[int]) -> Draws:
@@ -89,7 +90,7 @@ class Drawer:
                 lambda x: np.pad(x, [(0, _ROWS - len(x)), *[(0, 0)] * (x.ndim - 1)], "edge"), arguments
             )
             size = len(given)
-            parts.append(jax.tree.map(functools.partial(_head, size), function(*padded)))
+            parts.append(jax.tree.map(functools.partial(_head, size), function(self._plan, *padded)))
         return jax.tree.map(lambda *several: np.concatenate(several), *parts)
 
     def _start(self, request: requests.Request, length: int) -> int:
@@ -145,17 +146,19 @@ def _head(size: int, x: jax.Array) -> np.ndarray:
     return np.asarray(x)[:size]
 
 
-@jax.jit
-def _draw(state: decoding.DecodeState, logits_BV: jax.Array, given_B: jax.Array) -> Draws:
-    _, output = decoding.sample_next(state, logits_BV)
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(plan: topk.Plan, state: decoding.DecodeState, logits_BV: jax.Array, given_B: jax.Array) -> Draws:
+    _, output = decoding.sample_next(state, logits_BV, plan)
     shifted_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
     logprob_BV = shifted_BV - jnp.log(jnp.exp(shifted_BV).sum(axis=-1, keepdims=True))
     logprob_B = jnp.minimum(jnp.take_along_axis(logprob_BV, given_B[:, None], axis=-1)[:, 0], 0)
     return Draws(output.token_B, output.stats, logprob_B)
 
 
-@jax.jit
-def _sampled_logprob(state: decoding.DecodeState, logits_BV: jax.Array, given_B: jax.Array) -> jax.Array:
-    _, output = decoding.sample_next(state, logits_BV)
-    adjusted_BV = sampling.adjust(decoding.restrict(state, logits_BV, None), state.counts_BV, state.params)
+@functools.partial(jax.jit, static_argnums=0)
+def _sampled_logprob(
+    plan: topk.Plan, state: decoding.DecodeState, logits_BV: jax.Array, given_B: jax.Array
+) -> jax.Array:
+    _, output = decoding.sample_next(state, logits_BV, plan)
+    adjusted_BV = sampling.adjust(decoding.restrict(state, logits_BV, plan), state.counts_BV, state.params)
     return sampling.sampled_logprob(adjusted_BV, state.params, output.stats.kept_B, given_B)

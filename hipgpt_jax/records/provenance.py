@@ -2,13 +2,17 @@
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import subprocess
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hipgpt_jax import config, numerics, version
 
@@ -73,6 +77,23 @@ def versions(plugin: str | None) -> Versions:
         plugin=plugin,
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "tokenizers")},
     )
+
+
+def describe_rule(rule: Callable[..., Any]) -> str:
+    """Returns the qualified name of a rule and the SHA-256 of its source, for records.
+
+    Raises:
+        TypeError: It is not a function.
+        ValueError: Its source cannot be read.
+    """
+    if not inspect.isfunction(rule):
+        raise TypeError(f"rule must be a function of the logits, the context and its length: got {rule!r}")
+    try:
+        source = inspect.getsource(rule)
+    except OSError as error:
+        raise ValueError(f"rule must be defined in a file, so that its source can be recorded: {error}") from error
+    digest = hashlib.sha256(textwrap.dedent(source).encode()).hexdigest()
+    return f"{rule.__module__}.{rule.__qualname__} sha256:{digest}"
 
 
 def arguments(program: str, argv: Sequence[str]) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ class Recorder:
             leads=_shortest(one.lead for one in sequence.stats),
             cuts=_shortest(one.cut for one in sequence.stats),
             top_logprobs=self._top_logprobs(sequence),
-            settings=self._settings(request.generation, request.sampling),
+            settings=self._settings(request.generation, request.sampling, request.rule),
             run=self._run,
             numerics=self._numerics,
             versions=self._versions,
@@ -98,7 +98,7 @@ class Recorder:
 
     def shared_fingerprint(self) -> writer.Fingerprint:
         """Returns ``writer.shared_fingerprint`` of the records."""
-        settings = self._settings(config.GenerationConfig(), config.SamplingConfig())
+        settings = self._settings(config.GenerationConfig(), config.SamplingConfig(), None)
         return writer.shared_fingerprint(settings, self._run, self._numerics)
 
     @property
@@ -109,8 +109,10 @@ class Recorder:
     def _versions(self) -> provenance.Versions:
         return provenance.versions(None if self._numerics.platform == "cpu" else ", ".join(devices.plugins()))
 
-    def _settings(self, generation: config.GenerationConfig, sampling: config.SamplingConfig) -> record.Settings:
-        return record.Settings.of(self._files.decoding, generation, sampling, self._files.window)
+    def _settings(
+        self, generation: config.GenerationConfig, sampling: config.SamplingConfig, rule: str | None
+    ) -> record.Settings:
+        return record.Settings.of(self._files.decoding, generation, sampling, self._files.window, rule)
 
     def _top_logprobs(self, sequence: requests.Sequence) -> tuple[tuple[tuple[int, float, str], ...], ...] | None:
         count = sequence.request.generation.top_logprobs

@@ -45,6 +45,7 @@ def request(recorded: record.Record) -> requests.Request:
         sample=recorded.sample,
         generation=dataclasses.replace(generation, seed=recorded.seed),
         sampling=sampling,
+        rule=recorded.settings.rule,
     )
 
 
