@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipgpt_jax import files
+from hipgpt_jax import files, json_files
 from hipgpt_jax.text import corpus, dataset, manifest
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
@@ -35,7 +35,7 @@ def write_ids(directory: Path, train: int, validation: int) -> dataset.Dataset:
         validation_tokens=validation,
         scored_bytes=0,
     )
-    files.write_json(directory / "data.json", dataclasses.asdict(data))
+    json_files.write(directory / "data.json", dataclasses.asdict(data))
     return dataset.Dataset(directory)
 
 
@@ -129,7 +129,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 def test_an_invalid_manifest_is_named(tmp_path: Path, key: str, value: Any) -> None:
     write_ids(tmp_path, train=9, validation=2)
     path = tmp_path / "data.json"
-    files.write_json(path, files.read_json(path) | {key: value})
+    json_files.write(path, json_files.read(path) | {key: value})
     with pytest.raises(ValueError, match=r"data\.json"):
         dataset.Dataset(tmp_path)
 
@@ -137,9 +137,9 @@ def test_an_invalid_manifest_is_named(tmp_path: Path, key: str, value: Any) -> N
 def test_a_manifest_needs_every_field(tmp_path: Path) -> None:
     write_ids(tmp_path, train=9, validation=2)
     path = tmp_path / "data.json"
-    value = files.read_json(path)
+    value = json_files.read(path)
     for field in dataclasses.fields(manifest.Manifest):
-        files.write_json(path, {name: part for name, part in value.items() if name != field.name})
+        json_files.write(path, {name: part for name, part in value.items() if name != field.name})
         with pytest.raises(
             ValueError,
             match=rf"{re.escape(str(path))} is not a valid data manifest: data manifest has no '{field.name}'",
@@ -164,6 +164,6 @@ def test_a_flipped_bit_of_the_ids_is_found(tmp_path: Path) -> None:
 def test_an_id_beyond_the_vocabulary_is_refused_despite_a_correct_digest(tmp_path: Path) -> None:
     write_ids(tmp_path, train=900, validation=100)
     path = tmp_path / "data.json"
-    files.write_json(path, files.read_json(path) | {"vocab_size": 999})
+    json_files.write(path, json_files.read(path) | {"vocab_size": 999})
     with pytest.raises(ValueError, match=r"tokens.bin has the id 999, beyond the vocabulary of 999"):
         dataset.Dataset(tmp_path)

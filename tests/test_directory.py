@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, files, json_files
 from hipgpt_jax.runs import directory, weights
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
@@ -93,7 +93,7 @@ def test_own_runs_come_before_those_in_the_package(run: Path, roots: tuple[Path,
     checkpoints, shipped = roots
     for name in ("tiny", "shakespeare"):
         (shipped / name).mkdir()
-        files.write_json(shipped / name / "latest_config.json", {})
+        json_files.write(shipped / name / "latest_config.json", {})
     assert directory.names() == ["shakespeare", "tiny"]
     assert directory.find("tiny") == checkpoints / "tiny"
     assert directory.find("shakespeare") == shipped / "shakespeare"
@@ -103,7 +103,7 @@ def test_a_run_without_a_checkpoint_says_so_and_hides_its_namesake(run: Path, ro
     """Else the one who trains a run of their own would generate from another's."""
     checkpoints, shipped = roots
     (shipped / "begun").mkdir()
-    files.write_json(shipped / "begun" / "latest_config.json", {})
+    json_files.write(shipped / "begun" / "latest_config.json", {})
     assert directory.find("begun") == shipped / "begun"
     (checkpoints / "begun").mkdir()
     (run / "latest_config.json").unlink()
@@ -221,7 +221,7 @@ OTHER_KINDS: dict[type, Any] = {
 @given(data=st.data(), place=st.sampled_from(sorted(REQUIRED)))
 def test_a_config_with_a_key_lost_or_altered_is_named(made: Path, data: st.DataObject, place: tuple[str, str]) -> None:
     section, key = place
-    value = files.read_json(made / "latest_config.json")
+    value = json_files.read(made / "latest_config.json")
     if data.draw(st.booleans(), "lost"):
         del value[section][key]
     else:
@@ -235,7 +235,7 @@ def test_a_config_with_a_key_lost_or_altered_is_named(made: Path, data: st.DataO
     other=st.none() | st.text() | _INTEGERS | st.just([]),
 )
 def test_a_config_without_a_section_is_named(made: Path, section: str, other: Any) -> None:
-    value = files.read_json(made / "latest_config.json")
+    value = json_files.read(made / "latest_config.json")
     _assert_names(made, {name: part for name, part in value.items() if name != section}, section)
     _assert_names(made, value | {section: other}, section)
 
@@ -254,9 +254,9 @@ def _assert_names(made: Path, value: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(config.ModelConfig)])
 def test_a_config_of_an_impossible_model_is_named(run: Path, field: str) -> None:
     path = run / "latest_config.json"
-    value = files.read_json(path)
+    value = json_files.read(path)
     value["model"][field] = 0
-    files.write_json(path, value)
+    json_files.write(path, value)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {field} must be an integer of at least 1"):
         directory.read_checkpoint("tiny")
 
@@ -265,9 +265,9 @@ def test_a_config_of_an_impossible_model_is_named(run: Path, field: str) -> None
 @pytest.mark.parametrize("name", ["../other.bin", "/etc/passwd", "a/b", "a/", "./a", ".", "..", ""])
 def test_a_config_names_files_beside_it(run: Path, place: tuple[str, str], name: str) -> None:
     path = run / "latest_config.json"
-    value = copy.deepcopy(files.read_json(path))
+    value = copy.deepcopy(json_files.read(path))
     value[place[0]][place[1]] = name
-    files.write_json(path, value)
+    json_files.write(path, value)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} must name files in its own directory: got {name!r}"):
         directory.read_checkpoint("tiny")
 

@@ -1,40 +1,20 @@
 """Files are whole or absent, whatever happens while they are written."""
 
-import contextlib
 import errno
 import hashlib
-import json
 import os
-import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
-import fastjsonschema
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hipgpt_jax import files
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
-
-LARGEST = 10**30 - 1  # the longest numbers that are read
-KEYS = st.text(max_size=5)
-JSON = st.dictionaries(
-    KEYS,
-    st.recursive(
-        st.none()
-        | st.booleans()
-        | st.integers(-LARGEST, LARGEST)
-        | st.floats(allow_nan=False, allow_infinity=False)
-        | st.text(),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
-        max_leaves=8,
-    ),
-    max_size=4,
-)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +54,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_text("old")
     program = f"""
 import os, pathlib
-from hipgpt_jax import files
+from hipgpt_jax import files, json_files
 with files.replacing(pathlib.Path({str(path)!r})) as temporary:
     temporary.write_text("half of the n")
     os._exit(9)
@@ -98,53 +78,6 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(files.os, "fsync", record)
     files.write_text(path, "new")
     assert flushed == [(path.stat().st_ino, "old"), (tmp_path.stat().st_ino, "new")]
-
-
-@settings(SETTINGS, max_examples=25)  # each flushes to disk twice
-@given(value=JSON)
-@example(value={"": -LARGEST})
-def test_json_round_trips(scratch: Path, value: dict[str, object]) -> None:
-    files.write_json(scratch, value)
-    assert files.read_json(scratch) == value
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (b"", "is not JSON"),
-        (b'{"a": 1', "is not JSON"),
-        (b'{"a": 1} {"b": 2}', "is not JSON"),
-        (b"\xef\xbb\xbf{}", "is not JSON"),
-        (b'{"a": "\xff"}', "is not UTF-8"),
-        (b"\x80\x04\x95", "is not UTF-8"),
-        (b"[1, 2]", "must be a JSON object: got list"),
-        (b"null", "must be a JSON object: got NoneType"),
-        (b'"model"', "must be a JSON object: got str"),
-        pytest.param(b'{"a":' + b"9" * 5000 + b"}", "is not JSON", id="digits"),
-        pytest.param(b'{"a":' * 100_000, "is not JSON", id="depth"),
-        (b'{"a": 1e400}', "is not JSON: the number 1e400 is too large for float64"),
-        (b'{"a": NaN}', "is not JSON: NaN is not a JSON number"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "is not JSON: key 'c' appears twice"),
-    ],
-)
-def test_an_invalid_json_object_is_an_error_with_its_path(tmp_path: Path, content: bytes, text: str) -> None:
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(f"{path} {text}")):
-        files.read_json(path)
-
-
-@SETTINGS
-@given(content=st.binary())
-def test_foreign_bytes_are_an_object_or_a_value_error(scratch: Path, content: bytes) -> None:
-    scratch.write_bytes(content)
-    with contextlib.suppress(ValueError):
-        assert isinstance(files.read_json(scratch), dict)
-
-
-def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "nosuch.json"))):
-        files.read_json(tmp_path / "nosuch.json")
 
 
 def test_a_link_is_relative_so_a_moved_directory_still_opens(tmp_path: Path) -> None:
@@ -200,13 +133,6 @@ def test_sha256_is_the_digest_of_the_content(scratch: Path, content: bytes) -> N
     assert files.sha256(scratch) == hashlib.sha256(content).hexdigest()
 
 
-def test_a_schema_does_not_accept_a_float_as_integer() -> None:
-    is_integer = fastjsonschema.compile({"type": "integer"})
-    assert is_integer(files.parse_json("3")) == 3
-    with pytest.raises(fastjsonschema.JsonSchemaValueException):
-        is_integer(files.parse_json("3.0"))
-
-
 def test_an_output_may_be_a_pipe_named_by_a_descriptor() -> None:
     reading, writing = os.pipe()
     with files.writing(Path(f"/dev/fd/{writing}")) as file:
@@ -259,34 +185,3 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None
         files.write_text(tmp_path / name, name)
         assert (tmp_path / name).read_text() == name
     assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_lines_are_read_with_their_numbers_and_only_a_torn_one_is_marked(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    for end, last in ((b"", []), (b'{"b":2}', [(4, False)]), (b'{"b":', [(4, True)]), (b"x\n", [(4, False)])):
-        path.write_bytes(b'{"a":1}\n\n \t\r\n' + end)
-        assert [(line.number, line.is_torn) for line in files.read_jsonl(path)] == [(1, False), *last]
-    path.write_bytes(b"1" * 100)
-    with pytest.raises(ValueError, match=r"a\.jsonl line 1 is longer than 0 MiB"):
-        list(files.read_jsonl(path, 99))
-    with pytest.raises(FileNotFoundError):
-        list(files.read_jsonl(tmp_path / "none"))
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"n": 1.0}, r"^a\.json is not a valid thing: thing\.n must be integer$"),
-        ({}, "thing has no 'n'$"),
-        ({"n": 1, "x" * 10**5: 2}, r"thing has an unknown field 'x+\.\.\.x+'$"),
-        ([], "thing must be object$"),
-    ],
-)
-def test_a_violation_of_a_schema_is_named_by_its_field(value: object, message: str) -> None:
-    schema = files.Schema(
-        "thing",
-        {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}, "additionalProperties": False},
-    )
-    schema.check({"n": 1}, "a.json")
-    with pytest.raises(ValueError, match=message):
-        schema.check(files.parse_json(json.dumps(value)), "a.json")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, json_files
 from hipgpt_jax.records import planning
 from hipgpt_jax.runs import directory, weights
 from hipgpt_jax.text import corpus, dataset, documents, preparation, prompts, tokenizer
@@ -250,7 +250,7 @@ def test_weights(tmp_path: Path) -> None:
 
 def test_run_configs(tmp_path: Path) -> None:
     shipped = directory.SHIPPED / "shakespeare"
-    good = files.read_json(shipped / directory.LATEST_CONFIG)
+    good = json_files.read(shipped / directory.LATEST_CONFIG)
 
     def read() -> None:
         found = directory.read_checkpoint("run", None, tmp_path)

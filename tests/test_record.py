@@ -16,7 +16,7 @@ import pytest
 import records
 from hypothesis import strategies as st
 
-from hipgpt_jax import files
+from hipgpt_jax import json_files
 from hipgpt_jax.records import provenance, record, writer
 from hipgpt_jax.report import page
 
@@ -93,7 +93,7 @@ def test_read_refuses_directories_pipes_and_endless_lines(tmp_path: Path, monkey
     path = tmp_path / "a.jsonl"
     path.write_text(records.make_record().to_json() + "\n")
     size = path.stat().st_size
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", size - 1)
+    monkeypatch.setattr(json_files, "MAX_LINE_BYTES", size - 1)
     for read in (lambda: list(record.read(path)), lambda: writer.RecordFile(path)):
         with pytest.raises(ValueError, match=r"a\.jsonl line 1 is longer than 0 MiB"):
             read()

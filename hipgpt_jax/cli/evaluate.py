@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import absl.flags
 import numpy as np
 
-from hipgpt_jax import api, config, files
+from hipgpt_jax import api, config, files, json_files
 from hipgpt_jax.cli import flags, output, program
 from hipgpt_jax.records import planning, provenance
 from hipgpt_jax.runs import directory, loading
@@ -172,7 +172,7 @@ def _is_ours(path: Path) -> bool:
     """Returns whether the first line of a file is one that ``_line`` made."""
     with path.open("rb") as file:
         try:
-            line = files.parse_json(file.readline(_MAX_LINE))
+            line = json_files.parse(file.readline(_MAX_LINE))
         except ValueError:
             return False
     return isinstance(line, dict) and line.keys() >= {"id", "text", "ids", "tokens", "logprobs", "ranks", "stride"}

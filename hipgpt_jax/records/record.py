@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, json_files
 from hipgpt_jax.records import provenance
 
 SCHEMA = 2
@@ -278,7 +278,7 @@ def read(path: Path) -> Iterator[Record]:
             yield parse(line.text, f"{path} line {line.number}")
 
 
-def lines(path: Path) -> Iterator[files.JsonLine]:
+def lines(path: Path) -> Iterator[json_files.Line]:
     """Yields the lines of a record file.
 
     Raises:
@@ -291,7 +291,7 @@ def lines(path: Path) -> Iterator[files.JsonLine]:
         raise ValueError(f"{path} is a directory: give a record file in it")
     if not path.is_file():
         raise ValueError(f"{path} is a pipe or a device, and records are read more than once: write them to a file")
-    yield from files.read_jsonl(path)
+    yield from json_files.read_lines(path)
 
 
 def parse(line: bytes, source: str) -> Record:
@@ -325,7 +325,7 @@ def parse_header(line: bytes, source: str) -> Header:
 def _parse_object(line: bytes, source: str) -> dict[str, Any]:
     """Parses a line as the JSON object of a record of this schema and contract."""
     try:
-        value = files.parse_json(line.strip())
+        value = json_files.parse(line.strip())
     except ValueError as error:
         # The line number within the line is always 1 and would be confused with the one in the file.
         raise ValueError(f"{source} is not JSON: {str(error).replace(' line 1 ', ' ')}") from error
@@ -351,16 +351,16 @@ def _check_version(value: dict[str, Any], source: str) -> None:
 
 
 @functools.cache
-def _schema() -> files.Schema:
-    return files.Schema("record", json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+def _schema() -> json_files.Schema:
+    return json_files.Schema("record", json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
 
 
 @functools.cache
-def _header_schema() -> files.Schema:
+def _header_schema() -> json_files.Schema:
     """Returns the schema of a header: that of a record, without its other fields."""
     whole = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
     fields = {name: whole["properties"][name] for name in Header._fields}
-    return files.Schema("record", {"type": "object", "properties": fields, "required": list(fields)})
+    return json_files.Schema("record", {"type": "object", "properties": fields, "required": list(fields)})
 
 
 def _part(name: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, files, json_files
 from hipgpt_jax.records import record
 
 # The beginning of every record. Only a file that begins so is cut or replaced; any other is somebody else's.
@@ -267,7 +267,7 @@ class RecordFile:
         """Yields each line's name and record, drops a torn last line and adds a missing line feed."""
         is_ours = self._begins_with_record()
         line = None
-        for line in files.read_jsonl(self._target, None if is_ours else _MAX_FOREIGN_LINE):
+        for line in json_files.read_lines(self._target, None if is_ours else _MAX_FOREIGN_LINE):
             source = f"{self.path} line {line.number}"
             if line.is_torn:
                 if not is_ours or not line.text.startswith(_PREFIX[: len(line.text)]):

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hipgpt_jax import files
+from hipgpt_jax import json_files
 
 METRICS = ("loss", "perplexity", "accuracy", "learning_rate", "tokens_per_second")
 UNITS = ("byte", "token")
 
 _NATS_PER_BYTE = "validation_nats_per_byte"
 _KEYS = (*METRICS, "validation_loss", "validation_perplexity", "validation_accuracy", _NATS_PER_BYTE)
-_SCHEMA = files.Schema(
+_SCHEMA = json_files.Schema(
     "line of metrics",
     {
         "type": "object",
@@ -95,12 +95,12 @@ def read(path: Path, name: str) -> Run:
         raise FileNotFoundError(f"run {name!r} has no metrics: {path} not found")
     found: dict[str, dict[int, float]] = {}
     is_torn = False
-    for line in files.read_jsonl(path):
+    for line in json_files.read_lines(path):
         if is_torn := line.is_torn:
             break
         location = f"{path} line {line.number}"
         try:
-            value = files.parse_json(line.text)
+            value = json_files.parse(line.text)
         except ValueError as error:
             raise ValueError(f"{location} is not JSON: {error}") from error
         _SCHEMA.check(value, location)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hipgpt_jax import config, files, version
+from hipgpt_jax import config, files, json_files, version
 
 CHECKPOINTS = Path("checkpoints")
 SHIPPED = Path(__file__).parent / "shipped"
@@ -36,7 +36,7 @@ def _section(**properties: str) -> dict[str, Any]:
     return {"type": "object", "properties": types, "required": list(properties)}
 
 
-_SCHEMA = files.Schema(
+_SCHEMA = json_files.Schema(
     "config",
     {
         "type": "object",
@@ -254,7 +254,7 @@ def read_checkpoint(run: str, step: int | str | None = None, directory: Path | N
 
 
 def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
-    value = files.read_json(path)
+    value = json_files.read(path)
     _SCHEMA.check(value, str(path))
     require_known(path, value)
     try:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from hipgpt_jax import files
+from hipgpt_jax import files, json_files
 from hipgpt_jax.runs import directory
 
 DIGESTS_NAME = "sha256.json"
 DAMAGED_SUFFIX = ".damaged"
 
-_SCHEMA = files.Schema(
+_SCHEMA = json_files.Schema(
     "file of digests",
     {
         "type": "object",
@@ -55,7 +55,7 @@ def path_of(run_directory: Path, step: int) -> Path:
 def write_digests(state: Path) -> None:
     """Writes the digests of a complete state beside its files, in one atomic replacement."""
     digests = {name: files.sha256(state / name) for name in sorted(_files(state))}
-    files.write_json(state / DIGESTS_NAME, {"files": digests})
+    json_files.write(state / DIGESTS_NAME, {"files": digests})
 
 
 def verify(run_directory: Path, step: int) -> State:
@@ -153,7 +153,7 @@ def _raise(error: OSError) -> None:
 def _read_digests(state: Path) -> dict[str, str]:
     """Digest by relative path; empty if there is no valid file of digests."""
     try:
-        value = files.read_json(state / DIGESTS_NAME)
+        value = json_files.read(state / DIGESTS_NAME)
         _SCHEMA.check(value, DIGESTS_NAME)
     except (FileNotFoundError, ValueError):
         return {}

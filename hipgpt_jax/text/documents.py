@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
-from hipgpt_jax import files
+from hipgpt_jax import files, json_files
 from hipgpt_jax.text import compression
 
 MAX_LINE_BYTES = 1 << 26  # of JSON, whose objects take up to 25 times the memory of their text
@@ -150,7 +150,7 @@ def count_invalid(stream: BinaryIO, block_bytes: int) -> Iterator[tuple[bytes, i
 def _text_of(line: str, field: str) -> str:
     try:
         # Only the text matters: other fields of some datasets hold NaN, or integers too long for Python.
-        value = json.loads(line, object_pairs_hook=files.unique_keys, parse_int=float, parse_constant=float)
+        value = json.loads(line, object_pairs_hook=json_files.unique_keys, parse_int=float, parse_constant=float)
     except json.JSONDecodeError as error:
         hint = _JQ_HINT if line in ("{", "[", "[{") else ""
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}{hint}") from error

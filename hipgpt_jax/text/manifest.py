@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hipgpt_jax import files
+from hipgpt_jax import json_files
 from hipgpt_jax.text import corpus
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -39,7 +39,7 @@ _PROPERTIES: dict[str, Any] = {
     "validation_tokens": _COUNT,
     "scored_bytes": _COUNT,
 }
-_SCHEMA = files.Schema(
+_SCHEMA = json_files.Schema(
     "data manifest",
     {
         "type": "object",
@@ -101,7 +101,7 @@ class Manifest:
             FileNotFoundError: The file does not exist.
             ValueError: The file is not a manifest.
         """
-        value = files.read_json(path)
+        value = json_files.read(path)
         try:
             _SCHEMA.check(value, str(path))
         except ValueError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hipgpt_jax import files
+from hipgpt_jax import files, json_files
 from hipgpt_jax.text import corpus, dataset, documents, manifest, tokenizer
 
 # Learning keeps every distinct word, about 70 bytes each. In the worst case, a text of distinct words only, 64 MiB
@@ -87,7 +87,7 @@ def prepare(
         scored_bytes=validation.scored_bytes,
     )
     # Written last: a directory with a manifest is complete.
-    files.write_json(directory / manifest.MANIFEST_NAME, dataclasses.asdict(data))
+    json_files.write(directory / manifest.MANIFEST_NAME, dataclasses.asdict(data))
     return dataset.Dataset(directory, verify=False)
 
 

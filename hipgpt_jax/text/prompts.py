@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, files, json_files
 from hipgpt_jax.text import documents
 
 MAX_LINE_BYTES = 16 << 20  # tokenizing a prompt takes about 200 times its size in memory
@@ -181,7 +181,7 @@ class PromptFile:
     def _begins_with_object(self) -> bool:
         try:
             _, line = next(self._lines(), ("", ""))
-            value = files.parse_json(line)
+            value = json_files.parse(line)
         except ValueError:
             return False
         return isinstance(value, dict) and "prompt" in value
@@ -213,7 +213,7 @@ def _check_encoding(head: bytes, path: Path) -> None:
 def _parse(line: str, location: str) -> Prompt:
     """Reads a JSON line."""
     try:
-        value = files.parse_json(line)
+        value = json_files.parse(line)
     except ValueError as error:
         reason = str(error).replace(" at line 1 column ", " at column ")  # confusing beside the line of the file
         raise ValueError(f"not JSON: {reason}. Each line must be one whole JSON object") from error

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from hipgpt_jax import config, files
+from hipgpt_jax import config, files, json_files
 from hipgpt_jax.text import lossless
 
 MIN_VOCAB_SIZE = 256
@@ -77,7 +77,7 @@ class Tokenizer:
         """
         require_file(path)
         try:
-            value = lossless.validated(files.parse_json(path.read_text(encoding="utf-8")))
+            value = lossless.validated(json_files.parse(path.read_text(encoding="utf-8")))
             vocabulary = cls(_build(value))
         except lossless.LossError as error:
             raise ValueError(f"{path} does not keep text as it is: {error}") from error

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 import safetensors
 
-from hipgpt_jax import config, files, training_config, version
+from hipgpt_jax import config, files, json_files, training_config, version
 from hipgpt_jax.runs import directory, states, weights
 from hipgpt_jax.text import manifest
 from hipgpt_jax.training import mesh, train_step
@@ -56,7 +56,7 @@ class CheckpointWriter:
         run = self.directory.name
         weights_path = self.directory / directory.weights_name(run, step)
         weights.write(weights_path, params, self.model, self.weights_dtype)
-        files.write_json(self.directory / directory.config_name(run, step), self._describe(step, weights_path))
+        json_files.write(self.directory / directory.config_name(run, step), self._describe(step, weights_path))
         if best:
             self._link(step, _BEST)
         self._prune(step)

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hipgpt_jax import files
+from hipgpt_jax import files, json_files
 from hipgpt_jax.evaluation import score
 
 _VALIDATION = "validation_loss"
-_SCHEMA = files.Schema(
+_SCHEMA = json_files.Schema(
     "line of metrics",
     {
         "type": "object",
@@ -112,12 +112,12 @@ def _validation_losses(path: Path, last_step: int) -> dict[int, float]:
 def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Returns the text and the object of each line, without a last line that a kill tore."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for line in files.read_jsonl(path):
+    for line in json_files.read_lines(path):
         if line.is_torn:
             break
         source = f"{path} line {line.number}"
         try:
-            value = files.parse_json(line.text)
+            value = json_files.parse(line.text)
         except ValueError as error:
             raise ValueError(f"{source} is not JSON: {error}. Restore the line or delete it") from error
         _SCHEMA.check(value, source)

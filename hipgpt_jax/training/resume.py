@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hipgpt_jax import config, files, numerics, training_config
+from hipgpt_jax import config, files, json_files, numerics, training_config
 from hipgpt_jax.runs import directory
 from hipgpt_jax.training import checkpoint, optimizer
 
@@ -34,13 +34,13 @@ _SECTIONS = {
     "numerics": {"type": "object"},
     "extended": {"type": "array", "items": _object_of(list(_EXTENSION), _EXTENSION)},
 }
-_SCHEMA = files.Schema("settings file", _object_of(list(_SECTIONS), _SECTIONS))
+_SCHEMA = json_files.Schema("settings file", _object_of(list(_SECTIONS), _SECTIONS))
 
 
 def write_settings(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
     """Writes the settings of a new run, and the hardware and software that the last bits of its weights depend on."""
     value = {**_sections(model, train), "numerics": _numerics(), "extended": []}
-    files.write_json(run_directory / directory.SETTINGS_NAME, value)
+    json_files.write(run_directory / directory.SETTINGS_NAME, value)
 
 
 def check_settings(
@@ -120,7 +120,7 @@ def extend(run_directory: Path, train: training_config.TrainConfig, step: int) -
     if steps != train.steps:
         saved["extended"].append({"at": step, "from": steps, "to": train.steps})
     saved["training"]["steps"] = train.steps
-    files.write_json(run_directory / directory.SETTINGS_NAME, saved)
+    json_files.write(run_directory / directory.SETTINGS_NAME, saved)
 
 
 def _sections(model: config.ModelConfig, train: training_config.TrainConfig) -> dict[str, dict[str, Any]]:
@@ -133,7 +133,7 @@ def _read(run_directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"run {run_directory.name!r} has no {path.name}: its settings are unknown. Start again with --reset"
         )
-    value = files.read_json(path)
+    value = json_files.read(path)
     _SCHEMA.check(value, str(path))
     directory.require_known(path, value)
     return value

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from benchmarks import generate, table
-from hipgpt_jax import api, config, devices, files
+from hipgpt_jax import api, config, devices, files, json_files
 from hipgpt_jax.records import provenance, writer
 from hipgpt_jax.runs import directory as runs
 from hipgpt_jax.runs import loading
@@ -56,7 +56,7 @@ def write_run(model: config.ModelConfig, directory: Path) -> None:
     generate.random_params(model, directory)
     files.write_text(directory / "tokenizer.json", vocabulary.to_json())
     weights, words_file = directory / "model.safetensors", directory / "tokenizer.json"
-    files.write_json(
+    json_files.write(
         directory / runs.LATEST_CONFIG,
         {
             "model": dataclasses.asdict(model),
