@@ -42,7 +42,8 @@ def parse(text: str | bytes) -> Any:
     try:
         return _DECODER.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from error
+        line = "" if error.lineno == 1 else f"line {error.lineno} "  # confusing beside the number of a line of a file
+        raise ValueError(f"{error.msg} at {line}column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -180,6 +181,25 @@ class Schema:
             self._validate(value)
         except fastjsonschema.JsonSchemaValueException as error:
             raise ValueError(f"{source} is not a valid {self._kind}: {self._violation(error)}") from error
+
+    def parse(self, text: bytes, source: str) -> dict[str, Any]:
+        """Parses and checks a line of a JSON Lines file.
+
+        Raises:
+            ValueError: The text is not JSON or violates the schema. The message begins with ``source``.
+        """
+        try:
+            value = parse(text.strip())
+        except ValueError as error:
+            raise ValueError(f"{source} is not JSON: {error}") from error
+        self.check(value, source)
+        return value
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Reads and checks a JSON object; raises the errors of ``read`` and ``check``."""
+        value = read(path)
+        self.check(value, str(path))
+        return value
 
     def _violation(self, error: Any) -> str:
         """Describes a violation by the path of the field, without its value, which may be long."""

@@ -327,8 +327,7 @@ def _parse_object(line: bytes, source: str) -> dict[str, Any]:
     try:
         value = json_files.parse(line.strip())
     except ValueError as error:
-        # The line number within the line is always 1 and would be confused with the one in the file.
-        raise ValueError(f"{source} is not JSON: {str(error).replace(' line 1 ', ' ')}") from error
+        raise ValueError(f"{source} is not JSON: {error}") from error
     if not isinstance(value, dict) or type(value.get("schema")) is not int:
         raise ValueError(f"{source} is not a record: it has no schema number")
     _check_version(value, source)

@@ -99,11 +99,7 @@ def read(path: Path, name: str) -> Run:
         if is_torn := line.is_torn:
             break
         location = f"{path} line {line.number}"
-        try:
-            value = json_files.parse(line.text)
-        except ValueError as error:
-            raise ValueError(f"{location} is not JSON: {error}") from error
-        _SCHEMA.check(value, location)
+        value = _SCHEMA.parse(line.text, location)
         for key in value.keys() & set(_KEYS):
             curve = found.setdefault(key, {})
             if curve and value["step"] <= (last := next(reversed(curve))):

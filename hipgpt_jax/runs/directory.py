@@ -254,8 +254,7 @@ def read_checkpoint(run: str, step: int | str | None = None, directory: Path | N
 
 
 def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
-    value = json_files.read(path)
-    _SCHEMA.check(value, str(path))
+    value = _SCHEMA.read(path)
     require_known(path, value)
     try:
         model = config.ModelConfig(**value["model"])

@@ -153,11 +153,9 @@ def _raise(error: OSError) -> None:
 def _read_digests(state: Path) -> dict[str, str]:
     """Digest by relative path; empty if there is no valid file of digests."""
     try:
-        value = json_files.read(state / DIGESTS_NAME)
-        _SCHEMA.check(value, DIGESTS_NAME)
+        return _SCHEMA.read(state / DIGESTS_NAME)["files"]
     except (FileNotFoundError, ValueError):
         return {}
-    return value["files"]
 
 
 def _fault(state: Path) -> str | None:

@@ -215,8 +215,7 @@ def _parse(line: str, location: str) -> Prompt:
     try:
         value = json_files.parse(line)
     except ValueError as error:
-        reason = str(error).replace(" at line 1 column ", " at column ")  # confusing beside the line of the file
-        raise ValueError(f"not JSON: {reason}. Each line must be one whole JSON object") from error
+        raise ValueError(f"not JSON: {error}. Each line must be one whole JSON object") from error
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise ValueError(f"must be a JSON object with a prompt: got {kind}. Each line must be one whole JSON object")

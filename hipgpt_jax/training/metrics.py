@@ -115,11 +115,9 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for line in json_files.read_lines(path):
         if line.is_torn:
             break
-        source = f"{path} line {line.number}"
         try:
-            value = json_files.parse(line.text)
+            value = _SCHEMA.parse(line.text, f"{path} line {line.number}")
         except ValueError as error:
-            raise ValueError(f"{source} is not JSON: {error}. Restore the line or delete it") from error
-        _SCHEMA.check(value, source)
+            raise ValueError(f"{error}. Restore the line or delete it") from error
         found.append((line.text.decode().strip(), value))
     return found

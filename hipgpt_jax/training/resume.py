@@ -133,8 +133,7 @@ def _read(run_directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"run {run_directory.name!r} has no {path.name}: its settings are unknown. Start again with --reset"
         )
-    value = json_files.read(path)
-    _SCHEMA.check(value, str(path))
+    value = _SCHEMA.read(path)
     directory.require_known(path, value)
     return value
 
