@@ -279,7 +279,7 @@ def inspect(
 def test_the_program_writes_the_page(inspect: Callable[..., programs.Result]) -> None:
     result = inspect("a.jsonl", "--html", "a.html", "--title", "My <samples>")
     assert (result.code, result.out) == (0, "")
-    assert re.fullmatch(r"a\.html: 3 samples of 1 prompt, \d\.\d MB\n", result.err)
+    assert re.fullmatch(r"a\.html: 3 samples of 1 prompt, \d\d kB\n", result.err)
     assert "<title>My &lt;samples&gt;</title>" in Path("a.html").read_text()
     torn = inspect("--records", "torn.jsonl", "--html", "a.html")
     assert "torn.jsonl: skipped an incomplete last line" in torn.err

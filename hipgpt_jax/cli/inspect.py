@@ -54,7 +54,9 @@ def _inspect() -> None:
             size += len(piece)
             file.write(piece)
     contents = f"{page.count(document.samples, 'sample')} of {page.count(document.prompts, 'prompt')}"
-    program.note(f"{target}: {contents}, {size / 1e6:.1f} MB")
+    program.note(
+        f"{target}: {contents}, {size / 1e6:.1f} MB" if size >= 1e6 else f"{target}: {contents}, {size // 1000} kB"
+    )
 
 
 if __name__ == "__main__":

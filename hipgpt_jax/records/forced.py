@@ -18,7 +18,7 @@ _TOKENS = 2048  # tokens of the contexts that one program computes, unless one c
 
 
 class Draws(NamedTuple):
-    """The draws of a text, NumPy arrays ``[T]`` with one element per token.
+    """The draws of a text, arrays ``[T]`` with one element per token.
 
     Attributes:
         token_T: Ids that the settings and the seed lead to after the text before them.
@@ -26,9 +26,9 @@ class Draws(NamedTuple):
         logprob_T: Log-probability of the text's own ids in the model's distribution.
     """
 
-    token_T: np.ndarray
+    token_T: jax.Array
     stats: logprobs.TokenStats
-    logprob_T: np.ndarray
+    logprob_T: jax.Array
 
 
 class Drawer:
