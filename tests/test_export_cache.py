@@ -24,10 +24,10 @@ import pytest
 from hipgpt_jax import compilation, config, disk_cache
 from hipgpt_jax.generation import executables, export_cache, sampling, scheduler
 
-OURS = {f"jit({name})" for name in ("sample_key", "prefill", "insert", "decode", "slide", "slide_slot", "merge")}
+OURS = {f"jit({name})" for name in ("prefill", "insert", "decode", "slide", "slide_slot", "merge")}
 
 
-PARAMS = sampling.sampling_params([config.SamplingConfig()])
+PARAMS = sampling.sampling_params([config.SamplingConfig()], 8)
 
 
 def cache_in(directory: Path, messages: list[str] | None = None) -> disk_cache.DiskCache:
@@ -197,7 +197,7 @@ def test_a_program_of_another_name_or_signature_is_refused(place: Path, messages
     assert "it is the program 'halve'" in messages[0]
     assert path.read_bytes() == whole
     shapes = jax.tree.map(
-        export_cache._shape, sampling.sampling_params([config.SamplingConfig()] * 2)
+        export_cache._shape, sampling.sampling_params([config.SamplingConfig()] * 2, 8)
     )  # an argument of two slots
     exports.put(path.name, bytes(jax.export.export(jax.jit(double))(shapes).serialize()))
     assert doubled() == 2

@@ -38,7 +38,7 @@ def generate(*flags: str, cwd: Path, cache: Path | None = None) -> list[dict[str
 
 @pytest.mark.parametrize("width", ["1", "16"])
 def test_records_of_the_cpu_are_replayed_but_for_rounding(gpu: devices.Device, width: str, tmp_path: Path) -> None:
-    """Wherever a token differs, the margins on record say that rounding suffices to change it."""
+    """Wherever a token differs, rounding suffices to change it."""
     generate("--device", "cpu", "--batch_size", width, cwd=tmp_path)
     done = programs.spawn("replay", "made.jsonl", cwd=tmp_path, platforms="")
     assert f"platform: cpu in the record, {gpu.platform} now" in done.out, done.err

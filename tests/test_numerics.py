@@ -30,8 +30,8 @@ with train_step.fixed_random_bits():
     adam = optimizer.make(training_config.TrainConfig())
     state = jax.jit(lambda key: train_step.init_state(transformer.Transformer(model), adam, key))(key)
     mask = attention.drop(jnp.ones((5, 7)), 0.5, key)
-words = sampling.seed_words(5, (1, 2), 3)
-print(jax.random.key_data(sampling.sample_key(words)).tolist(), float(sampling.uniform(sampling.sample_key(words), 4)))
+key_2 = sampling.sample_key(5, (1, 2), 3)
+print(key_2.tolist(), sampling.noise(key_2[None], jnp.array([4]), jnp.array([[0, 9]])).tolist())
 print([x.sum().item() for x in jax.tree.leaves(state.params)], mask.tolist())
 """
 

@@ -24,7 +24,6 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 forward = jax.jit(transformer.Transformer(MODEL).apply, static_argnames="dropout")
 choose = jax.jit(lambda *args: sampling.sample(*args).token_B)
-uniform = jax.jit(sampling.uniform)
 
 
 def naive(request: requests.Request, window: int, stride: int) -> list[int]:
@@ -36,17 +35,17 @@ def naive(request: requests.Request, window: int, stride: int) -> list[int]:
     """
     ids = list(request.prompt_ids)
     first = max(0, len(ids) - window)
-    key = sampling.sample_key(sampling.seed_words(request.generation.seed, request.prompt_ids, request.sample))
-    settings = sampling.sampling_params([request.sampling])
+    key_12 = sampling.sample_key(request.generation.seed, request.prompt_ids, request.sample)[None]
+    settings = sampling.sampling_params([request.sampling], MODEL.vocab_size)
     for t in range(request.generation.num_tokens):
         dropped = max(0, math.ceil((len(ids) - first - window) / stride) * stride)
         context = ids[first + dropped :]
         assert window - stride < len(context) <= window or not dropped
         padded_BT = np.asarray([context + [0] * (MODEL.max_seq_len - len(context))])
         logits_BTV = forward({"params": PARAMS}, padded_BT, dropout=0.0)
-        seen_BV = np.isin(np.arange(MODEL.vocab_size), ids)[None]
+        counts_BV = np.bincount(ids, minlength=MODEL.vocab_size)[None].astype(np.int32)
         logits_BV = np.asarray(logits_BTV)[:, len(context) - 1]
-        ids.append(int(choose(logits_BV, seen_BV, settings, np.asarray(uniform(key, t))[None])[0]))
+        ids.append(int(choose(logits_BV, counts_BV, settings, key_12, np.array([t], np.int32))[0]))
     return ids[len(request.prompt_ids) :]
 
 

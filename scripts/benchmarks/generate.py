@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import peers, table
 from hipgpt_jax import config
-from hipgpt_jax.generation import decoding, requests, sampling, scheduler
+from hipgpt_jax.generation import decoding, requests, scheduler
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import weights
@@ -73,8 +73,9 @@ def _stream(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Re
 
 def _scan(model: config.ModelConfig, params: Any, num_tokens: int) -> table.Request:
     module, W, V = transformer.Transformer(model), model.max_seq_len, model.vocab_size
-    key = jax.random.key_data(sampling.sample_key(sampling.seed_words(0, _PROMPT_IDS, 0)))
-    start = decoding.initial_state(key[None], _PROMPT_IDS, _SAMPLING, eos_id=-1, W=W, V=V)
+    generation = config.GenerationConfig(num_tokens=num_tokens)
+    prompt_request = requests.Request(prompt_ids=_PROMPT_IDS, sample=0, generation=generation, sampling=_SAMPLING)
+    start = decoding.initial_state(prompt_request, W, V)
     layout = kv.cpu_layout(W)
 
     @jax.jit
