@@ -456,12 +456,14 @@ def sample(
     logits_BV = adjust(logits_BV, counts_BV, params)
     scaled_BV = scale(logits_BV, logits_BV.max(axis=-1), params.temperature_B)
     total_B = jnp.exp(scaled_BV).sum(axis=-1)
+    zero_B, none_B = jnp.zeros(len(logits_BV), jnp.float32), jnp.zeros(len(logits_BV), jnp.int32)
     shared = logits_BV, key_B2, index_B, params, total_B
     top_k_B = jnp.where(params.top_k_B < logits_BV.shape[1], params.top_k_B, 0)
     top_k_B = jnp.where(is_greedy(params.temperature_B), 1, top_k_B)
     choice = topk.choose_bucket(
         functools.partial(choose, *shared, chunked=plan.chunked),
         functools.partial(choose_unsorted, *shared),
+        Choice(none_B, zero_B, none_B, zero_B, zero_B, zero_B),
         plan,
         top_k_B,
         (params.top_p_B < 1) | (params.min_p_B > 0),

@@ -85,6 +85,7 @@ def candidates(logits_BV: jax.Array, num: int, *, chunked: bool) -> tuple[jax.Ar
 def choose_bucket(
     choose: Callable[[int], tuple[_Result, jax.Array]],
     choose_unsorted: Callable[[], _Result],
+    none: _Result,
     plan: Plan,
     top_k_B: jax.Array,
     cuts_by_mass_B: jax.Array,
@@ -96,6 +97,7 @@ def choose_bucket(
     Args:
         choose: Function of the number of candidates; returns arrays ``[B]``, and whether those were enough.
         choose_unsorted: Returns the arrays of rows that keep the whole vocabulary.
+        none: Arrays of the same shapes, for rows without a result yet.
         plan: The buckets.
         top_k_B: Number of candidates that top-k keeps; 0 keeps all.
         cuts_by_mass_B: Rows that may keep fewer, as the probabilities decide.
@@ -103,8 +105,7 @@ def choose_bucket(
     if len(plan.buckets) == 1:
         return choose(plan.buckets[0])[0]
     keeps_all_B = (top_k_B == 0) & ~cuts_by_mass_B
-    chosen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(choose_unsorted))
-    is_done_B = jnp.zeros(len(top_k_B), bool)
+    chosen, is_done_B = none, jnp.zeros(len(top_k_B), bool)
     for index, num in enumerate(plan.buckets):
         # Whether the probabilities cut enough is tried only in the last bucket below the vocabulary.
         may_cut_B = (top_k_B == 0) & cuts_by_mass_B & (index == len(plan.buckets) - 2)
