@@ -33,7 +33,7 @@ def wide() -> hipgpt_jax.Run:
 
 def outputs_of(generated: record.Record) -> tuple[Any, ...]:
     """Returns ids and statistics. A record's decimal digits round-trip float32, so equality is bitwise."""
-    return generated.ids, generated.logprobs, generated.ranks, generated.margins, generated.gaps, generated.top_logprobs
+    return generated.ids, *(getattr(generated, name) for name in record.STATISTICS)
 
 
 def first(generated: record.Record, number: int) -> tuple[Any, ...]:
