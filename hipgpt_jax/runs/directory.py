@@ -266,9 +266,9 @@ def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
         step=value["checkpoint"]["step"],
         directory=directory,
         model=model,
-        weights=_file_beside(path, value["checkpoint"]["latest"]),
+        weights=file_beside(path, value["checkpoint"]["latest"]),
         weights_sha256=value["checkpoint"]["sha256"],
-        tokenizer=_file_beside(path, value["tokenizer"]["path"]),
+        tokenizer=file_beside(path, value["tokenizer"]["path"]),
         tokenizer_sha256=value["tokenizer"]["sha256"],
         config_sha256=files.sha256(path),
         eos_id=-1 if eos_id is None else eos_id,
@@ -285,7 +285,8 @@ def require_known(path: Path, value: dict[str, Any]) -> None:
         )
 
 
-def _file_beside(path: Path, name: str) -> Path:
+def file_beside(path: Path, name: str) -> Path:
+    """Returns the path of a file that another file names; raises ValueError if it is not in the same directory."""
     if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"{path} must name files in its own directory: got {files.shortened(repr(name))}")
     return path.parent / name

@@ -1,7 +1,8 @@
 """A checkpoint's ``.bin``: a safetensors file with the names and shapes of Hugging Face's GPT-2."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import safetensors.numpy
 
 from hipgpt_jax import config, files
 
-_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PART_BYTES = 2**22
 _ALIGNMENT = 64  # XLA copies arrays that are aligned to less
 _LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -73,32 +74,58 @@ def read(path: Path, model: config.ModelConfig) -> dict[str, Any]:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a complete safetensors file, or its tensors are not those of the model.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"weights not found: {path}")
+    with open_file(path) as file:
+        _check_size(path, model)
+        check_names(path, set(file.keys()), {tensor_name(key) for key in layout(model)})
+    return read_tensors({tensor_name(key): (path, tensor_name(key)) for key in layout(model)}, model)
+
+
+def read_tensors(places: Mapping[str, tuple[Path, str]], model: config.ModelConfig) -> dict[str, Any]:
+    """Reads parameters as ``read`` does, from any number of files.
+
+    Args:
+        places: File of each tensor, and its name there, by ``tensor_name``.
+        model: Shape of the model.
+
+    Raises:
+        ValueError: A file is not a complete safetensors file, or a tensor has the wrong shape or type.
+    """
+    for key, shape in layout(model).items():
+        path, name = places[tensor_name(key)]
+        with open_file(path) as file:
+            tensor = file.get_slice(name)
+            if tuple(tensor.get_shape()) != shape:
+                raise ValueError(f"{path}: {name} must have shape {shape}: got {tuple(tensor.get_shape())}")
+            if tensor.get_dtype() not in TYPES:
+                raise ValueError(f"{path}: {name} must be one of {', '.join(TYPES)}: got {tensor.get_dtype()}")
     params: dict[str, Any] = {}
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            _check_size(path, model)
-            _check_names(path, set(file.keys()), {tensor_name(key) for key in layout(model)})
-            for key, shape in layout(model).items():
-                name = tensor_name(key)
-                tensor = file.get_slice(name)
-                if tuple(tensor.get_shape()) != shape:
-                    raise ValueError(f"{path}: {name} must have shape {shape}: got {tuple(tensor.get_shape())}")
-                if tensor.get_dtype() not in _TYPES:
-                    raise ValueError(f"{path}: {name} must be one of {', '.join(_TYPES)}: got {tensor.get_dtype()}")
-        for key in layout(model):
-            _store(params, key, _read_tensor(path, tensor_name(key)))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {files.shortened(str(error))}") from error
+    for key in layout(model):
+        _store(params, key, read_tensor(*places[tensor_name(key)]))
     return params
 
 
-def _read_tensor(path: Path, name: str) -> np.ndarray:
-    """Reads a tensor as float32, in parts."""
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not complete; also if that is found out only within the block.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights not found: {path}")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {files.shortened(str(error))}") from error
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """Reads a tensor of at least one dimension as float32, in parts."""
     # The file is opened per tensor, so that its pages are released. With get_tensor and a file that stays open, loading
     # GPT-2 takes 4.0 times the memory of its weights; so it takes 1.0 times.
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with open_file(path) as file:
         tensor = file.get_slice(name)
         value = _aligned(tensor.get_shape())
         rows = max(1, _PART_BYTES // value[0].nbytes)
@@ -130,7 +157,8 @@ def _check_size(path: Path, model: config.ModelConfig) -> None:
         )
 
 
-def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
+def check_names(path: Path, found: set[str], expected: set[str]) -> None:
+    """Raises ValueError if the tensors of a file are not those of the model."""
     if missing := sorted(expected - found):
         raise ValueError(f"{path} lacks {len(missing)} tensors of the model in its config, the first is {missing[0]}")
     if extra := sorted(found - expected):

@@ -17,6 +17,8 @@ MIN_VOCAB_SIZE = 256
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 _BLOCK_IDS = 1 << 20
+_SPECIAL = {"id": 0, "special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+_NOT_OURS = "is not a tokenizer.json of the tokenizers library"
 
 
 class Tokenizer:
@@ -77,12 +79,30 @@ class Tokenizer:
         """
         require_file(path)
         try:
-            value = lossless.validated(json_files.parse(path.read_text(encoding="utf-8")))
+            value = json_files.parse(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} {_NOT_OURS}: {error}") from error
+        return cls.from_value(value, path)
+
+    @classmethod
+    def from_value(cls, value: Any, path: Path, special: Iterable[str] = ()) -> "Tokenizer":
+        """Returns the tokenizer of a parsed ``tokenizer.json``; raises the errors of ``load``.
+
+        Args:
+            value: The parsed file.
+            path: The file, for error messages.
+            special: Special tokens to add if the file lacks them.
+        """
+        try:
+            value = lossless.validated(value)
+            known = [token["content"] for token in value["added_tokens"]]
+            if new := [{**_SPECIAL, "content": text} for text in dict.fromkeys(special) if text not in known]:
+                value = lossless.validated({**value, "added_tokens": [*value["added_tokens"], *new]})
             vocabulary = cls(_build(value))
         except lossless.LossError as error:
             raise ValueError(f"{path} does not keep text as it is: {error}") from error
         except ValueError as error:
-            raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+            raise ValueError(f"{path} {_NOT_OURS}: {error}") from error
         vocabulary._check_end(path, value)
         return vocabulary
 
@@ -110,6 +130,12 @@ class Tokenizer:
         """Id of the first of ``END_TOKENS`` in the vocabulary; None if there is none."""
         ids = (self._backend.token_to_id(token) for token in END_TOKENS)
         return next((token_id for token_id in ids if token_id is not None), None)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens, by their texts."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens."""
