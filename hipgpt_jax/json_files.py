@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hipgpt_jax import config, files
 
 MAX_LINE_BYTES = 1 << 28  # of a JSON Lines file; the record of a prompt of 10 MB has 28 MB
-_MAX_DIGITS = 30  # of an integer; ours have at most 19
+_MAX_DIGITS = 31  # of an integer; ours have at most 19, and tokenizer_config.json of transformers has int(1e30)
 
 
 class _Float(float):

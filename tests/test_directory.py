@@ -208,7 +208,7 @@ def test_a_config_that_is_no_json_object_is_named(run: Path, at: int | None, con
         directory.read_checkpoint("tiny", at)
 
 
-# A number in these files is one of JSON's: no NaN, no infinity, at most 30 digits.
+# A number in these files is one of JSON's: no NaN, no infinity, at most 31 digits.
 _FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 _INTEGERS = st.integers(-(10**28), 10**28)
 OTHER_KINDS: dict[type, Any] = {
