@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import keyword
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from hipgpt_jax import files
-from hipgpt_jax.cli import doctor, evaluate, generate, inspect, plot, replay, train
+from hipgpt_jax.cli import doctor, evaluate, export, generate, import_, inspect, plot, replay, train
 
 # The model sizes of the committed run, so the programs of all runs named ``tiny`` are compiled once.
 TINY_SIZES = "--vocab-size 300 --dim 24 --heads 2 --ff 48 --layers 2 --seq 32"
@@ -23,7 +24,9 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 MAINS: dict[str, Callable[[], None]] = {
     "doctor": doctor.main,
     "evaluate": evaluate.main,
+    "export": export.main,
     "generate": generate.main,
+    "import": import_.main,
     "inspect": inspect.main,
     "plot": plot.main,
     "replay": replay.main,
@@ -49,7 +52,8 @@ class Result:
 
 def command(name: str, *arguments: str) -> list[str]:
     """Returns the command line that runs a program in a subprocess."""
-    return [sys.executable, "-m", f"hipgpt_jax.cli.{name}", *arguments]
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    return [sys.executable, "-m", f"hipgpt_jax.cli.{module}", *arguments]
 
 
 def environment(cache: Path | None = None, platforms: str = "cpu") -> dict[str, str]:
@@ -73,7 +77,7 @@ def spawn(name: str, *arguments: str, cwd: Path, cache: Path | None = None, plat
 def call(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Result:
     """Runs a program in this process; compiled programs are cached between test runs."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    if name not in ("doctor", "inspect", "plot"):
+    if name not in ("doctor", "export", "import", "inspect", "plot"):
         monkeypatch.setenv(CACHE, str(compiled.DIRECTORY))
     code = 0
     try:

@@ -7,13 +7,15 @@ import pytest
 from absl import flags
 
 from hipgpt_jax import cli as package
-from hipgpt_jax.cli import arguments, doctor, evaluate, generate, inspect, plot, replay, train_flags
+from hipgpt_jax.cli import arguments, doctor, evaluate, export, generate, import_, inspect, plot, replay, train_flags
 from hipgpt_jax.cli import flags as shared
 
 FLAGS = {
     "doctor": doctor.FLAGS,
     "evaluate": evaluate.FLAGS,
+    "export": export.FLAGS,
     "generate": generate.FLAGS,
+    "import": import_.FLAGS,
     "inspect": inspect.FLAGS,
     "plot": plot.FLAGS,
     "replay": replay.FLAGS,
@@ -142,8 +144,20 @@ def test_text_flags_are_decoded(values: flags.FlagValues) -> None:
 
 
 def test_every_flag_is_classified_as_text_or_not() -> None:
-    names = {"data-path", "device", "dtype", "html", "metrics", "output", "overflow", "prompts_file", "records"}
-    names |= {"run-dir", "run-name", "split", "step", "unit", "tokenizer-path", "weights-dtype", "mesh", "coordinator"}
+    names = {"data-path", "device", "dtype", "folder", "html", "metrics", "output", "overflow", "prompts_file"}
+    names |= {
+        "penalty_scope",
+        "records",
+        "run-dir",
+        "run-name",
+        "split",
+        "step",
+        "unit",
+        "tokenizer-path",
+        "weights-dtype",
+        "mesh",
+        "coordinator",
+    }
     strings = {
         flag for values in FLAGS.values() for flag in values if "string" in values[flag].flag_type().split("enum")[0]
     }

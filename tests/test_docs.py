@@ -11,10 +11,10 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ PAGES = {
 README = PAGES["README.md"]
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_PROGRAM = re.compile(r"(?:hipgpt-|\./scripts/run_)(generate|train|replay|evaluate|inspect|plot|doctor)(?:\.sh)?\b(.*)")
+_PROGRAM = re.compile(rf"(?:hipgpt-|\./scripts/run_)({'|'.join(programs.MAINS)})(?:\.sh)?\b(.*)")
 
 
 def _blocks(page: str, language: str) -> list[str]:
@@ -153,6 +153,8 @@ TABLES = [
     ("docs/training.md", "evaluate"),
     ("docs/training.md", "plot"),
     ("docs/installing.md", "doctor"),
+    ("docs/huggingface.md", "import"),
+    ("docs/huggingface.md", "export"),
 ]
 
 
@@ -239,8 +241,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "configs", here / "configs")
     for script in (ROOT / "scripts").glob("*.sh"):
         _shim(here / "scripts" / script.name, "")
-    for name in ("benchmark.py", "verify.py"):
-        shutil.copy(ROOT / "scripts" / name, here / "scripts")
+    shutil.copy(ROOT / "scripts/benchmark.py", here / "scripts")
     for program in programs.MAINS:
         own = {
             "generate": "--num_tokens 4",
@@ -248,11 +249,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "$([[ $* == *--resume* ]] || echo --reset)",
         }.get(program, "")
         ending = "|| (($? == 1))" if program == "doctor" else ""  # it may find problems on this machine
-        _shim(here / "bin" / f"hipgpt-{program}", f'{sys.executable} -m hipgpt_jax.cli.{program} "$@" {own} {ending}')
+        command = shlex.join(programs.command(program))
+        _shim(here / "bin" / f"hipgpt-{program}", f'{command} "$@" {own} {ending}')
     for program in ("generate", "train"):
         _shim(here / "scripts" / f"run_{program}.sh", f'exec hipgpt-{program} "$@"')
     _shim(here / "bin/pip", "")
-    _shim(here / "bin/python", f'exec {sys.executable} "$@"')
     _shim(here / ".venv-peers/bin/python", "[[ -e $1 ]]")
     return here
 

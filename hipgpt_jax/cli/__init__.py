@@ -20,7 +20,8 @@ def _program() -> str | None:
     """Returns the name of the program that this process runs; None if something else imports this package."""
     script = sys.argv[0] if sys.argv else ""
     if script == "-m":  # while `python -m` looks for the module
-        return next((word.rpartition(".")[2] for word in sys.orig_argv if "hipgpt_jax.cli." in word), None)
+        module = next((word for word in sys.orig_argv if "hipgpt_jax.cli." in word), None)
+        return module and module.rpartition(".")[2].rstrip("_")  # import_, because import is a keyword
     name = os.path.basename(script)
     return name.removeprefix("hipgpt-") if name.startswith("hipgpt-") else None
 

@@ -197,6 +197,11 @@ class Start:
         """Raises ValueError if the run has lost its training state: ``latest`` exists only if there was one."""
         here = self.directory
         if os.path.lexists(here / directory.LATEST_CONFIG):
+            if not (here / manifest.MANIFEST_NAME).is_file():
+                raise ValueError(
+                    f"run {here.name!r} has weights, but neither training data nor a training state, like every run "
+                    f"of hipgpt-import: it cannot be resumed"
+                )
             steps = directory.steps(here)
             raise ValueError(
                 f"run {here.name!r} has weights{f' of step {steps[-1]}' if steps else ''} but no training state with "
