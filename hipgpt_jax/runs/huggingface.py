@@ -217,7 +217,7 @@ def _read_tokenizer(folder: Path) -> tuple[tokenizer.Tokenizer, str | None, list
         value = json_files.read(path)
         used.append(path)
     elif all(part.is_file() for part in parts):
-        path = parts[0]
+        path = Path(f"{parts[0]} with {parts[1].name}")  # for messages
         value = _join(*parts)
         used += parts
         if end is None and tokenizer.END_TOKENS[0] in value["model"]["vocab"]:
