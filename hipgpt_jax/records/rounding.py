@@ -16,7 +16,7 @@ from hipgpt_jax.generation import topk
 # Shares of the probability are sums of float32 numbers, and scores of the draw are float32 numbers: they err by a few
 # units of 6e-8, or of 1e-6, whatever the logits are.
 _SLACK = 1e-5
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = 3.4028235e38  # the largest float32 as records hold it: with the fewest digits that identify it
 
 
 class Interval(NamedTuple):
