@@ -293,11 +293,13 @@ class Run:
         """Feeds a record's ids to the model, draws each again, and compares them: much faster than generating them.
 
         Raises:
-            ValueError: This run cannot have made the record.
+            ValueError: This run cannot have made the record, or it ended with an error.
         """
         from hipgpt_jax.records import comparison, forced
 
         self.request_of(recorded)  # checks that
+        if recorded.error is not None:
+            raise ValueError("it ended with an error, which only an exact replay repeats")
         drawer = forced.Drawer(self._scheduler, self.files.decoding.window_stride)
         draws = drawer.draw(replay.request(recorded), recorded.ids)
         return comparison.Judge(self._scheduler, self.files.vocabulary).screen(recorded, draws)

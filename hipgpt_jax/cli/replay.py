@@ -296,10 +296,8 @@ def _screen(tally: _Tally, name: str, recorded: record.Record, run: api.Run) -> 
         )
     if len(found.redrawn) > _MOST_SHOWN:
         line += f"; and {len(found.redrawn) - _MOST_SHOWN} more"
-    mismatches = [one.field for one in found.mismatches]
-    if found.unexplained and all(one.is_rounding for one in found.redrawn):
-        mismatches.append(f"logprobs (error {found.logprob_error:.2g})")
-    return line + (f"; not its {' and '.join(mismatches)}: was it changed?" if mismatches else "")
+    mismatches = " and ".join(_mismatch(one) for one in found.mismatches)
+    return line + (f"; not its {mismatches}: was it changed?" if mismatches else "")
 
 
 def _largest_share(seen: int, number: int) -> float:

@@ -111,8 +111,9 @@ class Screening:
     Attributes:
         tokens: Number of ids.
         redrawn: Those that are drawn otherwise.
-        unexplained: Number of ids of which rounding does not explain the id or the log-probability.
-        mismatches: Fields of the whole sample that the ids contradict, such as the text.
+        unexplained: Number of ids of which rounding does not explain the id or a statistic. Alternatives are not
+            compared.
+        mismatches: Fields that rounding does not explain: of tokens, except ids, and of the whole sample.
         logprob_error: Largest difference of a log-probability, in nats.
     """
 
@@ -166,40 +167,37 @@ class Judge:
             # If rounding does not explain the id at the fork, the fork itself is the mismatch.
             if Mismatch(field="ids", index=end) not in unexplained:
                 mismatches += unexplained
-        pairs = zip(recorded.logprobs[:end], regenerated.logprobs[:end], strict=True)
-        first = {mismatch.field: mismatch for mismatch in reversed(mismatches)}
         return Comparison(
             recorded=recorded,
             regenerated=regenerated,
             fork=fork,
-            mismatches=tuple(mismatch for mismatch in mismatches if first[mismatch.field] is mismatch),
+            mismatches=_first_of_each(mismatches),
             is_rounding=is_rounding,
-            logprob_error=max((abs(old - new) for old, new in pairs), default=0.0),
+            logprob_error=_largest_difference(recorded.logprobs[:end], regenerated.logprobs[:end]),
         )
 
     def screen(self, recorded: record.Record, draws: forced.Draws) -> Screening:
         """Compares a record with the draws of its own ids."""
-        tolerance = TOLERANCE[recorded.numerics.dtype]
-        ids, error_T = np.array(recorded.ids), np.abs(draws.logprob_T - np.array(recorded.logprobs))
-        is_unexplained_T = ~(error_T <= tolerance)
-        redrawn = tuple(
-            Redrawn(
-                index=int(index),
-                recorded=int(ids[index]),
-                drawn=int(draws.token_T[index]),
-                lead=float(draws.stats.lead_B[index]),
-                cut=float(draws.stats.cut_B[index]),
-                is_rounding=self._draw(recorded, int(index), tolerance).explains(int(ids[index])),
-            )
-            for index in np.flatnonzero(draws.token_T != ids)
-        )
-        is_unexplained_T[[one.index for one in redrawn if not one.is_rounding]] = True
+        drawn = _drawn(recorded, draws)
+        redrawn: list[Redrawn] = []
+        mismatches: list[Mismatch] = []
+        unexplained = 0
+        for index, (old, new) in enumerate(zip(recorded.ids, drawn.ids, strict=True)):
+            if old == new and _is_near(recorded, drawn, index):
+                continue
+            found = [name for name in self._contradictions(recorded, index) if name != "top_logprobs"]
+            unexplained += bool(found)
+            mismatches += [_mismatch(name, index, recorded, drawn) for name in found if name != "ids"]
+            if old != new:
+                lead, cut, is_rounding = drawn.leads[index], drawn.cuts[index], "ids" not in found
+                one = Redrawn(index=index, recorded=old, drawn=new, lead=lead, cut=cut, is_rounding=is_rounding)
+                redrawn.append(one)
         return Screening(
-            tokens=len(ids),
-            redrawn=redrawn,
-            unexplained=int(is_unexplained_T.sum()),
-            mismatches=tuple(self._ends(recorded)),
-            logprob_error=float(error_T.max(initial=0)),
+            tokens=len(recorded.ids),
+            redrawn=tuple(redrawn),
+            unexplained=unexplained,
+            mismatches=(*_first_of_each(mismatches), *self._ends(recorded)),
+            logprob_error=_largest_difference(recorded.logprobs, drawn.logprobs),
         )
 
     def _unequal(self, recorded: record.Record, regenerated: record.Record, end: int) -> Iterator[Mismatch]:
@@ -307,6 +305,8 @@ class Judge:
         for token in recorded.ids:
             if sequence.append(token).finish_reason is not None:
                 break
+        if not sequence.max_tokens:
+            sequence.finish()
         return sequence
 
 
@@ -354,6 +354,33 @@ def _mismatch(name: str, index: int, recorded: record.Record, regenerated: recor
         return Mismatch(field=name, index=index)
     old, new = getattr(recorded, name)[index], getattr(regenerated, name)[index]
     return Mismatch(field=name, index=index, recorded=old, regenerated=new)
+
+
+def _first_of_each(mismatches: Sequence[Mismatch]) -> tuple[Mismatch, ...]:
+    """Returns the first mismatch of each field."""
+    first = {mismatch.field: mismatch for mismatch in reversed(mismatches)}
+    return tuple(mismatch for mismatch in mismatches if first[mismatch.field] is mismatch)
+
+
+def _largest_difference(old: Sequence[float], new: Sequence[float]) -> float:
+    return max((abs(a - b) for a, b in zip(old, new, strict=True)), default=0.0)
+
+
+def _drawn(recorded: record.Record, draws: forced.Draws) -> record.Record:
+    """Returns a record with the ids and statistics of draws, and the log-probabilities of its own ids."""
+    stats = draws.stats
+    return dataclasses.replace(
+        recorded,
+        ids=tuple(draws.token_T.tolist()),
+        logprobs=record.shortest(draws.logprob_T),
+        ranks=tuple(stats.rank_B.tolist()),
+        sampled_logprobs=record.shortest(stats.sampled_logprob_B),
+        kept=tuple(stats.kept_B.tolist()),
+        kept_mass=record.shortest(stats.kept_mass_B),
+        leads=record.shortest(stats.lead_B),
+        cuts=record.shortest(stats.cut_B),
+        top_logprobs=None,
+    )
 
 
 def _is_near(recorded: record.Record, regenerated: record.Record, index: int) -> bool:

@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,6 +264,11 @@ _PARTS: dict[str, type] = {
     "versions": provenance.Versions,
     "timings": Timings,
 }
+
+
+def shortest(values: Iterable[Any]) -> tuple[float, ...]:
+    """Returns NumPy's float32 numbers as floats with the fewest decimal digits that identify them."""
+    return tuple(map(float, map(str, values)))
 
 
 def read(path: Path) -> Iterator[Record]:

@@ -2,10 +2,7 @@
 
 import functools
 import platform
-from collections.abc import Iterable
 from typing import Any
-
-import numpy as np
 
 from hipgpt_jax import config, devices, numerics
 from hipgpt_jax.generation import requests
@@ -66,13 +63,13 @@ class Recorder:
             finish_reason=str(sequence.finish_reason),
             stop=sequence.stop,
             error=sequence.error,
-            logprobs=_shortest(one.logprob for one in sequence.stats),
+            logprobs=record.shortest(one.logprob for one in sequence.stats),
             ranks=tuple(int(one.rank) for one in sequence.stats),
-            sampled_logprobs=_shortest(one.sampled_logprob for one in sequence.stats),
+            sampled_logprobs=record.shortest(one.sampled_logprob for one in sequence.stats),
             kept=tuple(int(one.kept) for one in sequence.stats),
-            kept_mass=_shortest(one.kept_mass for one in sequence.stats),
-            leads=_shortest(one.lead for one in sequence.stats),
-            cuts=_shortest(one.cut for one in sequence.stats),
+            kept_mass=record.shortest(one.kept_mass for one in sequence.stats),
+            leads=record.shortest(one.lead for one in sequence.stats),
+            cuts=record.shortest(one.cut for one in sequence.stats),
             top_logprobs=self._top_logprobs(sequence),
             settings=self._settings(request.generation, request.sampling, request.rule),
             run=self._run,
@@ -121,12 +118,8 @@ class Recorder:
         show = self._files.vocabulary.show
         return tuple(
             tuple(
-                (token, logprob, show(token)) for token, logprob in zip(ids.tolist(), _shortest(logprobs), strict=True)
+                (token, logprob, show(token))
+                for token, logprob in zip(ids.tolist(), record.shortest(logprobs), strict=True)
             )
             for ids, logprobs in (one.top_logprobs(count) for one in sequence.stats)
         )
-
-
-def _shortest(values: Iterable[np.float32]) -> tuple[float, ...]:
-    """Returns float32 numbers as floats with the fewest decimal digits that identify them."""
-    return tuple(map(float, map(str, values)))
