@@ -91,9 +91,10 @@ class Run:
             TypeError: It is not a function.
             ValueError: Its source cannot be read.
         """
+        description = provenance.describe_rule(rule)
         if rule not in self._ruled:
             other = copy.copy(self)
-            other.rule, other._ruled = provenance.describe_rule(rule), {}
+            other.rule, other._ruled = description, {}
             other._scheduler = self._scheduler.with_rule(rule)
             self._ruled[rule] = other
         return self._ruled[rule]
@@ -277,7 +278,8 @@ class Run:
         request, vocabulary = replay.request(recorded), self.files.vocabulary
         self._scheduler.check(request)
         if request.rule != self.rule:
-            raise ValueError(f"it follows the rule {request.rule}: this run has {self.rule}. Use run.with_rule")
+            theirs, own = (f"the rule {rule}" if rule else "no rule" for rule in (request.rule, self.rule))
+            raise ValueError(f"it follows {theirs}, and this run {own}: replay it in Python, by run.with_rule")
         if recorded.ids and max(recorded.ids) >= vocabulary.vocab_size:
             raise ValueError(f"it has ids beyond the vocabulary's size {vocabulary.vocab_size}")
         prompt = vocabulary.decode(recorded.prompt_ids)

@@ -190,7 +190,8 @@ def _logit_bias(name: str, value: Any) -> tuple[tuple[int | str, float], ...]:
     for pair in pairs:
         token, number = pair, None
         if isinstance(pair, str):
-            token, _, number = pair.rpartition("=")
+            token, _, value_text = pair.rpartition("=")
+            number = value_text if token else None
         elif isinstance(pair, (tuple, list)) and len(pair) == 2:
             token, number = pair
         try:
@@ -328,7 +329,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _validate(self)
         if self.allow and not set(self.allow) - set(self.ban):
-            raise ValueError("allow must leave a token: every token that it has is in ban")
+            raise ValueError("allow must have a token that ban does not have")
 
     def with_ids(self, token_id: Callable[[str], int], vocab_size: int) -> "SamplingConfig":
         """Returns the settings with the ids of their tokens, in ascending order.
