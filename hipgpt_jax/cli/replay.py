@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SUMMARY = """Regenerate the samples of a record file and compare them token by token: ids, text, log-probabilities,
 ranks, leads, cuts, alternatives. Prints one line per record and a summary. The exit code is 0 if all are identical,
 1 if any differs, else 2 if any was skipped. With --forced, the recorded ids are fed to the model and every token is
-drawn again: a fast check of all tokens, which passes those that differ by rounding. Examples:
+drawn again: a fast check of all tokens, which passes those that differ by rounding; docs/records.md tells which
+changes it sees. Examples:
 
   hipgpt-replay samples.jsonl
   hipgpt-replay samples.jsonl --ids da0bdec7fe17f901,story-7 --run-dir backup/my_run
@@ -65,7 +66,8 @@ class _Tally:
     """Verdicts so far.
 
     Attributes:
-        counts: Records per verdict: identical, differs, skipped; and those that differ only by rounding.
+        counts: Records per verdict: identical, agrees, differs, skipped; those that differ only by rounding; and tokens
+            that are drawn otherwise by rounding.
         logprob_error: Largest difference of a log-probability in identical records.
         changes: Lines about software and numerics that differ between records and replay.
         unused: Identical records per setting that had no effect on them.
@@ -103,9 +105,9 @@ class _Tally:
         return ", ".join(f"{', '.join(group)} ({count} record{'s' * (count > 1)})" for count, group in groups)
 
     def summary(self) -> str:
-        counts = self.counts
-        total = counts["identical"] + counts["differs"] + counts["skipped"]
-        parts = [f"{counts['identical']} of {total} identical"]
+        counts, verdict = self.counts, "agree" if _FORCED.value else "identical"
+        same = counts["agrees"] if _FORCED.value else counts["identical"]
+        parts = [f"{same} of {same + counts['differs'] + counts['skipped']} {verdict}"]
         if counts["differs"]:
             parts.append(f"{counts['differs']} differ ({counts['rounding']} within floating-point error)")
         if counts["skipped"]:
