@@ -228,6 +228,11 @@ def test_texts_are_scored_token_by_token(run: Run) -> None:
         (("--prompt", "a", "--data-path", "text.txt"), "--data-path excludes --prompt"),
         (("--prompt", "a", "--prompts_file", "text.txt"), "are both given"),
         (("--output", "-"), "--output needs --prompt or --prompts_file"),
+        (("--as-sampled",), "--as-sampled needs --prompt or --prompts_file"),
+        (("--prompt", "the king", "--temp", "0.5"), "--temp needs --as-sampled: the model's own probabilities"),
+        (("--prompt", "the king", "--ban", "5"), "--ban needs --as-sampled"),
+        (("--prompt", "the king", "--as-sampled", "--min_p", "1"), "--min_p must be at least 0 and below 1"),
+        (("--prompt", "the king", "--as-sampled", "--ban", "300"), "--ban must be below the vocabulary's size 300"),
         (("--prompt", "a"), r"text 1 \('a'\): a text to score needs at least 2 tokens"),
         (("--prompt", "the king", "--output", "none/o.jsonl"), "none/o.jsonl cannot be written: there is no directory"),
         (

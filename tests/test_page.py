@@ -101,8 +101,9 @@ def test_a_token_is_a_span_with_facts() -> None:
         assert spans == list(one.tokens)
         assert tuple(facts["id"]) == one.ids
         assert tuple(facts["rank"]) == one.ranks
-        for name, values in (("logprob", one.logprobs), ("margin", one.margins), ("gap", one.gaps)):
-            assert facts[name] == pytest.approx(values, rel=1e-4)
+        for name, values in (("logprob", one.logprobs), ("lead", one.leads), ("cut", one.cuts)):
+            distances = [None if value == records.LARGEST else pytest.approx(value, rel=1e-4) for value in values]
+            assert facts[name] == distances
         assert (facts["top"] is None) == (one.top_logprobs is None)
     assert [len(best) for best in found.facts[1]["top"]] == [5, 5, 5]
     assert found.headings == ["To be", "No"]
@@ -208,7 +209,7 @@ def test_text_cut_off_by_a_stop_string_is_struck_through() -> None:
 
 
 def test_an_error_is_shown() -> None:
-    empty: dict[str, Any] = dict.fromkeys(("ids", "tokens", "logprobs", "ranks", "margins", "gaps"), ())
+    empty: dict[str, Any] = dict.fromkeys(("ids", "tokens", *record.STATISTICS[:-1]), ())
     made = records.make_record(text="", finish_reason="error", error="<no> good", **empty)
     text = page.render([made], "t")
     assert "&lt;no&gt; good" in text

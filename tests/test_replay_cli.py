@@ -1,6 +1,7 @@
 """``hipgpt-replay``: verdicts on records, and messages about those that cannot be replayed."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import programs
 import pytest
 
+from hipgpt_jax.cli import replay
 from hipgpt_jax.records import record
 
 Run = Callable[..., programs.Result]
@@ -19,7 +21,7 @@ FLAGS = "--run-name tiny --prompts_file p.jsonl --num_samples 2 --batch_size 2 -
 PROMPTS = [
     {"id": "first", "prompt": "the king"},
     {"id": "second", "prompt": "a queen would say", "temp": 0.0},
-    {"id": "third", "prompt": "in war", "top_k": 0, "top_p": 1.0, "stop": ["50."], "num_tokens": 100},
+    {"id": "third", "prompt": "in war", "top_k": 0, "top_p": 1.0, "stop": ["873."], "num_tokens": 100},
 ]
 
 
@@ -90,18 +92,18 @@ def test_another_batch_size_is_listed_as_a_change(call: Run, made: list[dict[str
 
 @pytest.mark.parametrize("own", [None, 0.0])
 def test_the_first_difference_is_shown(call: Run, made: list[dict[str, Any]], own: float | None) -> None:
-    """The verdict does not believe the record's margin and gap, nor does the line show them."""
+    """The verdict does not believe the record's lead and cut, nor does the line show them."""
     one = made[0]
     other = (one["ids"][7] + 1) % 300
     changed = {**one, "ids": [*one["ids"][:7], other, *one["ids"][8:]]}
-    for name in () if own is None else ("margins", "gaps"):
+    for name in () if own is None else ("leads", "cuts"):
         changed[name] = [*one[name][:7], own, *one[name][8:]]
     result = call("replay", write("b.jsonl", [changed, made[1]]))
     assert result.code == 1
     first, second, summary = result.out.splitlines()
     assert first.startswith(f"differs    first sample 0: token 7 is {other} '")
     assert first.endswith(
-        f" now; margin {one['margins'][7]:.2g}, gap {one['gaps'][7]:.2g}: more than floating-point error explains"
+        f" now; lead {one['leads'][7]:.2g}, cut {one['cuts'][7]:.2g}: more than floating-point error explains"
     )
     assert f" in the record, {one['ids'][7]} '" in first
     assert second.startswith("identical  first sample 1")
@@ -109,7 +111,7 @@ def test_the_first_difference_is_shown(call: Run, made: list[dict[str, Any]], ow
 
 
 def test_an_end_that_differs_is_shown(call: Run, made: list[dict[str, Any]]) -> None:
-    lists = ("ids", "tokens", "logprobs", "ranks", "margins", "gaps")
+    lists = ("ids", "tokens", *record.STATISTICS[:-1])
     short = {**made[0], **{name: made[0][name][:7] for name in lists}}
     result = call("replay", write("b.jsonl", [short]))
     assert result.code == 1
@@ -124,9 +126,9 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"error": "it failed"}, "error"),
     ({"ranks": 900}, "ranks (at token 39: 900 in the record, {ranks} now)"),
     (
-        {"margins": 0.123, "logprobs": -50.5},
-        "logprobs (at token 39: -50.5 in the record, {logprobs:.9g} now) and margins (at token 39: 0.123 in the "
-        "record, {margins:.9g} now)",
+        {"leads": 0.123, "logprobs": -50.5},
+        "logprobs (at token 39: -50.5 in the record, {logprobs:.9g} now) and leads (at token 39: 0.123 in the "
+        "record, {leads:.9g} now)",
     ),
 ]
 
@@ -139,7 +141,7 @@ def test_a_field_that_was_changed_is_not_identical(call: Run, made: list[dict[st
     ]
     result = call("replay", write("b.jsonl", changed))
     assert result.code == 1
-    last = {name: one[name][-1] for name in ("ranks", "margins", "logprobs")}
+    last = {name: one[name][-1] for name in ("ranks", "leads", "logprobs")}
     for (_, message), line in zip(CHANGES, result.out.splitlines(), strict=False):
         expected = f"its ids are the same, but not its {message.format(**last)}: was it changed?"
         assert line == f"differs    first sample 0: {expected}"
@@ -312,6 +314,117 @@ def test_a_mistake_is_exit_code_2(
     result = call("replay", *arguments)
     assert (result.code, result.out) == (2, "")
     assert re.fullmatch(f"replay: error: .*{message}.*", result.err.splitlines()[-1])
+
+
+STATEMENT = re.compile(
+    r"(\d+) of (\d+) tokens unexplained, (\d+) differ within floating-point error: at 95 % confidence, fewer than "
+    r"(\S+) in 100,000 are unexplained; largest log-probability error (\S+)(; \d+ records skipped)?"
+)
+
+
+def screened(call: Run, *arguments: str) -> tuple[int, list[str], tuple[str, ...]]:
+    """Returns the exit code, the lines and the parts of the final statement."""
+    result = call("replay", *arguments, "--forced")
+    *lines, last = result.out.splitlines()
+    found = STATEMENT.fullmatch(last)
+    assert found, last
+    return result.code, lines, found.groups()
+
+
+def test_forced_replay_draws_every_token_again(call: Run, made: list[dict[str, Any]]) -> None:
+    code, lines, (unexplained, tokens, _, limit, error, skipped) = screened(call, "a.jsonl")
+    total = sum(len(one["ids"]) for one in made)
+    assert lines == [
+        f"agrees     {one['id']} sample {one['sample']}: {len(one['ids'])} of {len(one['ids'])} tokens" for one in made
+    ]
+    assert (code, unexplained, int(tokens), skipped) == (0, "0", total, None)
+    assert float(limit) == pytest.approx(100_000 * (1 - 0.05 ** (1 / total)), rel=1e-2)
+    assert 0 <= float(error) < 1e-4
+    assert screened(call, "a.jsonl", "--ids", "second")[2][1] == str(len(made[2]["ids"]) + len(made[3]["ids"]))
+
+
+FORGED: list[tuple[dict[str, Any], str]] = [
+    ({"ids": 7}, "token 39 is 7 '"),
+    ({"settings": {"temperature": 1.3}}, "; not its sampled_logprobs (at token "),
+    ({"seed": 5}, "more than floating-point error explains"),
+    ({"logprobs": -50.5}, "; not its logprobs (at token 39: -50.5 in the record, {logprobs:.3g}"),
+    ({"sampled_logprobs": -9.5}, "; not its sampled_logprobs (at token 39: -9.5 in the record, "),
+    ({"ranks": 299}, "; not its ranks (at token 39: 299 in the record, {ranks} now): was it changed?"),
+    ({"text": "x"}, "40 of 40 tokens; not its text: was it changed?"),
+    ({"finish_reason": "eos"}, "40 of 40 tokens; not its finish_reason: was it changed?"),
+]
+
+
+def test_forced_replay_finds_what_was_changed(call: Run, made: list[dict[str, Any]]) -> None:
+    one = made[0]
+    last = {name: one[name][-1] for name in ("logprobs", "ranks")}
+
+    def forge(name: str, new: Any) -> Any:
+        return (
+            one[name] | new if isinstance(new, dict) else [*one[name][:-1], new] if isinstance(one[name], list) else new
+        )
+
+    forged = [one | {name: forge(name, new) for name, new in change.items()} for change, _ in FORGED]
+    code, lines, (unexplained, *_) = screened(call, write("b.jsonl", [*forged, made[1]]))
+    assert code == 1
+    assert int(unexplained) > 40
+    for (_, message), line in zip(FORGED, lines, strict=False):
+        assert line.startswith("differs    first sample 0: ")
+        assert message.format(**last) in line
+    assert lines[-1].startswith("agrees     first sample 1: 40 of 40")
+    assert lines[2].count("; token ") == 3
+    assert re.search(r"; and \d+ more", lines[2])
+
+
+def test_forced_replay_skips_what_it_cannot_replay(call: Run, made: list[dict[str, Any]]) -> None:
+    """Records of contract 1 and of a rule are refused by name; a record without tokens agrees."""
+    lists = {name: [] for name in ("ids", "tokens", *record.STATISTICS[:-1])}
+    empty = {**made[0], **lists, "text": "", "settings": made[0]["settings"] | {"num_tokens": 0}}
+    ruled = {**made[0], "settings": made[0]["settings"] | {"rule": "a.f sha256:00"}}
+    failed = {**made[0], "finish_reason": "error", "error": "it failed"}
+    values = [empty, {**made[0], "schema": 1, "contract": 1}, ruled, failed, made[0] | {"prompt_ids": []}]
+    code, lines, groups = screened(call, write("b.jsonl", [*values, made[1]]))
+    assert code == 2
+    assert lines == [
+        "agrees     first sample 0: 0 of 0 tokens",
+        "skipped    line 2: it was made by contract 1: this version replays contract 2. Use the version of hipgpt_jax "
+        f"that wrote it ({made[0]['versions']['hipgpt_jax']})",
+        "skipped    first sample 0: it follows the rule a.f sha256:00, and this run no rule: replay it in Python, by "
+        "run.with_rule",
+        "skipped    first sample 0: it ended with an error, which only an exact replay repeats",
+        "skipped    first sample 0: the prompt is empty: it must hold at least one token",
+        "agrees     first sample 1: 40 of 40 tokens",
+    ]
+    assert groups[-1] == "; 4 records skipped"
+    code, lines, _ = screened(call, write("b.jsonl", [*values, made[0] | {"text": "x"}]))
+    assert (code, lines[-1].split(" ")[0]) == (1, "differs")
+    exact = call("replay", write("b.jsonl", [ruled, made[1]]))
+    assert exact.code == 2
+    assert exact.out.splitlines()[0] == lines[2]
+
+
+def test_forced_replay_without_tokens_or_records(call: Run, made: list[dict[str, Any]]) -> None:
+    other = {**made[0], "run": {**made[0]["run"], "weights_sha256": "0" * 64}}
+    result = call("replay", write("b.jsonl", [other]), "--forced")
+    assert (result.code, result.out.splitlines()[-1]) == (2, "0 of 1 agree, 1 skipped")
+    Path("empty.jsonl").write_text("")
+    result = call("replay", "empty.jsonl", "--forced")
+    assert (result.code, result.out, result.err.splitlines()[-1]) == (
+        2,
+        "",
+        "replay: error: empty.jsonl has no records",
+    )
+
+
+@pytest.mark.parametrize(("seen", "number"), [(0, 1), (0, 300), (1, 300), (7, 2000), (300, 300), (299, 300)])
+def test_the_largest_share_is_the_one_of_clopper_and_pearson(seen: int, number: int) -> None:
+    """At most ``seen`` of ``number`` are seen with a probability of 5 % if the share is that large."""
+    share = replay._largest_share(seen, number)
+    if seen == number:
+        assert share == 1
+        return
+    tail = sum(math.comb(number, k) * share**k * (1 - share) ** (number - k) for k in range(seen + 1))
+    assert tail == pytest.approx(0.05, rel=1e-6)
 
 
 def test_the_reader_finds_all_records(call: Run, made: list[dict[str, Any]]) -> None:

@@ -100,9 +100,10 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
         ("{}\n", "line 1 is not a record: it has no schema number"),
         (records.make_record().to_json() + "\nand a note", "line 2 is not a record: use another --output"),
         ((records.make_record().to_json() + "\n") * 2, "line 2 repeats sample 0 of p1"),
-        (records.make_record().to_json().replace('"schema":1', '"schema":2') + "\n", "has schema 2"),
-        ('{"schema":1}', "line 1 has contract None"),
-        ('{"schema":1,"contract":1}\n', "line 1 is not a valid record: record has no 'id'"),
+        (records.make_record().to_json().replace('"schema":2', '"schema":3') + "\n", "has schema 3"),
+        ('{"schema":1}', "line 1 was made by contract 1: this version replays contract 2"),
+        ('{"schema":2}', "line 1 has contract None"),
+        ('{"schema":2,"contract":2}\n', "line 1 is not a valid record: record has no 'id'"),
         (records.make_record().to_json().replace('"sample":0', '"sample":[]') + "\n", "line 1 is not a valid record"),
     ],
 )
