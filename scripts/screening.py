@@ -65,7 +65,7 @@ def _row(run: hipgpt_jax.Run, records: Iterable[record.Record]) -> str:
         sum(numbers) for numbers in zip(*((f.tokens, len(f.redrawn), f.unexplained) for f in found), strict=True)
     )
     share = unexplained / tokens
-    until = "never" if not share else "1" if share == 1 else f"{math.ceil(math.log(0.05) / math.log1p(-share)):,}"
+    until = "not seen" if not share else "1" if share == 1 else f"{math.ceil(math.log(0.05) / math.log1p(-share)):,}"
     per = 100_000 / tokens
     error = max(f.logprob_error for f in found)
     return f"| {redrawn * per:,.0f} | {unexplained * per:,.0f} | {error:.1g} | {until} |"
