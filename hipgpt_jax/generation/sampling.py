@@ -225,8 +225,8 @@ class Choice(NamedTuple):
         lead_B: How far logits must move for another kept candidate to win the draw: the difference of the two highest
             scores, times the temperature. The largest float32 if one candidate is kept. At temperature 0, the
             difference of the two largest logits.
-        cut_B: How far logits must move for the token to be cut, or for the first candidate that was cut to be kept, if
-            it would win the draw. The largest float32 if neither can happen.
+        cut_B: How far logits must move for the token to be cut, or for a candidate that was cut to be kept. If they
+            move apart by less, the cuts do not change the token. The largest float32 if neither can happen.
     """
 
     token_B: jax.Array
@@ -321,7 +321,7 @@ def choose(
     if V > 1:
         greedy_lead_B = jnp.minimum(sorted_BK[:, 0] - sorted_BK[:, 1], _LARGEST)
         lead_B = jnp.where(is_greedy(params.temperature_B), greedy_lead_B, lead_B)
-    cut_B = _cut_distance(sorted_BK, scaled_BK, score_BK, rank_B, kept, params)
+    cut_B = _cut_distance(sorted_BK, scaled_BK, rank_B, kept, params, V)
     choice = _choice(token_B, topk.at_rank(scaled_BK, rank_B), kept.num_B, kept.mass_B, total_B, lead_B, cut_B)
     return choice, kept.num_B <= num
 
@@ -351,52 +351,51 @@ def _draw(score_BK: jax.Array, id_BK: jax.Array, params: SamplingParams) -> tupl
 
 
 def _cut_distance(
-    sorted_BK: jax.Array,
-    scaled_BK: jax.Array,
-    score_BK: jax.Array,
-    rank_B: jax.Array,
-    kept: _Cut,
-    params: SamplingParams,
+    sorted_BK: jax.Array, scaled_BK: jax.Array, rank_B: jax.Array, kept: _Cut, params: SamplingParams, V: int
 ) -> jax.Array:
     """Returns ``Choice.cut_B``.
 
     A share of the probability is a distance of logits, too: its log-odds move as far as the logits of the candidates
     within and beyond it move apart.
     """
-    last = sorted_BK.shape[1] - 1
-    next_B = jnp.minimum(kept.num_B, last)  # the first candidate that was cut, if there is one
-    has_top_k_B, has_top_p_B, has_min_p_B = kept.num_B == kept.num_top_k_B, params.top_p_B < 1, params.min_p_B > 0
-    divisor_B = _divisor(params.temperature_B)
+    K = sorted_BK.shape[1]
+    column_1K = jnp.arange(K)[None]
+    has_top_p_B, has_min_p_B = params.top_p_B < 1, params.min_p_B > 0
+    divisor_B, top_p_B, log_min_p_B = _divisor(params.temperature_B), _log_odds(params.top_p_B), jnp.log(params.min_p_B)
+    next_B = jnp.minimum(kept.num_B, K - 1)  # the first candidate that was cut, if there is one
+    own_B, own_next_B = topk.at_rank(sorted_BK, rank_B), topk.at_rank(sorted_BK, next_B)
+    has_next_B = (kept.num_B < K) & (own_next_B > -jnp.inf)
 
-    def order(candidate_B: jax.Array) -> jax.Array:
-        return topk.at_rank(sorted_BK, candidate_B) - topk.at_rank(sorted_BK, next_B)
+    # The token is cut by top-p if the share of those before it reaches the threshold. Those that overtake it count.
+    before_rank_B = jnp.where(rank_B > 0, topk.at_rank(kept.share_BK, jnp.maximum(rank_B - 1, 0)), 0)
+    own_share_B1 = (topk.at_rank(kept.share_BK, rank_B) - before_rank_B)[:, None]
+    reach_BK = (top_p_B[:, None] - _log_odds(kept.share_BK - own_share_B1)) * divisor_B[:, None]
+    top_p_BK = jnp.maximum(own_B[:, None] - sorted_BK, reach_BK)
+    is_before_BK = (column_1K >= rank_B[:, None]) & (column_1K < kept.num_B[:, None])
+    by_top_p_B = jnp.where(is_before_BK, top_p_BK, _LARGEST).min(axis=-1)
+    leaves_B = jnp.where(has_top_p_B, by_top_p_B, _LARGEST)
+    # The most likely token is below min-p only if the second is above it.
+    second_B = topk.at_rank(sorted_BK, jnp.full_like(rank_B, min(1, K - 1)))
+    below_second_B = jnp.where(rank_B == 0, own_B - second_B if K > 1 else _LARGEST, 0)
+    by_min_p_B = (topk.at_rank(scaled_BK, rank_B) - log_min_p_B) * divisor_B + below_second_B
+    leaves_B = jnp.minimum(leaves_B, jnp.where(has_min_p_B, by_min_p_B, _LARGEST))
+    # Nothing less than being overtaken by the first that was cut has another effect.
+    is_ordered_B = has_next_B & (has_top_p_B | (kept.num_top_k_B < V))
+    leaves_B = jnp.minimum(leaves_B, jnp.where(is_ordered_B, own_B - own_next_B, _LARGEST))
 
-    def log_odds(share_B: jax.Array) -> jax.Array:
-        return jnp.log(share_B) - jnp.log1p(-share_B)
+    overtakes_B = topk.at_rank(sorted_BK, kept.num_B - 1) - own_next_B
+    enters_B = jnp.where(kept.num_B == kept.num_top_k_B, overtakes_B, 0)
+    beyond_B = (_log_odds(topk.at_rank(kept.share_BK, kept.num_B - 1)) - top_p_B) * divisor_B
+    enters_B = jnp.maximum(enters_B, jnp.where(has_top_p_B, jnp.minimum(overtakes_B, beyond_B), 0))
+    by_min_p_B = (log_min_p_B - topk.at_rank(scaled_BK, next_B)) * divisor_B
+    enters_B = jnp.maximum(enters_B, jnp.where(has_min_p_B, by_min_p_B, 0))
+    cut_B = jnp.minimum(leaves_B, jnp.where(has_next_B, enters_B, _LARGEST))
+    return jnp.where(is_greedy(params.temperature_B), _LARGEST, jnp.clip(cut_B, 0, _LARGEST))
 
-    def beyond_top_p(candidate_B: jax.Array) -> jax.Array:
-        share_B = topk.at_rank(kept.share_BK, jnp.maximum(candidate_B - 1, 0))
-        distance_B = (log_odds(share_B) - log_odds(params.top_p_B)) * divisor_B
-        return jnp.where(candidate_B > 0, distance_B, -_LARGEST)
 
-    def below_min_p(candidate_B: jax.Array) -> jax.Array:
-        distance_B = (jnp.log(params.min_p_B) - topk.at_rank(scaled_BK, candidate_B)) * divisor_B
-        return jnp.where(candidate_B > 0, distance_B, -_LARGEST)
-
-    # The token is cut by any of the rules. Another passes them all; it passes top-p in the place of one that it
-    # overtakes, too.
-    leaves_B = jnp.where(has_top_k_B | has_top_p_B, order(rank_B), _LARGEST)
-    leaves_B = jnp.minimum(leaves_B, jnp.where(has_top_p_B, -beyond_top_p(rank_B), _LARGEST))
-    leaves_B = jnp.minimum(leaves_B, jnp.where(has_min_p_B, -below_min_p(rank_B), _LARGEST))
-    overtakes_B = order(kept.num_B - 1)
-    enters_B = jnp.where(has_top_k_B, overtakes_B, 0)
-    by_top_p_B = jnp.minimum(overtakes_B, beyond_top_p(next_B))
-    enters_B = jnp.maximum(enters_B, jnp.where(has_top_p_B, by_top_p_B, 0))
-    enters_B = jnp.maximum(enters_B, jnp.where(has_min_p_B, below_min_p(next_B), 0))
-    wins_B = topk.at_rank(score_BK, next_B) > topk.at_rank(score_BK, rank_B)
-    cut_B = jnp.minimum(leaves_B, jnp.where(wins_B, enters_B, _LARGEST))
-    has_cut_B = (kept.num_B <= last) & ~is_greedy(params.temperature_B)
-    return jnp.where(has_cut_B, jnp.clip(cut_B, 0, _LARGEST), _LARGEST)
+def _log_odds(share: jax.Array) -> jax.Array:
+    share = jnp.clip(share, 0, 1 - 2.0**-24)  # sums of float32 numbers may reach or exceed 1
+    return jnp.log(share) - jnp.log1p(-share)
 
 
 def _choice(

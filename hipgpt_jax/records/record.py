@@ -188,13 +188,13 @@ class Record:
             bans, penalties and cuts.
         ranks: Rank of each id in that distribution; 1 is the most likely.
         sampled_logprobs: Log-probability of each id under the sampling settings: its chance of being sampled.
-        kept: Number of candidates that each id was sampled from.
+        kept: Number of candidates that each id was sampled from, after bans and cuts.
         kept_mass: Probability of those candidates before the cuts, after the penalties and the temperature (at
             temperature 0, a temperature of 1).
         leads: How far logits must move apart for another of those candidates to be sampled. At temperature 0, the
             difference of the two largest logits. 3.4028235e+38 without another candidate.
-        cuts: How far logits must move apart for the id to be cut, or for the first candidate that was cut to be
-            sampled. 3.4028235e+38 if neither can happen.
+        cuts: How far logits must move apart for the id to be cut, or for a candidate that was cut to be kept.
+            3.4028235e+38 if neither can happen.
         top_logprobs: Most likely tokens at each position as (id, log-probability, text), or None if not requested.
             Bytes that are not text by themselves are written ``\xNN``.
         settings: Settings of the sample.

@@ -77,7 +77,8 @@ class Draw:
         self._scaled = low_V, high_V
         self._scores = (low_V, high_V) if self._is_greedy else (low_V - np.log(noise_V), high_V - np.log(noise_V))
         self._sums = tuple(np.concatenate([[0.0], np.cumsum(np.sort(np.exp(x))[::-1])]) for x in self._scaled)
-        top_k = 1 if self._is_greedy else min(settings.top_k or V, V)
+        num_allowed = max(1, int((self._low_V > -np.inf).sum()))
+        top_k = 1 if self._is_greedy else min(settings.top_k or V, num_allowed)
         fewest_above_V = V - np.searchsorted(np.sort(low_V), high_V, side="right")
         most_above_V = np.maximum(V - np.searchsorted(np.sort(high_V), low_V, side="left") - 1, 0)
         self._may_keep_V, self._keeps_V = fewest_above_V < top_k, most_above_V < top_k
@@ -97,9 +98,9 @@ class Draw:
             self._may_keep_V &= may_V
             self._keeps_V &= does_V
             fewest, most = max(1, min(fewest, int(does_V.sum()))), min(most, int(may_V.sum()))
-        allowed = int((high_V > -np.inf).sum())
-        self.kept = Interval(min(fewest, allowed), min(most, allowed))
-        self._keeps_all = fewest == V
+        self.kept = Interval(fewest, most)
+        has_no_cut = not 0 < settings.top_k < V and top_p == 1 and settings.min_p == 0
+        self._cut = _LARGEST if has_no_cut or self._is_greedy else 0.0
 
     def _shares(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns bounds of the shares of the 0, 1, 2, … most likely candidates among the ``number`` most likely."""
@@ -137,7 +138,7 @@ class Draw:
             "kept": self.kept,
             "kept_mass": Interval(float(share_low[fewest]) - _SLACK, float(share_high[most]) + _SLACK),
             "leads": self._leads(token),
-            "cuts": Interval(_LARGEST if self._keeps_all or self._is_greedy else 0.0, _LARGEST),
+            "cuts": Interval(self._cut, _LARGEST),
         }
 
     def _ranks(self, token: int) -> Interval:
