@@ -1,130 +1,121 @@
-"""Tests of token statistics against a slow reference, and that measuring them changes no token."""
+"""Tests of token statistics: the draw's against the float64 definition, the others against a full forward pass."""
 
 import dataclasses
 from typing import Any
 
+import definition
 import fakes
 import hypothesis
 import jax
 import numpy as np
 import pytest
+import test_sampling
 from hypothesis import strategies as st
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import requests, sampling, scheduler
-
-SIZES = (2, 7, 16, 17, 18, 128, 129, 130, 300)
-choose = jax.jit(sampling.sample)
+from hipgpt_jax.generation import requests, scheduler
 
 
-def sampled_token(logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float) -> int:
-    row = sampling.sampling_params([settings])
-    return int(choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32)).token_B[0])
+@st.composite
+def draws(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, config.SamplingConfig, int]:
+    """Draws logits without exact ties, counts, settings and a seed; several cuts often meet."""
+    V = draw(st.sampled_from(test_sampling.SIZES))
+    rng = np.random.RandomState(draw(st.integers(0, 2**32 - 1)))
+    logits_V = rng.normal(0, draw(st.sampled_from([0.1, 1.0, 3.0])), V).astype(np.float32)
+    counts_V = rng.poisson(0.3, V)
+    ban = tuple(range(0, V, 3)) if draw(st.booleans()) else ()
+    settings = config.SamplingConfig(
+        temperature=draw(st.sampled_from([0.0, 0.1, 0.7, 1.0, 2.0, 100.0])),
+        top_k=draw(st.sampled_from([0, 1, 2, 3, 5, 16, 17, 129, 299])),
+        top_p=draw(st.just(1.0) | st.floats(0.05, 0.99)),
+        min_p=draw(st.just(0.0) | st.floats(0.001, 0.9)),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.5])),
+        ban=ban,
+    )
+    return logits_V, counts_V, settings, draw(st.integers(0, 2**32 - 1))
 
 
-def measured(
-    logits_V: np.ndarray, seen_V: np.ndarray, settings: config.SamplingConfig, uniform: float
-) -> tuple[float, float]:
-    row = sampling.sampling_params([settings])
-    found = choose(logits_V[None], seen_V[None], row, np.asarray([uniform], np.float32))
-    return float(found.margin_B[0]), float(found.gap_B[0])
-
-
-@pytest.mark.parametrize("V", SIZES)
-@hypothesis.given(
-    st.integers(0, 2**31),
-    st.floats(0, 1 - 2**-24, width=32),
-    st.sampled_from([0.5, 1.0, 2.0]),
-    st.sampled_from([0, 1, 5, 128, 140]),
-    st.sampled_from([0.3, 0.9, 1.0]),
-    st.sampled_from([1.0, 1.3]),
-)
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
-def test_margin_bounds_the_change_of_the_uniform_number(
-    V: int, seed: int, uniform: float, temperature: float, top_k: int, top_p: float, penalty: float
+@hypothesis.given(draws())
+@hypothesis.settings(max_examples=300)
+def test_statistics_of_a_draw_match_their_definitions(
+    case: tuple[np.ndarray, np.ndarray, config.SamplingConfig, int],
 ) -> None:
-    """A uniform number within the margin gives the same token.
+    """The cut by bisection over the worst moves of the logits; draws that rounding may change are left out."""
+    logits_V, counts_V, settings, seed = case
+    found = test_sampling.choose(logits_V, settings, seed, counts_V)
+    adjusted_V, expected = test_sampling.expected_of(logits_V, counts_V, settings, seed)
+    divisor = definition.temperature(settings) or 1.0
+    rounding = 1e-5 * max(divisor, 1)
+    cut = definition.cut(adjusted_V, settings, expected.token)
+    hypothesis.assume(expected.lead > rounding and cut > rounding)
+    assert int(found.token_B[0]) == expected.token
+    assert int(found.kept_B[0]) == expected.kept
+    assert found.sampled_logprob_B[0] == pytest.approx(expected.sampled_logprob, abs=2e-5)
+    assert found.kept_mass_B[0] == pytest.approx(expected.kept_mass, abs=1e-5)
+    assert found.lead_B[0] == pytest.approx(expected.lead, rel=1e-5, abs=rounding)
+    own, following = adjusted_V[expected.token], definition.first_cut(adjusted_V, settings)
+    overtaken = definition.LARGEST if following is None else own - adjusted_V[following]
+    # The recorded number may be smaller if further candidates must overtake the token, too.
+    lowest, found_cut = min(cut, overtaken) if settings.top_k or settings.top_p < 1 else cut, float(found.cut_B[0])
+    if settings.top_p < 1:
+        # Shares are float32 numbers: an error of 1e-7 moves log-odds by 1e-7 / (p * (1 - p)), and 17 is the largest.
+        lowest, cut, found_cut = (min(x, 13 * divisor) for x in (lowest, cut, found_cut))
+        rounding += 5e-7 * divisor * np.exp(lowest / divisor) / (settings.top_p * (1 - settings.top_p))
+    assert lowest - rounding <= found_cut * (1 + 1e-5)
+    assert found_cut <= cut * (1 + 1e-5) + rounding
 
-    One just past it gives another, unless the margin is 1 or bounded by the nucleus.
-    """
-    rng = np.random.RandomState(seed)
-    logits_V, seen_V = rng.normal(0, 2, V).astype(np.float32), rng.rand(V) < 0.3
-    settings = config.SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
-    token = sampled_token(logits_V, seen_V, settings, uniform)
-    margin, _ = measured(logits_V, seen_V, settings, uniform)
-    assert 0 <= margin <= 1
-    for inside in (-0.98, -0.5, 0.5, 0.98):
-        moved = uniform + inside * margin
-        if 0 <= moved <= 1 - 2**-24 and margin > 1e-5:
-            assert sampled_token(logits_V, seen_V, settings, moved) == token
-    if top_p == 1 and margin < 1 and uniform + margin < 1 - 1e-5:
-        beyond = [uniform + sign * (1.02 * margin + 1e-5) for sign in (-1, 1)]
-        assert any(sampled_token(logits_V, seen_V, settings, min(max(u, 0), 1 - 2**-24)) != token for u in beyond)
+
+@hypothesis.given(draws(), st.integers(0, 2**31))
+@hypothesis.settings(max_examples=300)
+def test_moves_of_less_than_half_the_cut_do_not_change_the_token_by_the_cuts(
+    case: tuple[np.ndarray, np.ndarray, config.SamplingConfig, int], moves: int
+) -> None:
+    """The token stays kept, and no other becomes a candidate; random moves, and the worst."""
+    logits_V, counts_V, settings, seed = case
+    found = test_sampling.choose(logits_V, settings, seed, counts_V)
+    adjusted_V = definition.adjusted(logits_V, counts_V, settings)
+    token, cut = int(found.token_B[0]), min(float(found.cut_B[0]), 1e4)
+    divisor, before = definition.temperature(settings) or 1.0, definition.kept(adjusted_V, settings)
+    hypothesis.assume(cut > 1e-3 * max(divisor, 1) and token in before and definition.temperature(settings) > 0)
+    rng, reach = np.random.RandomState(moves % 2**31), 0.98 * cut
+    away_V = np.where(np.isin(np.arange(len(logits_V)), before), -1, 1)
+    for direction_V in (rng.choice([-1, 1], len(logits_V)), rng.uniform(-1, 1, len(logits_V)), away_V, -away_V):
+        after = definition.kept(adjusted_V + reach / 2 * direction_V, settings)
+        assert token in after
+        assert set(after) <= set(before)
 
 
 @pytest.mark.parametrize(
-    ("top_p", "uniform", "token", "margin"),
+    ("settings", "cut"),
     [
-        (0.7999, 0.56, 0, 1e-4),  # a third candidate would bring the first boundary from 0.625 to 0.5
-        (0.7, 0.56, 0, 0.625 - 0.56),
-        (0.8001, 0.6, 1, 1e-4),  # without the third candidate the first boundary would be 0.625
-        (0.8001, 0.9, 2, 1e-4),  # without the third candidate it could not be sampled
-        (0.8001, 0.3, 0, 0.5 - 0.3),  # the first token is sampled with or without the third candidate
+        # For the first of 0.5, 0.3, 0.15 and 0.05.
+        ({"top_k": 2}, np.log(0.3 / 0.15)),  # the third overtakes the second
+        ({"top_p": 0.85}, np.log(0.15 / 0.05)),  # the fourth overtakes the third
+        ({"top_p": 0.7}, np.log(0.8 / 0.2) - np.log(0.7 / 0.3)),  # the first two have less than 0.7: the third is kept
+        ({"top_p": 0.96}, np.log(0.96 / 0.04)),  # the other three overtake the first and have 0.96
+        ({"min_p": 0.31}, np.log(0.31 / 0.3)),  # the third is kept
+        ({"min_p": 0.29}, np.log(0.29 / 0.1)),  # the third is cut without effect; the fourth is kept
+        ({"min_p": 0.099}, np.log(5 / 3 / 0.099)),  # the second overtakes the first, which is cut
+        ({}, np.inf),
+        ({"top_k": 4}, np.inf),
+        ({"temperature": 0.0}, np.inf),
     ],
 )
-def test_margin_accounts_for_the_end_of_the_nucleus(top_p: float, uniform: float, token: int, margin: float) -> None:
-    """Probabilities 0.5, 0.3 and 0.2: a ``top_p`` up to 0.8 keeps two candidates, a larger one three."""
-    logits_V, seen_V = np.log(np.asarray([0.5, 0.3, 0.2], np.float32)), np.zeros(3, bool)
-    settings = config.SamplingConfig(top_p=top_p, top_k=0, repetition_penalty=1.0)
-    assert sampled_token(logits_V, seen_V, settings, uniform) == token
-    assert measured(logits_V, seen_V, settings, uniform)[0] == pytest.approx(margin, rel=0.02)
+def test_cut_of_simple_cases(settings: dict[str, Any], cut: float) -> None:
+    logits_V = np.log([0.5, 0.3, 0.15, 0.05, *[1e-30] * 3])
+    one = definition.neutral(**settings, ban=(4, 5, 6))
+    seed = next(s for s in range(100) if test_sampling.choose(logits_V, one, s).token_B[0] == 0)
+    found = float(test_sampling.choose(logits_V, one, seed).cut_B[0])
+    assert found == pytest.approx(min(cut, definition.LARGEST), rel=1e-5)
 
 
-@pytest.mark.parametrize("V", SIZES)
-def test_margin_matches_its_definition(V: int) -> None:
-    """In float64, over nuclei of every length; skips cases in which rounding may change the nucleus."""
-    rng = np.random.RandomState(V)
-    for turn in range(40):
-        top_k, top_p = (0, 3, 128)[turn % 3], float(np.float32(rng.uniform(0.05, 0.999)))
-        logits_V, uniform = rng.normal(0, 2, V).astype(np.float32), rng.randint(2**24) * 2**-24
-        settings = config.SamplingConfig(top_k=top_k, top_p=top_p, repetition_penalty=1.0)
-        probs = np.sort(np.exp(logits_V.astype(np.float64) - logits_V.max()))[::-1][: top_k or None]
-        ends = probs.cumsum() / probs.sum()
-        kept = 1 + int(np.searchsorted(ends, top_p))
-
-        def rank_of(kept: int, ends: np.ndarray = ends, uniform: float = uniform) -> int:
-            return int(np.searchsorted(ends[:kept] / ends[kept - 1], uniform, side="right"))
-
-        rank = rank_of(kept)
-        inner = ends[: kept - 1] / ends[kept - 1]  # the boundaries that can be crossed
-        distances = [1.0, *np.abs(inner[max(rank - 1, 0) : rank + 1] - uniform)]
-        for other, end in ((kept - 1, kept - 1), (kept + 1, kept)):
-            if 1 <= other <= len(ends) and rank_of(other) != rank:
-                distances.append(abs(top_p - ends[end - 1]))
-        if min(np.abs(ends[:-1] - top_p).min(initial=1), np.abs(inner - uniform).min(initial=1)) > 1e-5:
-            assert measured(logits_V, np.zeros(V, bool), settings, uniform)[0] == pytest.approx(
-                min(distances), abs=3e-6
-            )
-
-
-@pytest.mark.parametrize("V", SIZES)
-def test_gap_is_the_distance_to_the_nearer_neighbour(V: int) -> None:
-    rng = np.random.RandomState(V)
-    logits_V, seen_V = rng.normal(0, 2, V).astype(np.float32), rng.rand(V) < 0.5
-    penalized_V = np.where(seen_V, np.where(logits_V > 0, logits_V / 1.3, logits_V * 1.3), logits_V)
-    for uniform in np.linspace(0, 0.999, 7):
-        for top_k in (0, 2, 128):
-            settings = config.SamplingConfig(top_k=top_k, top_p=1.0, repetition_penalty=1.3)
-            token = sampled_token(logits_V, seen_V, settings, uniform)
-            others = np.delete(penalized_V, token)
-            gap = measured(logits_V, seen_V, settings, uniform)[1]
-            assert gap == pytest.approx(np.abs(others - penalized_V[token]).min(), rel=1e-4, abs=1e-6)
-
-
-def test_margin_at_temperature_0_is_the_gap_of_the_best_two() -> None:
-    logits_V, seen_V = np.asarray([1.0, 4.0, 3.5, -2.0], np.float32), np.asarray([False, True, False, False])
-    settings = config.SamplingConfig(temperature=0.0, repetition_penalty=1.1)
-    assert measured(logits_V, seen_V, settings, 0.9) == (pytest.approx(4 / 1.1 - 3.5, rel=1e-5),) * 2
+def test_lead_at_temperature_0_is_the_difference_of_the_largest_logits() -> None:
+    logits_V, counts_V = np.array([1.0, 4.0, 3.5, -2.0, 0, 0, 0]), np.array([0, 1, 0, 0, 0, 0, 0])
+    found = test_sampling.choose(logits_V, config.SamplingConfig(temperature=0.0, repetition_penalty=1.1), 0, counts_V)
+    assert found.lead_B[0] == pytest.approx(4 / 1.1 - 3.5, rel=1e-5)
+    alone = test_sampling.choose(logits_V, config.SamplingConfig(temperature=0.0, allow=(3,)))
+    assert alone.lead_B[0] == np.float32(definition.LARGEST)
 
 
 SHAPES: list[Any] = [
