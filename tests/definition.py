@@ -50,7 +50,7 @@ def adjusted(logits_V: np.ndarray, counts_V: np.ndarray, settings: config.Sampli
 
 def temperature(settings: config.SamplingConfig) -> float:
     """Returns the divisor of the logits, 0 for the most likely token."""
-    value = min(settings.temperature, LARGEST)
+    value = min(settings.temperature, 2.0**126)
     return 0.0 if value < np.finfo(np.float32).tiny else float(np.float32(value))
 
 

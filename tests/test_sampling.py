@@ -233,8 +233,8 @@ def test_the_smallest_noise_occurs_at_the_rate_of_an_exponential(chunks: int) ->
 
 def test_noise_is_independent_across_samples_tokens_seeds_and_ids() -> None:
     """Correlations and a chi-square of pairs, between the noise of two keys that differ in one part."""
-    n, id_K = 2**17, np.arange(2**17)
-    base = definition.words(sampling.sample_key(7, (1, 2), 3), 4, id_K)
+    n, id_K, base_key = 2**17, np.arange(2**17), sampling.sample_key(7, (1, 2), 3)
+    base = definition.words(base_key, 4, id_K)
     others = {
         "seed": definition.words(sampling.sample_key(8, (1, 2), 3), 4, id_K),
         "prompt": definition.words(sampling.sample_key(7, (1, 3), 3), 4, id_K),
@@ -259,7 +259,7 @@ def test_noise_is_independent_across_samples_tokens_seeds_and_ids() -> None:
             np.full(len(keys_B2), 11, np.uint32),
         )
         assert_uncorrelated(word_B, name)
-    key = tuple(np.repeat(x, n) for x in sampling.sample_key(7, (1, 2), 3).reshape(2, 1))
+    key = np.full(n, base_key[0]), np.full(n, base_key[1])
     assert_uncorrelated(
         sampling.fold_in(sampling.fold_in(key, id_K.astype(np.uint32)), np.full(n, 11, np.uint32))[0], ""
     )

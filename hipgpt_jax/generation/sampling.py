@@ -47,7 +47,7 @@ def sampling_params(settings: Sequence[config.SamplingConfig], V: int) -> Sampli
         return host_array([getattr(one, name) for one in settings], dtype)
 
     return SamplingParams(
-        temperature_B=host_array([min(one.temperature, _LARGEST) for one in settings], np.float32),
+        temperature_B=host_array([min(one.temperature, topk.LARGEST_TEMPERATURE) for one in settings], np.float32),
         top_k_B=host_array([one.top_k if one.top_k < 2**31 else 0 for one in settings], np.int32),  # 0 keeps all too
         top_p_B=column("top_p", np.float32),
         min_p_B=column("min_p", np.float32),

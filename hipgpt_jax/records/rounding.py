@@ -60,7 +60,7 @@ class Draw:
         self._logits_V = logits_V.astype(np.float64)
         self._is_finite = bool(np.isfinite(logits_V).all())
         self._tolerance = tolerance
-        self._temperature = min(float(np.float32(min(settings.temperature, _LARGEST))), _LARGEST)
+        self._temperature = float(np.float32(min(settings.temperature, topk.LARGEST_TEMPERATURE)))
         self._is_greedy = self._temperature < topk.SMALLEST_TEMPERATURE
         self._divisor = 1.0 if self._is_greedy else self._temperature
         with np.errstate(all="ignore"):
