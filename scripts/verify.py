@@ -81,7 +81,7 @@ def adjust(logits: np.ndarray, prompt_ids: list[int], ids: list[int], context: l
 @np.errstate(all="ignore")
 def draw(logits: np.ndarray, noise: np.ndarray, own: Any) -> SimpleNamespace:
     """Draws a token from the logits that ``adjust`` returns: steps 5 to 10 of the page, and its statistics."""
-    V, T, top_p, min_p = len(logits), F(min(own["temperature"], LARGEST)), F(own["top_p"]), F(own["min_p"])
+    V, T, top_p, min_p = len(logits), F(min(own["temperature"], 2.0**126)), F(own["top_p"]), F(own["min_p"])
     is_greedy, T = (True, F(1)) if T < 2.0**-126 else (False, T)
     order = np.lexsort((np.arange(V), -logits))
     ordered = logits[order]
@@ -96,18 +96,16 @@ def draw(logits: np.ndarray, noise: np.ndarray, own: Any) -> SimpleNamespace:
     distances = np.full(V, LARGEST)  # that logits must move for another kept id to win
     rivals = slice(None) if is_greedy else slice(m)
     distances[order[rivals]] = np.minimum((score[j] - score[rivals]) * T, LARGEST)
-    cut = LARGEST
-    if m < V and not is_greedy:
-        share = np.minimum(S / S[k - 1], 1)
-        beyond = (np.log(share) - np.log1p(-share) - np.log(top_p) + np.log1p(-top_p)) * T
-        gap, step = ordered[j] - ordered[m], ordered[m - 1] - ordered[m]  # columns count from 0: m is the first cut
-        rules = [
-            (m == k, gap, step),
-            (top_p < 1, min(gap, -beyond[j - 1] if j else LARGEST), min(step, beyond[m - 1])),
-            (min_p > 0, (scaled[j] - np.log(min_p)) * T if j else LARGEST, (np.log(min_p) - scaled[m]) * T),
-        ]
-        leaves, enters = zip(*((leaves, enters) for acts, leaves, enters in rules if acts), strict=True)
-        cut = np.clip(min(*leaves, LARGEST, max(enters) if score[m] > score[j] else LARGEST), 0, LARGEST)
+    P, level = np.minimum(S / S[k - 1], F(1 - 2.0**-24)), np.log(top_p) - np.log1p(-top_p)
+    before = P[j:m] - (P[j] - (P[j - 1] if j else 0))
+    by_top_p = np.maximum(ordered[j] - ordered[j:m], (level - np.log(before) + np.log1p(-before)) * T)
+    by_min_p = (scaled[j] - np.log(min_p)) * T + (0 if j else ordered[0] - ordered[1])
+    leaves, enters = [LARGEST, by_top_p.min(), by_min_p], [LARGEST]
+    if m < V and ordered[m] > -np.inf:  # columns count from 0: m is the first candidate that was cut
+        step, odds = ordered[m - 1] - ordered[m], np.log(P[m - 1]) - np.log1p(-P[m - 1])
+        leaves.append(ordered[j] - ordered[m] if k < V or top_p < 1 else LARGEST)
+        enters = [step if m == k else 0, min(step, (odds - level) * T), (np.log(min_p) - scaled[m]) * T]
+    cut = LARGEST if is_greedy else np.clip(min(*leaves, max(enters)), 0, LARGEST)
     return SimpleNamespace(
         token=int(order[j]),
         sampled_logprob=min(float(scaled[j] - np.log(S[m - 1])), 0.0),
