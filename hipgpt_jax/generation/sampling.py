@@ -149,25 +149,28 @@ def ban_repeats(
         params: Settings; an n-gram length of 0 is the identity.
         plan: Says whether a row may ban repeats.
     """
-    S = context_BS.shape[1]
-
-    def ban(logits_V: jax.Array, *, context_S: jax.Array, length: jax.Array, ngram: jax.Array) -> jax.Array:
-        # Token `p` of the context would be repeated if the `ngram - 1` tokens before it are the last ones.
-        p_S1, back_1S = jnp.arange(S)[:, None], 1 + jnp.arange(S)[None]
-        before_SS = context_S[jnp.maximum(p_S1 - back_1S, 0)]
-        last_1S = context_S[jnp.maximum(length - back_1S, 0)]
-        is_same_SS = (before_SS == last_1S) & (back_1S <= p_S1)
-        repeats_S = jnp.all(is_same_SS | (back_1S >= ngram), axis=1)
-        repeats_S = repeats_S & (p_S1[:, 0] < length) & (ngram > 0)
-        is_banned_V = jnp.zeros(logits_V.shape, bool).at[context_S].max(repeats_S)
-        banned_V = jnp.where(is_banned_V, -jnp.inf, logits_V)
-        return jnp.where(banned_V.max() == -jnp.inf, logits_V, banned_V)
-
+    B, S = context_BS.shape
     ngram_B = params.no_repeat_ngram_B
-    search = functools.partial(jax.vmap(ban), context_S=context_BS, length=length_B, ngram=ngram_B)
+
+    def ban(logits_BV: jax.Array) -> jax.Array:
+        # Token `p` of the context would be repeated if the `ngram - 1` tokens before it are the last ones. Comparing
+        # all at once would take memory for B * S * S numbers in every program.
+        p_1S = jnp.arange(S)[None]
+
+        def compare(back: jax.Array, repeats_BS: jax.Array) -> jax.Array:
+            last_B1 = jnp.take_along_axis(context_BS, jnp.maximum(length_B - back, 0)[:, None], axis=1)
+            is_same_BS = (jnp.roll(context_BS, back, axis=1) == last_B1) & (p_1S >= back)
+            return repeats_BS & (is_same_BS | (back >= ngram_B)[:, None])
+
+        may_repeat_BS = (p_1S < length_B[:, None]) & (ngram_B > 0)[:, None]
+        repeats_BS = jax.lax.fori_loop(1, jnp.minimum(ngram_B.max(), S + 1), compare, may_repeat_BS)
+        is_banned_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], context_BS].max(repeats_BS)
+        banned_BV = jnp.where(is_banned_BV, -jnp.inf, logits_BV)
+        return jnp.where(banned_BV.max(axis=-1, keepdims=True) == -jnp.inf, logits_BV, banned_BV)
+
     if plan is not None and len(plan.buckets) == 1:  # no conditions
-        return search(logits_BV) if plan.bans_repeats else logits_BV
-    return jax.lax.cond(jnp.any(ngram_B > 0), search, lambda unchanged: unchanged, logits_BV)
+        return ban(logits_BV) if plan.bans_repeats else logits_BV
+    return jax.lax.cond(jnp.any(ngram_B > 0), ban, lambda unchanged: unchanged, logits_BV)
 
 
 def penalize(logits_BV: jax.Array, counts_BV: jax.Array, params: SamplingParams) -> jax.Array:
