@@ -19,6 +19,7 @@ MODEL = config.ModelConfig(vocab_size=300, max_seq_len=8, embed_dim=16, num_head
 # Integers by their lowest value.
 INTEGERS = [
     (config.SamplingConfig, "top_k", 0),
+    (config.SamplingConfig, "no_repeat_ngram", 0),
     (config.DecodingConfig, "window", 1),
     (config.DecodingConfig, "window_stride", 1),
     (config.DecodingConfig, "width", 1),
@@ -26,6 +27,7 @@ INTEGERS = [
     (config.GenerationConfig, "num_samples", 1),
     (config.GenerationConfig, "seed", 0),
     (config.GenerationConfig, "eos_id", -1),
+    (config.GenerationConfig, "min_tokens", 0),
     (training_config.TrainConfig, "batch_size", 1),
     (training_config.TrainConfig, "steps", 1),
     (training_config.TrainConfig, "warmup_steps", 0),
@@ -74,6 +76,15 @@ def test_model_sizes_have_a_highest_value(field: str) -> None:
         (config.SamplingConfig, {"top_p": 1e-9}),
         (config.SamplingConfig, {"repetition_penalty": 1e-6}),
         (config.SamplingConfig, {"repetition_penalty": 1e6}),
+        (config.SamplingConfig, {"min_p": 0.0}),
+        (config.SamplingConfig, {"min_p": 0.999}),
+        (config.SamplingConfig, {"frequency_penalty": -1e6, "presence_penalty": 1e6}),
+        (config.SamplingConfig, {"penalty_scope": "all"}),
+        (config.SamplingConfig, {"penalty_scope": "output"}),
+        (config.SamplingConfig, {"no_repeat_ngram": 2**24}),
+        (config.SamplingConfig, {"logit_bias": ((0, -1e6), ("a", 1e6)), "ban": (0, "b"), "allow": (1, "b")}),
+        (config.GenerationConfig, {"min_tokens": 50}),
+        (config.GenerationConfig, {"min_tokens": 0, "num_tokens": 0}),
         (config.DecodingConfig, {"overflow": "roll"}),
         (config.DecodingConfig, {"overflow": "stop"}),
         (config.DecodingConfig, {"overflow": "error"}),
@@ -115,6 +126,40 @@ def test_edges_of_ranges_are_valid(kind: Any, values: dict[str, Any]) -> None:
         (config.SamplingConfig, {"repetition_penalty": -1.0}, "repetition_penalty must be above 0"),
         (config.SamplingConfig, {"repetition_penalty": NAN}, "repetition_penalty must be a finite number"),
         (config.SamplingConfig, {"repetition_penalty": INF}, "repetition_penalty must be a finite number"),
+        (
+            config.SamplingConfig,
+            {"min_p": -0.1},
+            "min_p must be at least 0 and below 1 (0 keeps every token): got -0.1",
+        ),
+        (config.SamplingConfig, {"min_p": 1.0}, "min_p must be at least 0 and below 1"),
+        (config.SamplingConfig, {"min_p": NAN}, "got nan"),
+        (
+            config.SamplingConfig,
+            {"frequency_penalty": 1.1e6},
+            "frequency_penalty must be from -1e6 to 1e6 (0 is neutral)",
+        ),
+        (config.SamplingConfig, {"frequency_penalty": NAN}, "got nan"),
+        (config.SamplingConfig, {"presence_penalty": -INF}, "presence_penalty must be from -1e6 to 1e6"),
+        (config.SamplingConfig, {"penalty_scope": "prompt"}, "penalty_scope must be one of all, output: got 'prompt'"),
+        (config.SamplingConfig, {"no_repeat_ngram": 2**24 + 1}, "no_repeat_ngram must be at most 16777216"),
+        (config.SamplingConfig, {"logit_bias": {3: 1.1e6}}, "logit_bias must be from -1e6 to 1e6"),
+        (config.SamplingConfig, {"logit_bias": {3: NAN}}, "got nan"),
+        (config.SamplingConfig, {"logit_bias": ["3"]}, "logit_bias must be given as ID=VALUE: got '3'"),
+        (config.SamplingConfig, {"logit_bias": "=3"}, "logit_bias must be given as ID=VALUE: got '=3'"),
+        (config.SamplingConfig, {"logit_bias": ["3=x"]}, "logit_bias must be given as ID=VALUE: got '3=x'"),
+        (config.SamplingConfig, {"logit_bias": [(3, 1.0), ("3", 2)]}, "logit_bias has two values for the token 3"),
+        (config.SamplingConfig, {"logit_bias": {-1: 1.0}}, "logit_bias must be an integer of at least 0"),
+        (config.SamplingConfig, {"logit_bias": 3}, "logit_bias must be a mapping of tokens to values: got 3"),
+        (
+            config.SamplingConfig,
+            {"ban": [-1]},
+            "ban must be an integer of at least 0 (a token's id or its text): got -1",
+        ),
+        (config.SamplingConfig, {"ban": [""]}, "ban must be a text of at least one character"),
+        (config.SamplingConfig, {"ban": 1.5}, "ban must be a token or a list of tokens: got 1.5"),
+        (config.SamplingConfig, {"allow": [True]}, "allow must be an integer of at least 0"),
+        (config.SamplingConfig, {"allow": [3, "a"], "ban": ["a", 3, 4]}, "allow must leave a token"),
+        (config.GenerationConfig, {"min_tokens": 51}, "min_tokens must be at most num_tokens: got 51 and 50"),
         (config.DecodingConfig, {"overflow": "wrap"}, "overflow must be one of roll, stop, error: got 'wrap'"),
         (config.DecodingConfig, {"dtype": "float16"}, "dtype must be one of float32, bfloat16: got 'float16'"),
         (config.GenerationConfig, {"seed": MAX_SEED + 1}, "seed must be at most 4294967295 (a 32-bit number): got"),
@@ -190,6 +235,38 @@ def test_end_token_is_in_the_vocabulary() -> None:
         config.GenerationConfig(eos_id=300).check_vocabulary(300)
 
 
+def test_tokens_are_ids_or_texts_in_any_form() -> None:
+    one = config.SamplingConfig(
+        logit_bias=["7=-1.5", " a=b=2", (9, 1)], ban=("12", "x", 12, "x"), allow="\N{ARABIC-INDIC DIGIT THREE}"
+    )
+    assert one.logit_bias == ((7, -1.5), (" a=b", 2.0), (9, 1.0))
+    assert one.ban == (12, "x")
+    assert one.allow == ("\N{ARABIC-INDIC DIGIT THREE}",), "only ASCII digits are an id"
+    assert config.SamplingConfig(logit_bias={"7": 2}) == config.SamplingConfig(logit_bias=((7, 2.0),))
+    assert config.SamplingConfig(ban=7).ban == (7,)
+
+
+def test_texts_become_ids_in_ascending_order() -> None:
+    def token_id(text: str) -> int:
+        if text not in "abc":
+            raise ValueError(f"{text!r} is 2 tokens: 5, 6")
+        return 10 + ord(text) - ord("a")
+
+    one = config.SamplingConfig(logit_bias={"b": 1, 3: 2}, ban=("c", 1, "a"), allow=(12, "b", "c"))
+    found = one.with_ids(token_id, 13)
+    assert (found.logit_bias, found.ban, found.allow) == (((3, 2.0), (11, 1.0)), (1, 10, 12), (11, 12))
+    assert config.SamplingConfig().with_ids(token_id, 13) == config.SamplingConfig()
+    for values, text in (
+        ({"ban": ("no",)}, "ban must be a token's id, or a text that is one token: 'no' is 2 tokens: 5, 6"),
+        ({"logit_bias": {"c": 1}}, "logit_bias must be below the vocabulary's size 12: got 12"),
+        ({"logit_bias": {"a": 1, 10: 1}}, "logit_bias has two values for the token 10"),
+        ({"allow": ("a",), "ban": (10,)}, "allow must leave a token: every token that it has is in ban"),
+        ({"ban": tuple(range(12))}, "ban must leave a token: it has all 12 of the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            config.SamplingConfig(**values).with_ids(token_id, 12)
+
+
 def test_the_last_learning_rate_is_a_tenth_of_the_peak_or_the_one_given() -> None:
     assert training_config.TrainConfig(learning_rate=0.5).final_learning_rate == 0.05
     assert training_config.TrainConfig(learning_rate=0.5, min_lr=0.0).final_learning_rate == 0.0
@@ -198,7 +275,8 @@ def test_the_last_learning_rate_is_a_tenth_of_the_peak_or_the_one_given() -> Non
 
 def test_the_documented_defaults() -> None:
     assert dataclasses.astuple(config.ModelConfig()) == (5000, 32, 128, 4, 256, 2)
-    assert dataclasses.astuple(config.SamplingConfig()) == (1.0, 5, 0.9, 1.1)
-    assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1, (), 0)
+    sampling = (1.0, 5, 0.9, 1.1, 0.0, 0.0, 0.0, "all", 0, (), (), ())
+    assert dataclasses.astuple(config.SamplingConfig()) == sampling
+    assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1, (), 0, 0)
     assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1, "float32")
     assert training_config.TrainConfig().batch_size == 4

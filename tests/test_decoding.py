@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hipgpt_jax.generation import decoding, requests, sampling
+from hipgpt_jax.generation import decoding, requests
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import transformer
 
@@ -21,19 +21,7 @@ LAYOUT = kv.Layout((4, 4, 3))
 
 def initial(requested: list[requests.Request]) -> decoding.DecodeState:
     """Returns a state of one slot per request, before the prompts are prefilled."""
-    slots = [
-        decoding.initial_state(
-            jax.random.key_data(
-                sampling.sample_key(sampling.seed_words(one.generation.seed, one.prompt_ids, one.sample))
-            )[None],
-            one.prompt_ids,
-            one.sampling,
-            one.generation.eos_id,
-            W=WINDOW,
-            V=MODEL.vocab_size,
-        )
-        for one in requested
-    ]
+    slots = [decoding.initial_state(one, WINDOW, MODEL.vocab_size) for one in requested]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *slots)
 
 
@@ -56,7 +44,7 @@ def step_by_step(requested: list[requests.Request], num_steps: int) -> list[Step
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 0, "top_p": 1.0}])
 def test_a_python_loop_over_the_jitted_step_equals_the_engine(settings: dict[str, Any]) -> None:
-    """Up to the full window, where the engine slides it: tokens, statistics, contexts and seen tokens."""
+    """Up to the full window, where the engine slides it: tokens, statistics, contexts and counts."""
     requested = [fakes.request(fakes.prompt(n), num_tokens=WINDOW - n + 1, seed=n, **settings) for n in (1, 4, 8)]
     steps = step_by_step(requested, WINDOW)
     outputs = list(fakes.make_scheduler(width=3).run(requested, measure=True))
@@ -68,13 +56,13 @@ def test_a_python_loop_over_the_jitted_step_equals_the_engine(settings: dict[str
             n = len(ids) - 1
             assert state.length_B[row] == n
             np.testing.assert_array_equal(state.context_BS[row], ids[:-1] + [0] * (WINDOW - n))
-            np.testing.assert_array_equal(
-                np.flatnonzero(state.seen_BV[row]), sorted(set(request.prompt_ids) | set(ids[:-1]))
-            )
+            # The newest sampled token is counted in the next step.
+            counted = (*request.prompt_ids, *ids[len(request.prompt_ids) : -1])
+            np.testing.assert_array_equal(state.counts_BV[row], np.bincount(counted, minlength=MODEL.vocab_size))
             assert output.token_B[row] == expected.token
             assert expected.stats is not None
-            for name in ("logprob", "rank", "margin", "gap"):
-                assert getattr(output.stats, f"{name}_B")[row] == getattr(expected.stats, name)
+            for name, column_B in output.stats._asdict().items():
+                assert column_B[row] == getattr(expected.stats, name.removesuffix("_B")), name
             ids.append(int(output.token_B[row]))
         for state, _ in steps[len(own) :]:  # a slot that has reached its limit is left unchanged
             assert state.num_sampled_B[row] == request.generation.num_tokens
@@ -82,9 +70,9 @@ def test_a_python_loop_over_the_jitted_step_equals_the_engine(settings: dict[str
 
 def test_a_slot_ends_with_its_end_token_and_is_left_unchanged() -> None:
     """The tokens are those without an end token, and none follows it; the other slot continues."""
-    requested = [fakes.request(fakes.prompt(n), num_tokens=7, seed=n) for n in (2, 3)]
+    requested = [fakes.request(fakes.prompt(n), num_tokens=7, seed=5) for n in (2, 3)]
     tokens_TB = np.stack([output.token_B for _, output in step_by_step(requested, 6)])
-    ending = [fakes.request(fakes.prompt(2), num_tokens=7, seed=2, eos_id=int(tokens_TB[2, 0])), requested[1]]
+    ending = [fakes.request(fakes.prompt(2), num_tokens=7, seed=5, eos_id=int(tokens_TB[2, 0])), requested[1]]
     assert tokens_TB[2, 0] not in tokens_TB[:2, 0]
     steps = step_by_step(ending, 6)
     assert [int(state.num_sampled_B[0]) for state, _ in steps] == [0, 1, 2, 3, 3, 3]
@@ -154,3 +142,89 @@ def test_prefill_is_independent_of_the_padded_length() -> None:
         ):
             a_BNSH, b_BNSH = (np.where(real_BS[:, None, :, None], x, 0) for x in (a_BNSH, b_BNSH))
             np.testing.assert_allclose(a_BNSH, b_BNSH, rtol=1e-5, atol=1e-5)
+
+
+# --- settings that depend on the tokens sampled so far
+
+
+def generated(request: requests.Request, **shape: Any) -> list[int]:
+    return fakes.tokens_of(fakes.make_scheduler(**shape), [request])[0]
+
+
+def test_an_early_end_token_is_banned() -> None:
+    """A sample with ``min_tokens`` has the tokens of one without an end token, up to the first it would have ended."""
+    plain = generated(fakes.request(num_tokens=30, temperature=2.0))
+    eos_id = plain[2]
+    assert generated(fakes.request(num_tokens=30, temperature=2.0, eos_id=eos_id)) == plain[:3]
+    for min_tokens in (3, 7, 30):
+        late = generated(fakes.request(num_tokens=30, temperature=2.0, eos_id=eos_id, min_tokens=min_tokens))
+        assert eos_id not in late[:min_tokens]
+        assert len(late) >= min_tokens
+        assert late[:2] == plain[:2]
+    # With ``min_tokens`` of 2 the third token may be the end.
+    assert generated(fakes.request(num_tokens=30, temperature=2.0, eos_id=eos_id, min_tokens=2)) == plain[:3]
+
+
+@pytest.mark.parametrize("scope", ["all", "output"])
+def test_penalties_count_the_tokens_of_their_scope(scope: str) -> None:
+    """A bias that outweighs all logits, taken off a token once it has occurred, shows which occurrences count."""
+    settings: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "penalty_scope": scope}
+    bias = {5: 3e5, 6: 2e5, 7: 1e5}
+    prompt = (5, 5, 6)
+    once = generated(fakes.request(prompt, num_tokens=4, presence_penalty=1e6, logit_bias=bias, **settings))
+    assert once[: 3 if scope == "output" else 1] == ([5, 6, 7] if scope == "output" else [7])
+    # Each occurrence takes off 1e5: 5 has 3e5 - 2e5 after the prompt, 6 has 2e5 - 1e5.
+    each = generated(fakes.request(prompt, num_tokens=4, frequency_penalty=0.99e5, logit_bias=bias, **settings))
+    assert each == ([5, 5, 6, 5] if scope == "output" else [5, 6, 7, 5])
+
+
+def test_penalties_count_tokens_outside_the_window() -> None:
+    settings: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "presence_penalty": 1e6}
+    prompt = (9, *range(20, 20 + WINDOW + 5))
+    tokens = generated(fakes.request(prompt, num_tokens=2, logit_bias={9: 3e5, 10: 2e5, 11: 1e5}, **settings))
+    assert tokens == [10, 11]
+
+
+@pytest.mark.parametrize("shape", [{}, pytest.param({"width": 3, "window_stride": 4}, marks=pytest.mark.slow)])
+def test_no_n_gram_of_the_window_is_repeated(shape: dict[str, Any]) -> None:
+    """While the window slides, an n-gram that has left it is allowed again."""
+    stride = shape.get("window_stride", 1)
+    prompt, settings = (1, 2, 3), {"temperature": 0.0, "repetition_penalty": 1.0, "allow": (1, 2, 3, 4)}
+    repeating = generated(fakes.request(prompt, num_tokens=40, **settings), **shape)
+    repeated = banned = 0
+    for ngram in (1, 2, 3):
+        text = [*prompt, *generated(fakes.request(prompt, num_tokens=40, no_repeat_ngram=ngram, **settings), **shape)]
+        assert text != [*prompt, *repeating]
+        for n in range(len(prompt), len(text)):
+            window = text[max(0, -((WINDOW - n) // stride) * stride) : n]
+            grams = [window[i : i + ngram] for i in range(len(window) - ngram + 1)]
+            allowed = [one for one in (1, 2, 3, 4) if [*window[len(window) - ngram + 1 :], one] not in grams]
+            assert text[n] in (allowed or (1, 2, 3, 4))
+            banned += len(allowed) < 4
+            repeated += [*text[n - ngram + 1 : n + 1]] in [text[i : i + ngram] for i in range(n - ngram + 1)]
+    assert banned > 60
+    assert repeated > 10, "n-grams that had left the window"
+
+
+def test_states_at_any_token_are_those_of_decoding() -> None:
+    """Keys, settings, contexts, counts and indices, from which a text's tokens are drawn again."""
+    own = [
+        fakes.request(fakes.prompt(4), num_tokens=7, seed=3, sample=2, frequency_penalty=0.5),
+        fakes.request(fakes.prompt(4), num_tokens=7, seed=3, sample=2, penalty_scope="output", eos_id=7, min_tokens=5),
+    ]
+    steps = step_by_step(own, 7)
+    for row, request in enumerate(own):
+        ids = [int(output.token_B[row]) for _, output in steps]
+        states = decoding.states_at(request, ids, [0] * 7, 0, W=WINDOW, V=MODEL.vocab_size)
+        for index, (_, output) in enumerate(steps):
+            one = jax.tree.map(lambda x, index=index: x[index : index + 1], states)
+            again, drawn = decoding.sample_next(one, output.logits_BV[row : row + 1])
+            assert drawn.token_B[0] == ids[index]
+            for name, column_B in drawn.stats._asdict().items():
+                np.testing.assert_allclose(column_B[0], getattr(output.stats, name)[row], rtol=1e-5, err_msg=name)
+            after = steps[index + 1][0] if index < 6 else None
+            if after is not None:
+                for name in ("counts_BV", "num_sampled_B", "token_B", "length_B"):
+                    length = 1 if name == "length_B" else 0  # decode_step has appended the newest token already
+                    now = np.asarray(getattr(again, name))[0] - length * 0
+                    np.testing.assert_array_equal(now, np.asarray(getattr(after, name))[row], err_msg=name)

@@ -18,8 +18,18 @@ from hipgpt_jax import config
 from hipgpt_jax.generation import backends, engine, requests, scheduler, topk
 
 # Settings for which 64 candidates suffice, and settings that need more of the 150.
-NARROW: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"top_k": 40, "repetition_penalty": 1.3}, {"eos_id": 7})
-WIDE: tuple[dict[str, Any], ...] = ({"top_k": 0, "top_p": 1.0}, {"top_k": 100}, {"top_k": 0, "top_p": 0.7, "eos_id": 7})
+NARROW: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.0},
+    {"top_k": 40, "repetition_penalty": 1.3},
+    {"eos_id": 7, "penalty_scope": "output", "frequency_penalty": 0.5},
+)
+WIDE: tuple[dict[str, Any], ...] = (
+    {"top_k": 0, "top_p": 1.0},
+    {"top_k": 100, "min_p": 0.01},
+    {"top_k": 0, "top_p": 0.7, "eos_id": 7},
+    {"no_repeat_ngram": 2, "ban": (3, 4)},
+)
 
 
 def make_requests(*settings: dict[str, Any], count: int = 8) -> list[requests.Request]:
@@ -36,7 +46,7 @@ def described(source: scheduler.Scheduler, requested: list[requests.Request]) ->
     for output in sorted(source.run(requested, measure=True), key=lambda output: output.index):
         stats = output.stats
         assert stats is not None
-        numbers = tuple(round(float(x), 3) for x in (stats.logprob, stats.rank, stats.margin, stats.gap))
+        numbers = tuple(round(float(column_B[stats.row]), 3) for column_B in stats.step)
         count = requested[output.index].generation.top_logprobs
         top = stats.top_logprobs(count)[0].tolist()
         described.append((output.index, output.token, output.finish_reason, numbers, top))
@@ -177,8 +187,12 @@ def test_top_in_chunks_equals_top_k(x_BV: np.ndarray, data: st.DataObject) -> No
         (config.SamplingConfig(top_k=2**40), True),
         (config.SamplingConfig(top_k=0, temperature=0.0), False),
         (config.SamplingConfig(top_k=0, temperature=1e-45), False),
+        (config.SamplingConfig(min_p=0.1), False),
+        (config.SamplingConfig(top_k=0, min_p=0.1), True),
+        (config.SamplingConfig(no_repeat_ngram=2), True),
     ],
 )
 def test_settings_determine_whether_the_full_vocabulary_is_needed(row: config.SamplingConfig, wide: bool) -> None:
     assert topk.plan_for(5000, "gpu").needs_full_vocab(row) is wide
-    assert not topk.plan_for(60, "gpu").needs_full_vocab(row), "64 candidates cover the whole vocabulary"
+    repeats = row.no_repeat_ngram > 0
+    assert topk.plan_for(60, "gpu").needs_full_vocab(row) is repeats, "64 candidates cover the whole vocabulary"

@@ -64,6 +64,24 @@ def test_the_end_token_is_kept_and_has_no_text() -> None:
     assert one.text == fakes.SHIFTED.decode(one.ids[:-1])
 
 
+@pytest.mark.parametrize("count", [1, 6, 11, 30])
+def test_an_early_stop_string_is_ignored_and_not_cut(count: int) -> None:
+    """The text is searched from token ``min_tokens`` on; what came before is not part of a match."""
+    (plain,) = sequences_of(make_requests(1))
+    piece = next(piece for piece in plain.tokens[:3] if len(piece) == 1)
+    (one,) = sequences_of(make_requests(1, stop=(piece,), min_tokens=count))
+    late = "".join(plain.tokens[count:])
+    early = plain.text[: len(plain.text) - len(late)]
+    assert one.ids == plain.ids[: len(one.ids)]
+    assert len(one.ids) >= count
+    if piece in late:
+        assert (one.finish_reason, one.stop) == ("stop", piece)
+        assert one.text == early + late[: late.index(piece)]
+    else:
+        assert (one.finish_reason, one.stop, one.text) == ("length", None, plain.text)
+    assert (piece in one.text) == (piece in early)
+
+
 def test_a_request_for_no_tokens_gives_an_empty_sequence() -> None:
     (one,) = sequences_of(make_requests(1, num_tokens=0))
     assert (one.ids, one.tokens, one.text, one.finish_reason, one.first_token) == ([], [], "", "length", None)
