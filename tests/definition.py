@@ -32,10 +32,10 @@ def noise(word_K: np.ndarray) -> np.ndarray:
 def adjusted(logits_V: np.ndarray, counts_V: np.ndarray, settings: config.SamplingConfig) -> np.ndarray:
     """Returns the logits with bias, bans and penalties."""
     bias_V = np.full(len(logits_V), -np.inf if settings.allow else 0.0)
-    bias_V[list(settings.allow)] = 0
+    bias_V[np.array(settings.allow, int)] = 0
     for token, value in settings.logit_bias:
-        bias_V[token] += float(np.float32(value))
-    bias_V[list(settings.ban)] = -np.inf
+        bias_V[int(token)] += float(np.float32(value))
+    bias_V[np.array(settings.ban, int)] = -np.inf
     penalized_V = logits_V.astype(np.float64) + bias_V
     repetition, frequency, presence = (
         float(np.float32(x))

@@ -216,7 +216,7 @@ def test_every_token_of_a_record_is_explained_by_the_recomputed_distribution(set
     prompts = ["ROMEO:", "What, is my master's boy a fool? " * 4]
     run = shipped()
     judge = comparison.Judge(run._scheduler, run.files.vocabulary)
-    options = {"num_tokens": 45, "top_logprobs": 20, "seed": 3}
+    options: dict[str, Any] = {"num_tokens": 45, "top_logprobs": 20, "seed": 3}
     for one in run.generate(prompts, config.SamplingConfig(**settings), **options):
         assert one.prompt_dropped > 0 or one.prompt == "ROMEO:"
         assert [name for place in range(45) for name in judge._contradictions(one, place)] == []
@@ -318,4 +318,4 @@ def test_window_start_follows_the_rule_step_by_step(stride: int) -> None:
         for length in range(prompt, prompt + 40):
             if length - start > 8:
                 start += stride
-            assert replay.window_start(one, length) == start
+            assert replay.window_start(prompt, length, 8, stride) == start

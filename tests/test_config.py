@@ -236,14 +236,17 @@ def test_end_token_is_in_the_vocabulary() -> None:
 
 
 def test_tokens_are_ids_or_texts_in_any_form() -> None:
-    one = config.SamplingConfig(
-        logit_bias=["7=-1.5", " a=b=2", (9, 1)], ban=("12", "x", 12, "x"), allow="\N{ARABIC-INDIC DIGIT THREE}"
-    )
+    given: dict[str, Any] = {
+        "logit_bias": ["7=-1.5", " a=b=2", (9, 1)],
+        "ban": ("12", "x", 12, "x"),
+        "allow": "\N{ARABIC-INDIC DIGIT THREE}",
+    }
+    one = config.SamplingConfig(**given)
     assert one.logit_bias == ((7, -1.5), (" a=b", 2.0), (9, 1.0))
     assert one.ban == (12, "x")
     assert one.allow == ("\N{ARABIC-INDIC DIGIT THREE}",), "only ASCII digits are an id"
-    assert config.SamplingConfig(logit_bias={"7": 2}) == config.SamplingConfig(logit_bias=((7, 2.0),))
-    assert config.SamplingConfig(ban=7).ban == (7,)
+    alone: dict[str, Any] = {"logit_bias": {"7": 2}, "ban": 7}
+    assert config.SamplingConfig(**alone) == config.SamplingConfig(logit_bias=((7, 2.0),), ban=(7,))
 
 
 def test_texts_become_ids_in_ascending_order() -> None:
@@ -252,17 +255,19 @@ def test_texts_become_ids_in_ascending_order() -> None:
             raise ValueError(f"{text!r} is 2 tokens: 5, 6")
         return 10 + ord(text) - ord("a")
 
-    one = config.SamplingConfig(logit_bias={"b": 1, 3: 2}, ban=("c", 1, "a"), allow=(12, "b", "c"))
+    given: dict[str, Any] = {"logit_bias": {"b": 1, 3: 2}, "ban": ("c", 1, "a"), "allow": (12, "b", "c")}
+    one = config.SamplingConfig(**given)
     found = one.with_ids(token_id, 13)
     assert (found.logit_bias, found.ban, found.allow) == (((3, 2.0), (11, 1.0)), (1, 10, 12), (11, 12))
     assert config.SamplingConfig().with_ids(token_id, 13) == config.SamplingConfig()
-    for values, text in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"ban": ("no",)}, "ban must be a token's id, or a text that is one token: 'no' is 2 tokens: 5, 6"),
         ({"logit_bias": {"c": 1}}, "logit_bias must be below the vocabulary's size 12: got 12"),
         ({"logit_bias": {"a": 1, 10: 1}}, "logit_bias has two values for the token 10"),
         ({"allow": ("a",), "ban": (10,)}, "allow must leave a token: every token that it has is in ban"),
         ({"ban": tuple(range(12))}, "ban must leave a token: it has all 12 of the vocabulary"),
-    ):
+    ]
+    for values, text in refused:
         with pytest.raises(ValueError, match=re.escape(text)):
             config.SamplingConfig(**values).with_ids(token_id, 12)
 

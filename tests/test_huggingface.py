@@ -6,6 +6,7 @@ from typing import Any
 
 import fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,8 +19,6 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[peers
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e .[peers]")
 
 pytestmark = pytest.mark.peers
-
-choose = jax.jit(lambda *args: sampling.sample(*args).token_B)
 
 MODELS = [
     config.ModelConfig(vocab_size=150, max_seq_len=16, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2),
@@ -96,17 +95,16 @@ def test_greedy_text_matches_generate(tmp_path: Path) -> None:
         {"top_k": 200},
         {"top_p": 0.3},
         {"top_p": 0.95},
+        {"min_p": 0.1},
+        {"ban": (1, 5, 9), "top_k": 20},
+        {"logit_bias": {3: 2.5, 8: -4.0}, "top_p": 0.8},
         {"temperature": 0.8, "top_k": 12, "top_p": 0.8, "repetition_penalty": 1.1},
         {"temperature": 1.5, "top_k": 150, "top_p": 0.9, "repetition_penalty": 1.1},
     ],
     ids=str,
 )
 def test_distribution_matches_the_logits_processors(settings: dict[str, Any], size: int) -> None:
-    """Samples at the midpoint of the probability interval of each token that transformers keeps.
-
-    Each midpoint gives its own token, so no token is missing and the intervals agree to half of the
-    smallest. The largest uniform number gives the last token, so no further token is kept.
-    """
+    """Every token has the probability that transformers gives it, and those that it cuts have none."""
     rng = np.random.RandomState(size)
     logits_V = rng.normal(0, 0.8, size).astype(np.float32)
     seen = rng.choice(size, size // 3, replace=False)
@@ -117,17 +115,43 @@ def test_distribution_matches_the_logits_processors(settings: dict[str, Any], si
         transformers.TopKLogitsWarper(row.top_k or size),
         transformers.TopPLogitsWarper(row.top_p),
     ]
+    if row.min_p:
+        processors.append(transformers.MinPLogitsWarper(row.min_p))
+    if row.ban:
+        processors.insert(0, transformers.SuppressTokensLogitsProcessor(list(row.ban), device="cpu"))
+    if row.logit_bias:
+        bias = {(token,): value for token, value in row.logit_bias}
+        processors.insert(0, transformers.SequenceBiasLogitsProcessor(bias))
     scores, twice = torch.tensor(logits_V)[None], torch.tensor([[*seen, *seen]])
     for processor in processors:
         scores = processor(twice, scores)
     probs_V = torch.softmax(scores[0].double(), dim=-1).numpy()
-    order = np.argsort(-probs_V)
-    order = order[probs_V[order] > 0]
-    assert probs_V[order].min() > 1e-5
-    middles = probs_V[order].cumsum() - probs_V[order] / 2
-    uniform_B = np.full(size + 1, 1 - 2**-24, np.float32)
-    uniform_B[: len(order)] = middles
-    logits_BV, seen_BV = (np.tile(x, (size + 1, 1)) for x in (logits_V, np.isin(np.arange(size), seen)))
-    chosen_B = np.asarray(choose(logits_BV, seen_BV, sampling.sampling_params([row] * (size + 1)), uniform_B))
-    np.testing.assert_array_equal(chosen_B[: len(order)], order)
-    np.testing.assert_array_equal(chosen_B[len(order) :], order[-1])
+    counts_BV = np.tile(np.isin(np.arange(size), seen).astype(np.int32), (size, 1))
+    found_V = np.asarray(
+        sampled_logprobs(np.tile(logits_V, (size, 1)), counts_BV, sampling.sampling_params([row] * size, size))
+    )
+    np.testing.assert_array_equal(np.isfinite(found_V), probs_V > 0)
+    np.testing.assert_allclose(np.exp(found_V), probs_V, atol=2e-6)
+
+
+@jax.jit
+def sampled_logprobs(logits_BV: Any, counts_BV: Any, params: sampling.SamplingParams) -> jax.Array:
+    """Returns the log-probability of token ``b`` in row ``b``."""
+    B = len(logits_BV)
+    logits_BV = logits_BV + params.bias_BV
+    choice = sampling.sample(logits_BV, counts_BV, params, jnp.zeros((B, 2), jnp.uint32), jnp.zeros(B, jnp.int32))
+    adjusted_BV = sampling.adjust(logits_BV, counts_BV, params)
+    return sampling.sampled_logprob(adjusted_BV, params, choice.kept_B, jnp.arange(B))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_banned_repeats_match_the_logits_processor(length: int) -> None:
+    rng = np.random.RandomState(length)
+    context_BS = rng.randint(0, 3, (20, 16)).astype(np.int32)
+    params = sampling.sampling_params([config.SamplingConfig(no_repeat_ngram=length)] * 20, 5)
+    logits_BV, length_B = np.zeros((20, 5), np.float32), np.full(20, 16, np.int32)
+    found_BV = np.asarray(jax.jit(sampling.ban_repeats)(logits_BV, context_BS, length_B, params))
+    processor = transformers.NoRepeatNGramLogitsProcessor(length)
+    expected_BV = processor(torch.tensor(context_BS), torch.tensor(logits_BV)).numpy()
+    np.testing.assert_array_equal(found_BV, expected_BV)
+    assert np.isinf(found_BV).any()

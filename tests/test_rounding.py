@@ -3,6 +3,7 @@
 from typing import Any
 
 import definition
+import jax
 import numpy as np
 import pytest
 import test_sampling
@@ -44,7 +45,7 @@ class Rows:
     def choose(self, logits_BV: np.ndarray) -> sampling.Choice:
         index_B = np.zeros(ROWS, np.int32)
         choice = test_sampling.sample(logits_BV.astype(np.float32), self.counts_BV, self.params, self.keys_B2, index_B)
-        return sampling.Choice(*map(np.asarray, choice))
+        return jax.tree.map(np.asarray, choice)
 
     def draw(self, row: int, tolerance: float) -> rounding.Draw:
         noise_V = definition.noise(definition.words(self.keys_B2[row], 0, np.arange(self.logits_BV.shape[1])))
@@ -58,7 +59,7 @@ class Rows:
         )
 
 
-def statistics(logits_V: np.ndarray, choice: sampling.Choice, row: int) -> dict[str, float]:
+def statistics(logits_V: np.ndarray, choice: sampling.Choice, row: int) -> dict[str, Any]:
     """Returns the statistics of a draw, by their names in a record."""
     token, logits_V = int(choice.token_B[row]), logits_V.astype(np.float64)
     return {
