@@ -15,6 +15,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -241,7 +242,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "configs", here / "configs")
     for script in (ROOT / "scripts").glob("*.sh"):
         _shim(here / "scripts" / script.name, "")
-    shutil.copy(ROOT / "scripts/benchmark.py", here / "scripts")
+    for name in ("benchmark.py", "verify.py"):
+        shutil.copy(ROOT / "scripts" / name, here / "scripts")
     for program in programs.MAINS:
         own = {
             "generate": "--num_tokens 4",
@@ -254,6 +256,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for program in ("generate", "train"):
         _shim(here / "scripts" / f"run_{program}.sh", f'exec hipgpt-{program} "$@"')
     _shim(here / "bin/pip", "")
+    _shim(here / "bin/python", f'exec {sys.executable} "$@"')
     _shim(here / ".venv-peers/bin/python", "[[ -e $1 ]]")
     return here
 
