@@ -135,7 +135,7 @@ class Judge:
     If a record has the numerics and versions of the replay, every field must be equal. Otherwise a statistic must be
     within the tolerance of the regenerated one, or possible for logits within the tolerance of those recomputed here
     (``rounding.Draw``): ranks can differ between near ties, leads if it is uncertain which candidates are kept.
-    Recorded leads and cuts never decide.
+    Recorded leads and cuts never decide. A cut is judged only where the numerics are equal.
 
     Recorded ids after a fork cannot be regenerated, since each token depends on those before it. There the distribution
     after the recorded ids is recomputed for every token, so that one near tie does not excuse whatever follows it.

@@ -76,7 +76,8 @@ class Draw:
         low_V, high_V = (np.where(np.isnan(x), -np.inf, x) for x in (low_V, high_V))
         self._scaled = low_V, high_V
         self._scores = (low_V, high_V) if self._is_greedy else (low_V - np.log(noise_V), high_V - np.log(noise_V))
-        self._sums = tuple(np.concatenate([[0.0], np.cumsum(np.sort(np.exp(x))[::-1])]) for x in self._scaled)
+        self._weights = tuple(np.sort(np.exp(x))[::-1] for x in self._scaled)
+        self._sums = tuple(np.concatenate([[0.0], np.cumsum(weights)]) for weights in self._weights)
         num_allowed = max(1, int((self._low_V > -np.inf).sum()))
         top_k = 1 if self._is_greedy else min(settings.top_k or V, num_allowed)
         fewest_above_V = V - np.searchsorted(np.sort(low_V), high_V, side="right")
@@ -105,7 +106,11 @@ class Draw:
     def _shares(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns bounds of the shares of the 0, 1, 2, … most likely candidates among the ``number`` most likely."""
         low, high = (sums[: number + 1] for sums in self._sums)
-        return _share(low, high[-1] - high, 0), _share(high, low[-1] - low, 1)
+        # The sums of the others, added up from the smallest: a difference of two sums would cancel.
+        low_rest, high_rest = (
+            np.concatenate([np.cumsum(weights[:number][::-1])[::-1], [0.0]]) for weights in self._weights
+        )
+        return _share(low, high_rest, 0), _share(high, low_rest, 1)
 
     @functools.cached_property
     def logprobs(self) -> np.ndarray:
