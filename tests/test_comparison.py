@@ -39,15 +39,15 @@ def made() -> str:
 def other_hardware() -> tuple[comparison.Comparison, ...]:
     """Verdicts on records from weights, and so logits, that differ by rounding errors.
 
-    At a temperature of 2 many candidates are nearly tied. The first two samples do not fork, the others do.
+    At a temperature of 2 many candidates are nearly tied. The last four samples fork; they were found among 16,000.
     """
     run = shipped()
-    own, rng = run._scheduler.params, np.random.RandomState(0)
+    own, rng = run._scheduler.params, np.random.RandomState(3)
     run._scheduler.load(
         jax.tree.map(lambda x: np.asarray(x * (1 + 4e-6 * rng.choice([-1, 1], x.shape)), np.float32), own)
     )
     (base,) = run.generate("ROMEO:", HOT, num_tokens=48, top_logprobs=4)
-    jobs = [run.request_of(dataclasses.replace(base, sample=sample)) for sample in (0, 1, 33, 73, 112, 121, 202, 239)]
+    jobs = [run.request_of(dataclasses.replace(base, sample=sample)) for sample in (0, 1, 13841, 9987, 1265, 14166, 7255, 6434)]
     made = list(run.records_of(jobs))
     run._scheduler.load(own)
     return tuple(judged(dataclasses.replace(one, numerics=elsewhere(one.numerics))) for one in made)
