@@ -47,7 +47,10 @@ def other_hardware() -> tuple[comparison.Comparison, ...]:
         jax.tree.map(lambda x: np.asarray(x * (1 + 4e-6 * rng.choice([-1, 1], x.shape)), np.float32), own)
     )
     (base,) = run.generate("ROMEO:", HOT, num_tokens=48, top_logprobs=4)
-    jobs = [run.request_of(dataclasses.replace(base, sample=sample)) for sample in (0, 1, 13841, 9987, 1265, 14166, 7255, 6434)]
+    jobs = [
+        run.request_of(dataclasses.replace(base, sample=sample))
+        for sample in (0, 1, 13841, 9987, 1265, 14166, 7255, 6434)
+    ]
     made = list(run.records_of(jobs))
     run._scheduler.load(own)
     return tuple(judged(dataclasses.replace(one, numerics=elsewhere(one.numerics))) for one in made)

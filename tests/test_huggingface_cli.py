@@ -22,7 +22,7 @@ Program = Callable[..., programs.Result]
 @pytest.fixture
 def program(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
     """Runs programs in a directory with the run ``tiny`` and its export ``folder``."""
-    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True, symlinks=True)
+    shutil.copytree(tiny / "checkpoints/tiny", tmp_path / "checkpoints/tiny", symlinks=True)
     monkeypatch.chdir(tmp_path)
 
     def call(name: str, *arguments: str) -> programs.Result:

@@ -279,8 +279,8 @@ def cut(scaled_BK: jax.Array, total_B: jax.Array, params: SamplingParams, V: int
     mass_BK = jnp.cumsum(weight_BK, axis=-1)
     mass_of_k_B = topk.at_rank(mass_BK, jnp.minimum(num_top_k_B, K) - 1)
     mass_of_k_B = jnp.where(num_top_k_B == V, total_B, mass_of_k_B)
-    is_reached_BK = mass_BK >= (params.top_p_B * mass_of_k_B)[:, None]
-    num_top_p_B = jnp.where(jnp.any(is_reached_BK, axis=-1), 1 + jnp.argmax(is_reached_BK, axis=-1), K)
+    # All of this is compiled twice, so its operations are as few as can be: a count instead of a search.
+    num_top_p_B = 1 + (mass_BK < (params.top_p_B * mass_of_k_B)[:, None]).sum(axis=-1, dtype=jnp.int32)
     num_min_p_B = (weight_BK >= params.min_p_B[:, None]).sum(axis=-1, dtype=jnp.int32)
     num_B = jnp.where(params.top_p_B < 1, jnp.minimum(num_top_k_B, num_top_p_B), num_top_k_B)
     num_B = jnp.where(params.min_p_B > 0, jnp.minimum(num_B, num_min_p_B), num_B)
@@ -290,33 +290,31 @@ def cut(scaled_BK: jax.Array, total_B: jax.Array, params: SamplingParams, V: int
 
 
 def choose(
-    logits_BV: jax.Array,
+    sorted_BK: jax.Array,
+    id_BK: jax.Array,
     key_B2: jax.Array,
     index_B: jax.Array,
     params: SamplingParams,
+    highest_B: jax.Array,
     total_B: jax.Array,
-    num: int,
-    *,
-    chunked: bool,
-) -> tuple[Choice, jax.Array]:
-    """Chooses a token for each row among its ``num`` most likely candidates.
+    V: int,
+) -> Choice:
+    """Chooses a token for each row among its candidates.
 
     Args:
-        logits_BV: Logits after the penalties.
+        sorted_BK: Logits of the candidates, in descending order; in any order, if every row keeps the vocabulary.
+        id_BK: Their ids.
         key_B2: Keys of the samples.
         index_B: Index of the token in each sample.
         params: Sampling settings.
+        highest_B: Largest logit.
         total_B: Sum of the weights of the whole vocabulary.
-        num: Number of candidates. Changing it recompiles.
-        chunked: See ``topk.Plan``. Changing it recompiles.
+        V: Size of the vocabulary.
 
     Returns:
-        The choice, and whether the row's cut lies within ``num`` candidates; if not, the choice is meaningless.
+        The choice. It is meaningless for a row whose ``kept_B`` is the number of candidates, but not ``V``.
     """
-    V = logits_BV.shape[1]
-    # One candidate more than can be drawn, for the lead and the cut.
-    sorted_BK, id_BK = topk.candidates(logits_BV, min(num + 1, V), chunked=chunked)
-    scaled_BK = scale(sorted_BK, sorted_BK[:, 0], params.temperature_B)
+    scaled_BK = scale(sorted_BK, highest_B, params.temperature_B)
     kept = cut(scaled_BK, total_B, params, V)
     score_BK = scaled_BK - jnp.log(noise(key_B2, index_B, id_BK))
     is_kept_BK = jnp.arange(sorted_BK.shape[1])[None] < kept.num_B[:, None]
@@ -324,23 +322,9 @@ def choose(
     if V > 1:
         greedy_lead_B = jnp.minimum(sorted_BK[:, 0] - sorted_BK[:, 1], _LARGEST)
         lead_B = jnp.where(is_greedy(params.temperature_B), greedy_lead_B, lead_B)
+    logprob_B = jnp.minimum(topk.at_rank(scaled_BK, rank_B) - jnp.log(kept.mass_B), 0)
     cut_B = _cut_distance(sorted_BK, scaled_BK, rank_B, kept, params, V)
-    choice = _choice(token_B, topk.at_rank(scaled_BK, rank_B), kept.num_B, kept.mass_B, total_B, lead_B, cut_B)
-    return choice, kept.num_B <= num
-
-
-def choose_unsorted(
-    logits_BV: jax.Array, key_B2: jax.Array, index_B: jax.Array, params: SamplingParams, total_B: jax.Array
-) -> Choice:
-    """Chooses a token for each row from the whole vocabulary; arguments are those of ``choose``."""
-    # V 50257, a CPU: sorting takes 18 ms, this 1 ms.
-    B, V = logits_BV.shape
-    id_BV = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32)[None], (B, V))
-    scaled_BV = scale(logits_BV, logits_BV.max(axis=-1), params.temperature_B)
-    score_BV = scaled_BV - jnp.log(noise(key_B2, index_B, id_BV))
-    _, token_B, lead_B = _draw(score_BV, id_BV, params)
-    kept_B, cut_B = jnp.full(B, V, jnp.int32), jnp.full(B, _LARGEST, jnp.float32)
-    return _choice(token_B, topk.at_rank(scaled_BV, token_B), kept_B, total_B, total_B, lead_B, cut_B)
+    return Choice(token_B, logprob_B, kept.num_B, jnp.minimum(kept.mass_B / total_B, 1), lead_B, cut_B)
 
 
 def _draw(score_BK: jax.Array, id_BK: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -350,7 +334,8 @@ def _draw(score_BK: jax.Array, id_BK: jax.Array, params: SamplingParams) -> tupl
     is_token_BK = id_BK == token_B[:, None]
     second_B = jnp.where(is_token_BK, -jnp.inf, score_BK).max(axis=-1)
     lead_B = jnp.minimum((highest_B1[:, 0] - second_B) * _divisor(params.temperature_B), _LARGEST)
-    return jnp.argmax(is_token_BK, axis=-1), token_B, lead_B
+    column_BK = jnp.broadcast_to(jnp.arange(id_BK.shape[1], dtype=jnp.int32)[None], id_BK.shape)
+    return jnp.where(is_token_BK, column_BK, 0).max(axis=-1), token_B, lead_B
 
 
 def _cut_distance(
@@ -401,19 +386,6 @@ def _log_odds(share: jax.Array) -> jax.Array:
     return jnp.log(share) - jnp.log1p(-share)
 
 
-def _choice(
-    token_B: jax.Array,
-    scaled_B: jax.Array,
-    kept_B: jax.Array,
-    mass_B: jax.Array,
-    total_B: jax.Array,
-    lead_B: jax.Array,
-    cut_B: jax.Array,
-) -> Choice:
-    logprob_B = jnp.minimum(scaled_B - jnp.log(mass_B), 0)
-    return Choice(token_B, logprob_B, kept_B, jnp.minimum(mass_B / total_B, 1), lead_B, cut_B)
-
-
 def adjust(logits_BV: jax.Array, counts_BV: jax.Array, params: SamplingParams) -> jax.Array:
     """Returns the logits that order the candidates: with bias, bans and penalties."""
     logits_BV = penalize(logits_BV.astype(jnp.float32), counts_BV, params)
@@ -454,21 +426,31 @@ def sample(
         index_B: Index of the token in each sample, from 0.
         plan: Numbers of candidates; a CPU's by default.
     """
-    plan = plan or topk.plan_for(logits_BV.shape[1], "cpu")
+    V = logits_BV.shape[1]
+    plan = plan or topk.plan_for(V, "cpu")
     logits_BV = adjust(logits_BV, counts_BV, params)
-    scaled_BV = scale(logits_BV, logits_BV.max(axis=-1), params.temperature_B)
-    total_B = jnp.exp(scaled_BV).sum(axis=-1)
-    zero_B, none_B = jnp.zeros(len(logits_BV), jnp.float32), jnp.zeros(len(logits_BV), jnp.int32)
-    shared = logits_BV, key_B2, index_B, params, total_B
-    top_k_B = jnp.where(params.top_k_B < logits_BV.shape[1], params.top_k_B, 0)
-    top_k_B = jnp.where(is_greedy(params.temperature_B), 1, top_k_B)
-    choice = topk.choose_bucket(
-        functools.partial(choose, *shared, chunked=plan.chunked),
-        functools.partial(choose_unsorted, *shared),
-        Choice(none_B, zero_B, none_B, zero_B, zero_B, zero_B),
-        plan,
-        top_k_B,
-        (params.top_p_B < 1) | (params.min_p_B > 0),
+    highest_B = logits_BV.max(axis=-1)
+    total_B = jnp.exp(scale(logits_BV, highest_B, params.temperature_B)).sum(axis=-1)
+    finish = functools.partial(
+        choose, key_B2=key_B2, index_B=index_B, params=params, highest_B=highest_B, total_B=total_B, V=V
     )
+    top_k_B = jnp.where(is_greedy(params.temperature_B), 1, jnp.where(params.top_k_B < V, params.top_k_B, 0))
+    cuts_by_mass_B = (params.top_p_B < 1) | (params.min_p_B > 0)
+    if not plan.few:
+        choice = finish(*topk.candidates(logits_BV, V, chunked=plan.chunked))
+    else:
+        largest = plan.few[-1]
+        # A row without top-k tries whether its other cuts lie within the largest bucket below the vocabulary.
+        needed_B = jnp.where((top_k_B == 0) & cuts_by_mass_B, largest, jnp.minimum(top_k_B, largest))
+        choice = finish(*topk.few_candidates(logits_BV, plan, needed_B))
+        if plan.buckets[-1] == V:
+            is_complete_B = (choice.kept_B <= largest) & (top_k_B <= largest) & ((top_k_B > 0) | cuts_by_mass_B)
+            needs_order = jnp.any(~is_complete_B & ((top_k_B > 0) | cuts_by_mass_B))
+
+            def choose_among_all(choice: Choice) -> Choice:
+                all_BV = topk.all_candidates(logits_BV, needs_order)
+                return jax.tree.map(lambda few, new: jnp.where(is_complete_B, few, new), choice, finish(*all_BV))
+
+            choice = jax.lax.cond(jnp.all(is_complete_B), lambda choice: choice, choose_among_all, choice)
     num_allowed_B = (logits_BV > -jnp.inf).sum(axis=-1, dtype=jnp.int32)
     return choice._replace(kept_B=jnp.minimum(choice.kept_B, num_allowed_B))
