@@ -90,7 +90,7 @@ def test_draws_from_moved_logits_are_explained_with_their_statistics(
             assert draw.explains(token), (V, row)
             intervals = draw.statistics(token)
             # A log-probability moves by twice as much as the logits at most.
-            logprob = draw.logprobs[token]
+            logprob = float(draw.logprobs[token])
             intervals["logprobs"] = rounding.Interval(logprob - 2.01 * tolerance, logprob + 2.01 * tolerance)
             for name, value in statistics(moved_BV[row], found, row).items():
                 assert intervals[name].contains(float(str(value))), (V, row, name, value, intervals[name])
