@@ -1,5 +1,6 @@
 """Pieces of a text have the text's bytes and tokens."""
 
+import codecs
 import gzip
 import hashlib
 import itertools
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import zstandard
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from hipgpt_jax.text import corpus, tokenizer
@@ -117,16 +118,19 @@ def test_memory_does_not_grow_with_the_text(source: Path, pattern: str) -> None:
 @example(text="🙂")
 @example(text="é")
 @example(text="🙂" * 10)
+@example(text="\ufeffé")
 def test_the_split_never_lands_in_a_character(source: Path, text: str) -> None:
+    source.write_bytes(text.encode())
+    text = text.removeprefix("\ufeff")  # a byte order mark is not part of the corpus
+    assume(text)
     content = text.encode()
-    source.write_bytes(content)
     split = corpus.Corpus(source).split
     assert content[:split].decode() + content[split:].decode() == text
     assert len(content) * 9 // 10 <= split <= len(content) * 9 // 10 + 3
 
 
 @SETTINGS
-@given(content=st.binary(min_size=1))
+@given(content=st.binary(min_size=1).filter(lambda content: not content.startswith(codecs.BOM_UTF8)))
 @example(content=b"\x80" * 100)
 def test_the_split_of_any_bytes_lies_within_them(source: Path, content: bytes) -> None:
     source.write_bytes(content)
