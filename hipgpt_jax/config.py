@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 DTYPES = ("float32", "bfloat16")
 OVERFLOW_RULES = ("roll", "stop", "error")
+NUMERICS = ("fast", "invariant")
 PENALTY_SCOPES = ("all", "output")
 MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 2**32  # a sample's index is one 32-bit word of its random key
@@ -374,9 +375,11 @@ class DecodingConfig:
         width: Batch size of the decode step, its number of slots; slots never affect each other.
         dtype: Type of the arithmetic and of the KV cache, one of ``DTYPES``. Softmax, the statistics of LayerNorm, the
             logits and sampling are always float32.
+        numerics: ``fast``, or ``invariant``: a sample's tokens and statistics do not depend on ``width``, to the bit.
+            Slower, in float32 and on CPUs only.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: A value is out of range, or invariant numerics are not in float32.
     """
 
     window: int | None = _field(None, _optional(_integer(1, "tokens that the model may see")))
@@ -384,9 +387,12 @@ class DecodingConfig:
     overflow: str = _field("roll", _choice(OVERFLOW_RULES))
     width: int = _field(1, _integer(1, "samples decoded side by side"))
     dtype: str = _field("float32", _choice(DTYPES))
+    numerics: str = _field("fast", _choice(NUMERICS))
 
     def __post_init__(self) -> None:
         _validate(self)
+        if self.numerics == "invariant" and self.dtype != "float32":
+            raise ValueError(f"numerics invariant needs dtype float32: got {self.dtype}")
 
     def resolve_window(self, model: ModelConfig) -> int:
         """Returns the window ``W`` for ``model``.

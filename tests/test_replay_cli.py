@@ -90,6 +90,18 @@ def test_another_batch_size_is_listed_as_a_change(call: Run, made: list[dict[str
     assert re.search(r"\d of 6 identical.*, log-probabilities within \d\.\de-0[567]", result.out)
 
 
+def test_invariant_records_take_any_batch_size_and_are_replayed_by_any(call: Run) -> None:
+    flags = ("generate", "--run-name", "tiny", "--prompt", "king", "--num_tokens", "6", "--numerics", "invariant")
+    assert call(*flags, "--num_samples", "2", "--output", "a.jsonl").code == 0
+    assert call(*flags, "--num_samples", "4", "--output", "a.jsonl", "--batch_size", "3").code == 0
+    records = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert [one["numerics"]["decode_width"] for one in records] == [None] * 4
+    replayed = call("replay", "a.jsonl", "--batch_size", "1")
+    assert replayed.code == 0
+    assert replayed.out.splitlines()[-1] == "4 of 4 identical, log-probabilities equal to the bit"
+    assert "changed" not in replayed.out
+
+
 @pytest.mark.parametrize("own", [None, 0.0])
 def test_the_first_difference_is_shown(call: Run, made: list[dict[str, Any]], own: float | None) -> None:
     """The verdict does not believe the record's lead and cut, nor does the line show them."""

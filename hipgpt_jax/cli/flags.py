@@ -29,6 +29,10 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
         ),
         "width": ("batch_size", "Samples decoded side by side; part of the numerics."),
         "dtype": ("dtype", f"Compute dtype, {_DTYPES}; part of the numerics."),
+        "numerics": (
+            "numerics",
+            "fast, or invariant: a sample does not depend on --batch_size to the last bit; slower, and on CPUs only.",
+        ),
     },
     config.SamplingConfig: {
         "temperature": ("temp", "Temperature; 0 takes the most likely token."),

@@ -42,7 +42,10 @@ _RUN_DIR = absl.flags.DEFINE_string(
     "run-dir", None, "Directory of the run; found by its name if absent.", flag_values=FLAGS
 )
 _BATCH_SIZE = absl.flags.DEFINE_integer(
-    "batch_size", None, "Batch size; the record's own if absent. Another one rounds differently.", flag_values=FLAGS
+    "batch_size",
+    None,
+    "Batch size; the record's own if absent, or 16. Another one rounds differently, except with invariant numerics.",
+    flag_values=FLAGS,
 )
 _FORCED = absl.flags.DEFINE_boolean(
     "forced",
@@ -246,6 +249,8 @@ def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[
 
 def _load(named: record.Run, decoding: config.DecodingConfig, device: devices.Device) -> api.Run:
     """Loads the run of a record; raises ValueError with both digests if its files differ."""
+    if device.platform != "cpu":
+        decoding = dataclasses.replace(decoding, numerics="fast")
     run_directory = None if _RUN_DIR.value is None else Path(_RUN_DIR.value)
     source = loading.open_run(named.name, named.step, decoding, run_directory)
     files = source.checkpoint

@@ -10,6 +10,14 @@ from hipgpt_jax.model import cache as kv
 
 _REGION_ANALYSIS = "xla_cpu_copy_insertion_use_region_analysis"
 
+# XLA compiles a sum, and what is fused with it, for YNNPACK or by itself, whichever it estimates to be faster for the
+# number of rows. The two sum in different orders, and their exponentials differ in the last bit. Single products remain
+# YNNPACK's: with transposed kernels, and from two rows on, a row's bits do not depend on their number. XLA's own
+# products are 2 to 15 times slower, and those of 768 inputs depend on it.
+_FUSION_TYPE = "xla_cpu_experimental_ynn_fusion_type"
+_INVARIANT_OPTIONS = {_FUSION_TYPE: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+_FEWEST_INVARIANT_ROWS = 2
+
 _SMALLEST_BUCKET = 8
 
 # Steps per program. One token of GPT-2 keeps an H200 busy for 0.45 ms and its host, which passes 160 arrays, updates
@@ -42,7 +50,9 @@ class Backend:
         freezes_blocks: Whether all blocks but the last are only read. Possible with one slot that crosses no blocks.
         transposes_kernels: Whether kernels are stored transposed; see ``parameters.transpose_kernels``.
         exports_programs: Whether traced programs are cached on disk. cuDNN's attention cannot be exported.
-        compiler_options: XLA options of the decode programs.
+        fewest_rows: Least number of rows of a program: 2 if a row's bits must not depend on the number of rows.
+        compiler_options: XLA options of all programs.
+        decode_options: Further XLA options of the decode programs.
         num_replicas: Number of engines that the slots are divided among.
         num_slots: Slots of each.
     """
@@ -56,7 +66,9 @@ class Backend:
     freezes_blocks: bool
     transposes_kernels: bool
     exports_programs: bool
-    compiler_options: Mapping[str, bool]
+    fewest_rows: int
+    compiler_options: Mapping[str, str]
+    decode_options: Mapping[str, bool]
     num_replicas: int
     num_slots: int
 
@@ -84,7 +96,9 @@ class Backend:
         return kv.Cache(blocks[:num_frozen], blocks[num_frozen:])
 
 
-def backend_for(platform: str, model: config.ModelConfig, window: int, batch_size: int) -> Backend:
+def backend_for(
+    platform: str, model: config.ModelConfig, window: int, batch_size: int, *, invariant: bool = False
+) -> Backend:
     """Returns the backend of a platform, ``cpu`` or a GPU's name.
 
     Args:
@@ -92,11 +106,20 @@ def backend_for(platform: str, model: config.ModelConfig, window: int, batch_siz
         model: Shape of the model.
         window: Tokens that the model sees.
         batch_size: Slots of all replicas.
+        invariant: Whether the bits of a sample must not depend on the batch size. There are at least two slots then.
+
+    Raises:
+        ValueError: ``invariant`` on a GPU, or against an option in ``XLA_FLAGS``.
     """
     is_cpu = platform == "cpu"
+    if invariant and not is_cpu:
+        raise ValueError(f"numerics invariant is available on a CPU only: got the platform {platform!r}")
+    if invariant and _FUSION_TYPE in os.environ.get("XLA_FLAGS", ""):
+        raise ValueError(f"numerics invariant sets {_FUSION_TYPE}, which is in XLA_FLAGS too: remove it there")
     plan = topk.plan_for(model.vocab_size, platform)
     num_replicas = _num_replicas(model, batch_size) if is_cpu else 1
-    num_slots = batch_size // num_replicas
+    fewest_rows = _FEWEST_INVARIANT_ROWS if invariant else 1
+    num_slots = max(batch_size // num_replicas, fewest_rows)
     return Backend(
         layout=kv.cpu_layout(window) if is_cpu else kv.gpu_layout(window),
         plan=plan,
@@ -106,9 +129,11 @@ def backend_for(platform: str, model: config.ModelConfig, window: int, batch_siz
         waits_for_ends=is_cpu,
         crosses_blocks=not is_cpu,
         freezes_blocks=is_cpu and num_slots == 1,
-        transposes_kernels=not is_cpu,
+        transposes_kernels=not is_cpu or invariant,
         exports_programs=is_cpu,
-        compiler_options=in_place_options(os.environ) if is_cpu else {},
+        fewest_rows=fewest_rows,
+        compiler_options=_INVARIANT_OPTIONS if invariant else {},
+        decode_options=in_place_options(os.environ) if is_cpu else {},
         num_replicas=num_replicas,
         num_slots=num_slots,
     )

@@ -8,6 +8,7 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hipgpt_jax import config
@@ -221,6 +222,7 @@ def _functions(
 
     def jit(function: _Executable, name: str, **options: Any) -> Any:
         function = _named(function, name)
+        options["compiler_options"] = {**backend.compiler_options, **options.get("compiler_options", {})}
         return jax.jit(export_cache.cached(function, settings) if backend.exports_programs else function, **options)
 
     def prefill(params: parameters.Params, context_BT: jax.Array) -> tuple[kv.Block, ...]:
@@ -243,10 +245,12 @@ def _functions(
         return state._replace(cache=decoding.NO_CACHE), output
 
     def slide_slot(params: parameters.Params, state: decoding.DecodeState, slot: jax.Array) -> tuple[object, ...]:
-        one, output = slide(params, decoding.take_slot(state, slot))
+        one = jax.tree.map(lambda x: jnp.repeat(x, backend.fewest_rows, axis=0), decoding.take_slot(state, slot))
+        one, output = slide(params, one)
+        one, output = jax.tree.map(lambda x: x[:1], one), jax.tree.map(lambda x: x[:, :1], output)
         return one._replace(cache=decoding.NO_CACHE), one.cache.writable, output
 
-    in_place = {"donate_argnums": 1, "compiler_options": dict(backend.compiler_options)}
+    in_place = {"donate_argnums": 1, "compiler_options": backend.decode_options}
     decodes = dict(zip(("decode", "decode_full_vocab"), backend.decode_plans, strict=False))
     if not backend.exports_programs or not export_cache.has_cached(settings):
         module()  # importing Flax while a program is traced makes JAX 0.12 trace it again

@@ -54,12 +54,14 @@ class Scheduler:
             platform: ``cpu`` or a GPU's name, whose backend is used; by default the platform that JAX computes on.
 
         Raises:
-            ValueError: The window or the stride does not fit the model.
+            ValueError: The window or the stride does not fit the model, or the platform lacks the numerics.
         """
         self.model = model
         self.window = decoding.resolve_window(model)
         self._decoding = decoding
-        backend = backends.backend_for(platform or jax.default_backend(), model, self.window, decoding.width)
+        platform = platform or jax.default_backend()
+        invariant = decoding.numerics == "invariant"
+        backend = backends.backend_for(platform, model, self.window, decoding.width, invariant=invariant)
         self._programs = executables.Executables(
             model, decoding.dtype, self.window, decoding.window_stride, attention, backend
         )

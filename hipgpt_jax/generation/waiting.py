@@ -77,7 +77,8 @@ class WaitingQueue:
         unassigned = [one for one in self._waiting if one.batch is None and one.sequence.max_tokens]
         if self._last is None or context not in self._last.row_index:
             bucket = self._bucket(context)
-            rows = max(1, min(self._programs.backend.num_slots, _PREFILL_TOKENS // bucket))
+            backend = self._programs.backend
+            rows = max(backend.fewest_rows, min(backend.num_slots, _PREFILL_TOKENS // bucket))
             contexts = [
                 one for one in dict.fromkeys(each.context for each in unassigned) if self._bucket(one) == bucket
             ]

@@ -8,6 +8,7 @@ from hipgpt_jax.records import record
 
 # The engine allocates KV cache for every slot, however few records there are.
 MAX_WIDTH = 4096
+_INVARIANT_WIDTH = 16  # of records whose tokens do not depend on it
 
 
 def decoding_config(recorded: record.Record, width: int | None = None) -> config.DecodingConfig:
@@ -20,15 +21,17 @@ def decoding_config(recorded: record.Record, width: int | None = None) -> config
     Raises:
         ValueError: A value is out of range, or the record's batch size is above ``MAX_WIDTH``.
     """
+    recorded_width = recorded.numerics.decode_width
     if width is None:
-        width = recorded.numerics.decode_width
+        width = _INVARIANT_WIDTH if recorded_width is None else recorded_width
         if width > MAX_WIDTH:
             raise ValueError(
                 f"decode_width must be at most {MAX_WIDTH} to be replayed: got {width}. "
                 f"Choose another batch_size for the replay"
             )
     decoding, _, _ = recorded.settings.configs()
-    return dataclasses.replace(decoding, width=width, dtype=recorded.numerics.dtype)
+    numerics = "invariant" if recorded_width is None else "fast"
+    return dataclasses.replace(decoding, width=width, dtype=recorded.numerics.dtype, numerics=numerics)
 
 
 def request(recorded: record.Record) -> requests.Request:
