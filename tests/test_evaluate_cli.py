@@ -214,6 +214,17 @@ def test_texts_are_scored_token_by_token(run: Run) -> None:
     assert figures(table)["loss"] == pytest.approx(second["loss"], abs=1e-4)
 
 
+def test_sampled_log_probabilities_are_those_of_the_settings(run: Run) -> None:
+    flags = "--prompt queens --as-sampled --output - --top_k 0 --top_p 1 --rep-penalty 1"
+    one = json.loads(run(*flags.split()).out)
+    assert one["sampled_logprobs"][1:] == pytest.approx(one["logprobs"][1:], abs=2e-6)
+    greedy = json.loads(run(*flags.split(), "--temp", "0").out)
+    assert greedy["sampled_logprobs"][1:] == [0.0 if rank == 1 else None for rank in greedy["ranks"][1:]]
+    assert greedy["sampling"]["temperature"] == 0.0
+    table = run("--prompt", "the king and a queen", "--as-sampled", "--temp", "0", "--rep-penalty", "1").out
+    assert re.search(r"cut +\d+ of the tokens by the sampling settings", table)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

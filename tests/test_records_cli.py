@@ -151,6 +151,8 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
         "dtype": ("--dtype", "bfloat16"),
         "weights": ("--step", "20"),
         "stop": ("--stop", "x"),
+        "ban": ("--ban", "5"),
+        "logit_bias": ("--logit_bias", "5=1"),
     }
     for name, change in changes.items():
         run_wide = name in ("window_stride", "decode_width", "dtype", "weights")
@@ -173,6 +175,13 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
         ((), "--prompt or --prompts_file is required"),
         (("--prompts_file", "none.txt"), "prompts file not found: none.txt"),
         (("--prompts_file", "bad.jsonl"), "bad.jsonl line 2: unknown key 'promt'"),
+        (("--prompts_file", "few.jsonl", "--num_tokens", "3"), r"few.jsonl line 1 \(\w+\): min_tokens must be at most"),
+        (
+            ("--prompts_file", "ban.jsonl"),
+            r"ban.jsonl line 2 \(\w+\): ban must be below the vocabulary's size 300: got 300",
+        ),
+        (("--prompts_file", "ban.jsonl", "--allow", "7"), r"ban.jsonl line 1 \(\w+\): allow must have a token"),
+        (("--prompt", "a", "--ban", "qq"), "--ban must be a token's id, or a text that is one token: 'qq' is 2 tokens"),
         (
             ("--prompts_file", "p.txt", "--overflow", "error", "--num_tokens", "40"),
             r"p.txt line 1 \(\w{16}\): a prompt of",
@@ -189,6 +198,8 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
 def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments: tuple[str, ...], message: str) -> None:
     write_prompts("p.txt", PROMPTS)
     write_prompts("bad.jsonl", [{"prompt": "a"}, {"promt": "a"}])
+    write_prompts("few.jsonl", [{"prompt": "a", "min_tokens": 4}])
+    write_prompts("ban.jsonl", [{"prompt": "a", "ban": [7]}, {"prompt": "a", "ban": [300]}])
     before = {path: path.is_dir() or path.read_bytes() for path in Path.cwd().iterdir()}
     result = run(*arguments)
     assert (result.code, result.out) == (1, "")
