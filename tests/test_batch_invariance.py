@@ -62,6 +62,7 @@ def test_every_batch_size_gives_the_same_bits() -> None:
     assert alone != bits(SMALL, 16, 18, "fast")
 
 
+@pytest.mark.slow
 def test_windows_that_slide_by_several_tokens_give_the_same_bits() -> None:
     assert bits(SMALL, 1, 8, stride=16) == bits(SMALL, 3, 8, stride=16)
 

@@ -70,6 +70,7 @@ def test_table(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert counts["step 600 → 20, batch size 2", "plain"][0] > counts["step 600 → 20, batch size 2", "plain"][1] > 0
 
 
+@pytest.mark.slow
 def test_saved_logits(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same numerics change no token, another dtype does, and other weights are refused."""
     path = str(tmp_path / "logits.npz")

@@ -212,19 +212,18 @@ def test_states_at_any_token_are_those_of_decoding() -> None:
         fakes.request(fakes.prompt(4), num_tokens=7, seed=3, sample=2, frequency_penalty=0.5),
         fakes.request(fakes.prompt(4), num_tokens=7, seed=3, sample=2, penalty_scope="output", eos_id=7, min_tokens=5),
     ]
-    steps = step_by_step(own, 7)
+    steps, sample_next = step_by_step(own, 7), jax.jit(decoding.sample_next)
     for row, request in enumerate(own):
         ids = [int(output.token_B[row]) for _, output in steps]
         states = decoding.states_at(request, ids, [0] * 7, 0, W=WINDOW, V=MODEL.vocab_size)
         for index, (_, output) in enumerate(steps):
             one = jax.tree.map(lambda x, index=index: x[index : index + 1], states)
-            again, drawn = decoding.sample_next(one, output.logits_BV[row : row + 1])
+            again, drawn = sample_next(one, output.logits_BV[row : row + 1])
             assert drawn.token_B[0] == ids[index]
             for name, column_B in drawn.stats._asdict().items():
                 np.testing.assert_allclose(column_B[0], getattr(output.stats, name)[row], rtol=1e-5, err_msg=name)
             after = steps[index + 1][0] if index < 6 else None
             if after is not None:
                 for name in ("counts_BV", "num_sampled_B", "token_B", "length_B"):
-                    length = 1 if name == "length_B" else 0  # decode_step has appended the newest token already
-                    now = np.asarray(getattr(again, name))[0] - length * 0
-                    np.testing.assert_array_equal(now, np.asarray(getattr(after, name))[row], err_msg=name)
+                    now, then = (np.asarray(getattr(state, name)) for state in (again, after))
+                    np.testing.assert_array_equal(now[0], then[row], err_msg=name)

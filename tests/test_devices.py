@@ -131,6 +131,7 @@ print(*done, min(faults))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
 @pytest.mark.parametrize(
     ("own", "on_main_thread", "kept"),

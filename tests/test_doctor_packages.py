@@ -31,6 +31,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return put
 
 
+@pytest.mark.slow
 def test_a_plugin_with_which_jax_finds_only_the_cpu_is_a_problem(
     installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Files and directories give their documents, or an error with its location."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -176,6 +177,14 @@ def test_a_broken_line_is_named_with_its_number(tmp_path: Path, packing: str, li
         read(path)
 
 
+_LINES = b"".join(b'{"text": "%d"}\n' % (number * number) for number in range(3000))
+
+
+@functools.cache
+def _packed(suffix: str) -> bytes:
+    return PACKED[suffix](_LINES)
+
+
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
 @SETTINGS
 @given(cut=st.integers(1, 10_000), change=st.sampled_from(["cut", "garbage", "plain", "tail"]))
@@ -183,13 +192,12 @@ def test_a_compressed_file_that_is_damaged_or_cut_short_is_named(
     folder: Path, name: str, cut: int, change: str
 ) -> None:
     path = folder / name
-    content = b"".join(json.dumps({"text": f"{number * number}"}).encode() + b"\n" for number in range(3000))
-    packed = PACKED[path.suffix](content)
+    packed = _packed(path.suffix)
     path.write_bytes(
         {
             "cut": packed[: 1 + cut % (len(packed) - 1)],
             "garbage": packed[: cut % len(packed)] + b"\xff\x00\xff" * 40,
-            "plain": content,
+            "plain": _LINES,
             "tail": packed + b"more of it",
         }[change]
     )

@@ -92,6 +92,7 @@ def test_output_is_the_same_without_a_cache_on_a_miss_and_on_a_hit(
     assert {path.name.split("-")[1] for path in tmp_path.iterdir()} == {name[4:-1] for name in found[0][1]}
 
 
+@pytest.mark.slow
 def test_a_start_from_cached_programs_imports_neither_flax_nor_scipy(tmp_path: Path) -> None:
     """Runs the command twice. The second run hits the cache, prints the same and compiles nothing twice."""
     program = """

@@ -37,7 +37,7 @@ def draws(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, config.SamplingConfi
 
 
 @hypothesis.given(draws())
-@hypothesis.settings(max_examples=300)
+@fakes.examples(75)
 def test_statistics_of_a_draw_match_their_definitions(
     case: tuple[np.ndarray, np.ndarray, config.SamplingConfig, int],
 ) -> None:
@@ -67,7 +67,7 @@ def test_statistics_of_a_draw_match_their_definitions(
 
 
 @hypothesis.given(draws(), st.integers(0, 2**31))
-@hypothesis.settings(max_examples=300)
+@fakes.examples(75)
 def test_moves_of_less_than_half_the_cut_do_not_change_the_token_by_the_cuts(
     case: tuple[np.ndarray, np.ndarray, config.SamplingConfig, int], moves: int
 ) -> None:

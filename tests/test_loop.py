@@ -49,6 +49,7 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in line.keys() - {"milliseconds", "tokens_per_second"}} for line in found]
 
 
+@pytest.mark.slow
 def test_metrics_fetched_late_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step is dispatched before the metrics of the last are fetched, except after an evaluation."""
     order: list[str] = []

@@ -43,6 +43,7 @@ def _run(script: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_random_numbers_do_not_depend_on_settings_of_jax() -> None:
     plain = _run(_RANDOM)
     settings = {

@@ -201,6 +201,7 @@ def test_a_running_median_ignores_a_spike() -> None:
     assert plots.median([1, 2], 99) == [1, 1.5]
 
 
+@pytest.mark.slow
 def test_the_files_are_the_same_each_time(run: curves.Run, tmp_path: Path) -> None:
     for suffix in plots.SUFFIXES:
         made = []

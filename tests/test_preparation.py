@@ -158,6 +158,7 @@ preparation.prepare(directory, sources, 400, text_field="body", progress=lambda 
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_no_partial_file(
     sources: list[Path], whole: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -121,7 +121,8 @@ def test_a_token_is_explained_only_if_lead_or_cut_are_within_the_tolerance(setti
         rows = Rows(V, settings, tolerance)
         found = rows.choose(rows.logits_BV)
         for row in range(ROWS // 4):
-            explained = [token for token in range(V) if rows.draw(row, tolerance).explains(token)]
+            draw = rows.draw(row, tolerance)
+            explained = [token for token in range(V) if draw.explains(token)]
             assert found.token_B[row] in explained
             others += len(explained) - 1
             # A penalty of 2 doubles the error of negative logits; twice the tolerance is the distance of two logits.

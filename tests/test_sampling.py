@@ -317,7 +317,7 @@ def expected_of(
 
 
 @hypothesis.given(cases())
-@hypothesis.settings(max_examples=400)
+@fakes.examples(100)
 def test_choice_matches_the_definition(case: tuple[np.ndarray, np.ndarray, config.SamplingConfig, int]) -> None:
     """A token may differ only if the lead or the cut is below the rounding of float32."""
     logits_V, counts_V, settings, seed = case

@@ -177,6 +177,7 @@ def test_a_reset_that_cannot_train_leaves_the_old_run(run: Run, work: Path) -> N
     assert not (work / "checkpoints/mine/mine_step4.bin").exists()
 
 
+@pytest.mark.slow
 def test_a_hangup_saves_the_run_and_a_closed_pipe_does_not_end_it(
     run: Run, work: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -180,6 +180,7 @@ def test_samples_are_a_set_in_any_order(added: list[int], number: int, first: in
     assert not found.differs("a", "basis")
 
 
+@pytest.mark.slow
 def test_finished_samples_take_little_memory() -> None:
     tracemalloc.start()
     found = writer.Samples()
