@@ -86,22 +86,24 @@ def test_invalid_unicode_becomes_the_replacement_character(tmp_path: Path, line:
 
 
 @pytest.mark.parametrize(
-    ("name", "is_json_lines", "packing"),
+    ("name", "kind", "packing"),
     [
-        ("a", False, ""),
-        ("a.txt", False, ""),
-        ("a.md", False, ""),
-        ("a.jsonl", True, ""),
-        ("A.JSONL.GZ", True, ".gz"),
-        ("a.jsonl.zst", True, ".zst"),
-        ("a.jsonl.txt", False, ""),
-        ("a.json", False, ""),
-        ("b.jsonl/a.gz", False, ".gz"),
-        (".gz", False, ""),
+        ("a", "text", ""),
+        ("a.txt", "text", ""),
+        ("a.md", "text", ""),
+        ("a.jsonl", "json lines", ""),
+        ("A.JSONL.GZ", "json lines", ".gz"),
+        ("a.jsonl.zst", "json lines", ".zst"),
+        ("a.jsonl.txt", "text", ""),
+        ("a.json", "text", ""),
+        ("b.jsonl/a.gz", "text", ".gz"),
+        (".gz", "text", ""),
+        ("a.csv.gz", "csv", ".gz"),
+        ("a.PARQUET", "parquet", ""),
     ],
 )
-def test_the_file_name_determines_the_format(name: str, is_json_lines: bool, packing: str) -> None:
-    assert documents.Format.of(name) == documents.Format(is_json_lines=is_json_lines, compression=packing)
+def test_the_file_name_determines_the_format(name: str, kind: str, packing: str) -> None:
+    assert documents.Format.of(name) == documents.Format(kind=kind, compression=packing)
 
 
 def test_a_directory_gives_its_data_files_in_order(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ _SHARED: dict[str, tuple[str | None, str]] = {
         "Checkpoint step to load, or best for the one with the lowest validation loss; the latest if absent.",
     ),
     "device": ("auto", f"One of {', '.join(devices.DEVICES)}."),
-    "text-field": (corpus.DEFAULT_TEXT_FIELD, "Field of a .jsonl line that holds the text."),
+    "text-field": (corpus.DEFAULT_TEXT_FIELD, "Field or column of the text in .jsonl, .csv and .parquet files."),
     "records": (None, "The record file; the flag's name may be omitted."),
 }
 

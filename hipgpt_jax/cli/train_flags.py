@@ -16,8 +16,8 @@ _boolean = functools.partial(absl.flags.DEFINE_boolean, flag_values=FLAGS)
 DATA_PATH = absl.flags.DEFINE_multi_string(
     "data-path",
     ["data/data.txt"],
-    "Text to train on: a file or a directory; may be repeated. A .jsonl file holds one document per line; .gz and .zst "
-    "files are decompressed. The last tenth is the validation split.",
+    "Text to train on: a file or a directory; may be repeated. .jsonl, .csv and .parquet files have a document per "
+    "line or row; .gz and .zst files are decompressed. The last tenth is the validation split.",
     flag_values=FLAGS,
 )
 TEXT_FIELD = flags.define_shared(FLAGS, "text-field")

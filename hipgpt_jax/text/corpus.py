@@ -106,7 +106,7 @@ class Corpus:
 
         Args:
             sources: Files and directories, as for ``documents.find``.
-            text_field: Key of the text in a line of a ``.jsonl`` file.
+            text_field: Key or column of the text in a file of JSON lines or a table.
             progress: Receives the bytes on disk that have been read.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Documents in files and directories: plain text or JSON lines, uncompressed or compressed."""
+"""Documents in files and directories: plain text, JSON lines or tables, uncompressed or compressed."""
 
 import codecs
 import dataclasses
@@ -11,10 +11,10 @@ from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from hipgpt_jax import files, json_files
-from hipgpt_jax.text import compression
+from hipgpt_jax.text import compression, tables
 
 MAX_LINE_BYTES = 1 << 26  # of JSON, whose objects take up to 25 times the memory of their text
-_JSON_LINES = (".jsonl", ".ndjson")
+_KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".csv": "csv", ".parquet": "parquet"}
 _HEAD_BYTES = 512
 
 # First bytes of files that are not UTF-8 text. UTF-32 comes first: its byte order mark begins with that of UTF-16.
@@ -28,6 +28,7 @@ _FOREIGN_HEADS = (
     (rb"BZh[1-9]1AY&SY", "bzip2 data", _UNPACK),
     (rb"\xfd7zXZ\0", "xz data", _UNPACK),
     (rb"PK\x03\x04", "a zip archive", _UNPACK),
+    (rb"PAR1\x15", "Parquet data", "give it a name that ends in .parquet"),
     (rb"(?s:.{257})ustar", "a tar archive", _UNPACK),
 )
 
@@ -38,7 +39,7 @@ class Document(NamedTuple):
     Attributes:
         stream: Bytes of the text; must be read before the next document is taken.
         bytes: Number of bytes; None for a file that is one document, which ends with the file.
-        invalid_bytes: Bytes of its JSON line that were not UTF-8 and were replaced.
+        invalid_bytes: Bytes of its line or row that were not UTF-8 and were replaced.
     """
 
     stream: BinaryIO
@@ -51,20 +52,26 @@ class Format:
     """Format of a file, which its name determines.
 
     Attributes:
-        is_json_lines: Whether each line is a JSON object with one document (``.jsonl``, ``.ndjson``); otherwise the
-            file is one document.
+        kind: ``text``, a file that is one document; ``json lines`` (``.jsonl``, ``.ndjson``), with an object per line;
+            ``csv`` or ``parquet``, with a row per document.
         compression: ``.gz``, ``.zst`` or empty.
     """
 
-    is_json_lines: bool
+    kind: str
     compression: str
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether documents have fields, of which one is the text."""
+        return self.kind != "text"
 
     @classmethod
     def of(cls, name: str) -> "Format":
         """Returns the format of a file name; the default is uncompressed plain text."""
         path = PurePath(name.lower())
         suffix = path.suffix if path.suffix in compression.SUFFIXES else ""
-        return cls(is_json_lines=path.name.removesuffix(suffix).endswith(_JSON_LINES), compression=suffix)
+        kind = _KINDS.get(PurePath(path.name.removesuffix(suffix)).suffix, "text")
+        return cls(kind=kind, compression=suffix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,25 +100,38 @@ class File:
         """Yields each document. A byte order mark at the head of the file is skipped.
 
         Args:
-            text_field: Key of the text in a JSON object; a lone surrogate in the text becomes U+FFFD.
+            text_field: Key or column of the text; a lone surrogate in the text becomes U+FFFD.
 
         Raises:
-            ValueError: The file is not UTF-8 text, or a line is not a JSON object with a text. The message has the
-                number of the line.
+            ValueError: The file is not UTF-8 text, or a line or row has no text. The message has its number.
         """
+        if self.format.kind == "parquet":
+            yield from map(_decoded, self._rows(text_field))
+            return
         with self.open() as stream:
             head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
             check_head(head, self.path)
             if head.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
-            if self.format.is_json_lines:
+            if self.format.kind == "json lines":
                 yield from self._json_documents(stream, text_field)
+            elif self.format.kind == "csv":
+                lines = (line for _, line in self._lines(stream))
+                yield from map(_decoded, tables.read_csv(lines, self.path, text_field, MAX_LINE_BYTES))
             else:
                 yield Document(stream, None, 0)
 
-    def _json_documents(self, stream: BinaryIO, text_field: str) -> Iterator[Document]:
+    def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         advice = ". Split the document, or give it as a file of plain text"
-        for number, line in files.numbered_lines(stream, self.path, MAX_LINE_BYTES, advice):
+        return files.numbered_lines(stream, self.path, MAX_LINE_BYTES, advice)
+
+    def _rows(self, text_field: str) -> Iterator[bytes]:
+        if self.format.compression:
+            raise ValueError(f"{self.path} must not be compressed as a whole: unpack it")
+        return tables.read_parquet(self.path, text_field)
+
+    def _json_documents(self, stream: BinaryIO, text_field: str) -> Iterator[Document]:
+        for number, line in self._lines(stream):
             if line := line.strip():
                 text = line.decode("utf-8", errors="replace")
                 try:
@@ -119,6 +139,12 @@ class File:
                 except ValueError as error:
                     raise ValueError(f"{self.path} line {number}: {error}") from error
                 yield Document(io.BytesIO(content), len(content), _count_invalid(line, text))
+
+
+def _decoded(content: bytes) -> Document:
+    text = content.decode("utf-8", errors="replace")
+    replaced = text.encode()
+    return Document(io.BytesIO(replaced), len(replaced), _count_invalid(content, text))
 
 
 def check_head(head: bytes, path: Path) -> None:
@@ -186,9 +212,9 @@ def without_surrogates(text: str) -> str:
 def find(sources: Path | Sequence[Path]) -> list[File]:
     """Returns the files of documents in the given files and directories, in the given order.
 
-    A directory stands for the files in its tree whose names end in ``.txt``, ``.jsonl`` or ``.ndjson``, optionally
-    followed by ``.gz`` or ``.zst``, sorted by path. Hidden files and directories are skipped. Links are followed; a
-    directory that is reached twice is read once. A file that is given itself may have any name.
+    A directory stands for the files in its tree whose names end in ``.txt``, ``.jsonl``, ``.ndjson``, ``.csv`` or
+    ``.parquet``, optionally followed by ``.gz`` or ``.zst``, sorted by path. Hidden files and directories are skipped.
+    Links are followed; a directory that is reached twice is read once. A file that is given itself may have any name.
 
     Raises:
         OSError: A path does not exist, a directory cannot be read, or a link in it is broken.
@@ -210,8 +236,9 @@ def _find(source: Path) -> list[File]:
     found = [File(path=source / name, name=name) for name in sorted(_walk(str(source)))]
     if not found:
         raise ValueError(
-            f"{source} holds no data files: a directory's are those that end in .txt, .jsonl or .ndjson, with .gz or "
-            f".zst after it or without. Name a file itself with --data-path where it is called otherwise"
+            f"{source} holds no data files: a directory's are those that end in .txt, .jsonl, .ndjson, .csv or "
+            f".parquet, with .gz or .zst after it or without. Name a file itself with --data-path where it is called "
+            f"otherwise"
         )
     return found
 
@@ -243,7 +270,7 @@ def _is_data_file(path: str) -> bool:
     except OSError as error:
         _refuse_unreadable(error)
     name = os.path.basename(path).lower()
-    if not name.removesuffix(Format.of(name).compression).endswith((".txt", *_JSON_LINES)):
+    if not name.removesuffix(Format.of(name).compression).endswith((".txt", *_KINDS)):
         return False
     if not os.path.isfile(path):
         _refuse_special(path)

@@ -56,7 +56,7 @@ class Manifest:
 
     Attributes:
         sources: The text files, in order.
-        text_field: Key of the text in JSON lines; None if no source has JSON lines.
+        text_field: Key or column of the text in JSON lines and tables; None if no source is such a file.
         documents: Number of documents that are not empty.
         text_bytes: Bytes of their text in UTF-8; each invalid byte sequence counts as U+FFFD, 3 bytes.
         eos_id: Id that follows each document; None for a single document.

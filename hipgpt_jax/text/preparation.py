@@ -41,7 +41,7 @@ def prepare(
         sources: Files and directories, as for ``documents.find``. If they hold several documents, an end token
             follows each of them; in a learned vocabulary it is the last id.
         vocab_size: Vocabulary size, at least 256, or 257 with the end token; ignored for a ready-made tokenizer.
-        text_field: Key of the text in a line of a ``.jsonl`` file.
+        text_field: Key or column of the text in a file of JSON lines or a table.
         tokenizer_path: A ready-made ``tokenizer.json``; None learns a tokenizer.
         progress: Receives bytes done, total bytes and the activity: reading, learning or encoding.
         note: Receives each of ``corpus.Corpus.notes``.
@@ -130,7 +130,7 @@ def check_same_data(
 
 
 def _used_text_field(sources: Sequence[corpus.Source], text_field: str) -> str | None:
-    return text_field if any(source.format.is_json_lines for source in sources) else None
+    return text_field if any(source.format.has_fields for source in sources) else None
 
 
 def _learn(text: corpus.Corpus, vocab_size: int, progress: corpus.Progress) -> tokenizer.Tokenizer:
