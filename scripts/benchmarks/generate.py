@@ -1,7 +1,6 @@
 """Decoding at batch size 1, compared with Hugging Face, CTranslate2 and the bandwidth of plain matrix products."""
 
 import argparse
-import dataclasses
 import functools
 import time
 import types
@@ -108,7 +107,7 @@ def _hugging_face(model: config.ModelConfig, params: Any, num_tokens: int, direc
         return []
     prompt_1T = torch.tensor([_PROMPT_IDS])
     arguments = {"inputs": prompt_1T, "attention_mask": torch.ones_like(prompt_1T), "max_new_tokens": num_tokens}
-    arguments |= {"do_sample": True, "use_cache": True, "pad_token_id": 0, **dataclasses.asdict(_SAMPLING)}
+    arguments |= {"use_cache": True, "pad_token_id": 0, **peers.sampling_arguments()}
 
     def request() -> tuple[float, float]:
         times: list[float] = []

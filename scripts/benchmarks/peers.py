@@ -42,6 +42,18 @@ def plain_params(params: Any, torch_module: Any) -> Any:
     return jax.tree_util.tree_map_with_path(parameter, params)
 
 
+def sampling_arguments() -> dict[str, Any]:
+    """Returns the default sampling settings as arguments of ``generate`` in transformers; all others are neutral."""
+    settings = config.SamplingConfig()
+    return {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "repetition_penalty": settings.repetition_penalty,
+    }
+
+
 def hugging_face(model: config.ModelConfig, params: Any, directory: Path) -> Any:
     """Returns Hugging Face's GPT-2 with the weights in ``directory``, or None if it is not installed.
 

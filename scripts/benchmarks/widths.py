@@ -1,7 +1,6 @@
 """Batched decoding at batch sizes 16 and 64, compared with Hugging Face and CTranslate2."""
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     def theirs(prompts: np.ndarray) -> table.Request:
         ids = torch.from_numpy(prompts)
         arguments = {"inputs": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens}
-        arguments |= {"do_sample": True, "pad_token_id": 0, **dataclasses.asdict(config.SamplingConfig())}
+        arguments |= {"pad_token_id": 0, **peers.sampling_arguments()}
         return _timed(prompts.shape[0] * num_tokens, lambda: torch.inference_mode()(hugging_face.generate)(**arguments))
 
     rows: table.Rows = {}
