@@ -29,6 +29,7 @@ class TrainConfig:
         log_every: Steps between log lines.
         eval_every: Steps between evaluations; 0 evaluates with each checkpoint.
         eval_batches: Batches per evaluation; 0 takes the whole validation split.
+        patience: Evaluations without a lower validation loss after which training stops early; 0 never does.
         sample_every: Steps between samples of text; 0 writes none.
         ckpt_every: Steps between checkpoints; 0 writes only the last.
         keep_last: Number of checkpoints kept, the newest by step.
@@ -53,6 +54,7 @@ class TrainConfig:
     log_every: int = 50
     eval_every: int = 0
     eval_batches: int = 0
+    patience: int = 0
     sample_every: int = 0
     ckpt_every: int = 500
     keep_last: int = 5
@@ -66,6 +68,7 @@ class TrainConfig:
             ("log_every", 1, "steps between log lines"),
             ("eval_every", 0, "0 evaluates with each checkpoint"),
             ("eval_batches", 0, "0 takes the whole split"),
+            ("patience", 0, "0 never stops early"),
             ("grad_accum", 1, "parts of a step's batch"),
             ("sample_every", 0, "0 writes no samples"),
             ("ckpt_every", 0, "0 writes only the last"),

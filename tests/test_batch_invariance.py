@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import compiled
 import fakes
 import jax
 import numpy as np
@@ -23,14 +24,14 @@ SHIPPED = config.ModelConfig(
     vocab_size=1024, max_seq_len=128, embed_dim=192, num_heads=6, ff_hidden_dim=768, num_layers=5
 )
 WIDE = config.ModelConfig(vocab_size=2000, max_seq_len=96, embed_dim=384, num_heads=6, ff_hidden_dim=1536, num_layers=2)
-SIZES = (1, 2, 3, 4, 8, 16, 17, 32, 64)
-TOKENS = 6
+SIZES = {"SHIPPED": (1, 2, 3, 4, 8, 16, 17, 32, 64), "WIDE": (1, 3, 16, 64)}
+TOKENS = 5
 
 
 def _requests(model: config.ModelConfig, number: int) -> list[requests.Request]:
-    """Returns requests whose prompts need one cache block, two, or fill the window, half of them of random lengths."""
+    """Returns requests whose prompts need one cache block, two, or fill the window."""
     rng, W = np.random.RandomState(7), model.max_seq_len
-    lengths = (5, W, 20, 60, 70, W - 3, 1, W - 1, 33, *rng.randint(1, W + 1, 9))
+    lengths = (5, W, 20, 60, 70, W - 3, 1, W - 1, 21)
     return [
         requests.Request(
             prompt_ids=tuple(rng.randint(0, model.vocab_size, lengths[index % len(lengths)]).tolist()),
@@ -78,19 +79,19 @@ def test_what_has_no_invariant_numerics_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SHIPPED", "WIDE"])
+@pytest.mark.parametrize("name", SIZES)
 def test_cores_do_not_change_the_bits_either(name: str) -> None:
     cores = sorted(os.sched_getaffinity(0))
     by_size = _in_process(name, cores[:1])
     assert by_size == _in_process(name, cores[:2])
-    for size in SIZES:
+    for size in SIZES[name]:
         assert by_size[str(size)] == by_size["1"], f"batch size {size}"
 
 
 def _in_process(name: str, cores: Sequence[int]) -> dict[str, list[str]]:
     """Returns the bits by batch size, computed on some cores."""
     script = f"import test_batch_invariance as test; test.print_bits({name!r}, {list(cores)})"
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    environ = {**os.environ, **compiled.PROCESS, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -100,4 +101,4 @@ def print_bits(name: str, cores: Sequence[int]) -> None:
     """Prints the bits by batch size as JSON. XLA's threads are as many as the cores at its start."""
     os.sched_setaffinity(0, cores)
     assert jax.default_backend() == "cpu"
-    print(json.dumps({size: bits(globals()[name], size, 70) for size in SIZES}))
+    print(json.dumps({size: bits(globals()[name], size, 66) for size in SIZES[name]}))

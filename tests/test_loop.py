@@ -96,3 +96,17 @@ def test_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     for run in (tmp_path / "0", tmp_path / "1"):
         assert [line["step"] for line in lines(run)] == [1]
         assert not list(run.glob("*_step*")) + list((run / "train_state").glob("[0-9]*"))
+
+
+def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
+    rising = {"learning_rate": 3.0, "warmup_steps": 1, "eval_every": 1, "ckpt_every": 0, "steps": 30}
+    result = loop.train(job(tmp_path, 0, **rising, patience=2), QUIET)
+    losses = {line["step"]: line["validation_loss"] for line in lines(tmp_path / "0") if "validation_loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert result == (best + 2, True, True)
+    assert max(losses) == best + 2
+    config = json.loads((tmp_path / "0/latest_config.json").read_text())
+    assert (config["checkpoint"]["step"], config["training"]["patience"]) == (best + 2, 2)
+    assert loop.train(job(tmp_path, 0, **rising, patience=2), QUIET, resume_step=best + 2) == result, "nothing is left"
+    more = loop.train(job(tmp_path, 0, **rising, patience=4), QUIET, resume_step=best + 2)
+    assert more.step > best + 2

@@ -102,6 +102,10 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
         "log_every": ("log-every", "Steps between log lines."),
         "eval_every": ("eval-every", "Steps between evaluations; 0: at each checkpoint."),
         "eval_batches": ("eval-batches", "Batches per evaluation; 0: the whole validation split."),
+        "patience": (
+            "patience",
+            "Stop early after this many evaluations without a lower validation loss; 0: never.",
+        ),
         "sample_every": ("sample-every", "Steps between text samples; 0: none."),
         "ckpt_every": ("ckpt-every", "Steps between checkpoints; 0: only the last."),
         "keep_last": ("keep-last", "Number of newest checkpoints to keep, in addition to the best one."),

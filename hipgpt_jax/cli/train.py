@@ -109,6 +109,11 @@ def _run(
             report = dataclasses.replace(report, saved=start.delete_replaced_run)
         result = loop.train(job, report, resume_step=resume_step)
     if start:
+        if result.stopped_early:
+            program.note(
+                f"stopped early at step {result.step}: the last {train.patience} evaluations had no lower validation "
+                f"loss (--patience). --step best loads the step that had the lowest"
+            )
         if result.completed:
             program.note(f"done: {shlex.join(['hipgpt-generate', '--run-name', run])} --prompt TEXT")
         else:

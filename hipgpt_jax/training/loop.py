@@ -77,10 +77,17 @@ class Report:
 
 
 class TrainResult(NamedTuple):
-    """The last step taken, whose state and weights are saved, and whether the run is completed."""
+    """The end of training.
+
+    Attributes:
+        step: The last step taken, whose state and weights are saved.
+        completed: Whether the run is completed: it has all its steps, or stopped early.
+        stopped_early: Whether it ended because its validation loss no longer fell.
+    """
 
     step: int
     completed: bool
+    stopped_early: bool = False
 
 
 class _StopEvaluationError(Exception):
@@ -123,7 +130,7 @@ def _train(trainer: "_Trainer", job: Job, resume_step: int | None) -> TrainResul
         is_best, is_stopping = trainer.evaluate(state, step)
         if is_best:
             trainer.save(state, step, resumable=False, best=True)
-    while step < job.train.steps and not is_stopping:
+    while step < job.train.steps and not is_stopping and not trainer.is_patience_exhausted:
         step += 1
         state = trainer.take_step(state, step)
         # The state of an earlier step may have reached the disk meanwhile.
@@ -133,13 +140,15 @@ def _train(trainer: "_Trainer", job: Job, resume_step: int | None) -> TrainResul
         else:
             is_best, is_stopping = False, trainer.is_stopping()
         # A best step that is no checkpoint is kept for generation alone, because Orbax's states are large.
-        resumable = is_stopping or trainer.is_checkpoint(step)
+        resumable = is_stopping or trainer.is_checkpoint(step) or trainer.is_patience_exhausted
         if resumable or is_best:
             trainer.save(state, step, resumable=resumable, best=is_best)
         if _is_multiple(step, job.train.sample_every):
             trainer.sample(state, step)
     trainer.finish_save(wait=True)
-    return TrainResult(step, completed=step == job.train.steps and not trainer.evaluation_pending(step))
+    is_last = step == job.train.steps or trainer.is_patience_exhausted
+    completed = is_last and not trainer.evaluation_pending(step)
+    return TrainResult(step, completed, stopped_early=completed and step < job.train.steps)
 
 
 class _InFlight(NamedTuple):
@@ -174,7 +183,7 @@ class _Trainer:
         self._saving: tuple[int, futures.Future[None]] | None = None
         # One process writes all files except Orbax's, and all log lines.
         self._is_main_process = jax.process_index() == 0
-        self._best = math.inf
+        self._best, self._since_best = math.inf, 0
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         # Since the last log line; evaluations, checkpoints and samples are not counted.
         self._seconds, self._timed_steps = 0.0, 0
@@ -188,6 +197,7 @@ class _Trainer:
         if self._is_main_process:
             metrics.truncate(self._metrics_path, step)
         self._best = metrics.best_loss(self._metrics_path, step)
+        self._since_best = metrics.evaluations_since_best(self._metrics_path, step)
         if step and not self._writer.has(step):  # killed between its state and its weights
             self._write_weights(state, step, best=False)
         if step and self._is_main_process:
@@ -219,6 +229,11 @@ class _Trainer:
     def is_evaluated(self, step: int) -> bool:
         """Returns whether an evaluation follows a step."""
         return self.is_checkpoint(step) or _is_multiple(step, self._job.train.eval_every)
+
+    @property
+    def is_patience_exhausted(self) -> bool:
+        """Whether training stops early."""
+        return 0 < self._job.train.patience <= self._since_best
 
     def evaluation_pending(self, step: int) -> bool:
         """Returns whether the evaluation that follows a step was cut short."""
@@ -259,6 +274,7 @@ class _Trainer:
         line = {"step": step, **metrics.describe_score(found)}
         self._log(line, metrics.format_evaluation(line))
         is_best, self._best = found.loss < self._best, min(found.loss, self._best)
+        self._since_best = 0 if is_best else self._since_best + 1
         return is_best, False
 
     def save(self, state: train_step.TrainState, step: int, *, resumable: bool, best: bool) -> None:

@@ -49,6 +49,12 @@ def best_step(path: Path, last_step: int) -> int | None:
     return min(losses, key=lambda step: (losses[step], step), default=None)
 
 
+def evaluations_since_best(path: Path, last_step: int) -> int:
+    """Returns the number of evaluations up to ``last_step`` after the one with the lowest validation loss."""
+    best = best_step(path, last_step)
+    return 0 if best is None else sum(step > best for step in _validation_losses(path, last_step))
+
+
 def is_evaluated(path: Path, step: int) -> bool:
     """Returns whether a step was evaluated."""
     return step in _validation_losses(path, step)

@@ -12,7 +12,7 @@ from hipgpt_jax.runs import directory
 from hipgpt_jax.training import checkpoint, optimizer
 
 # Settings of logging, evaluation and retention, which do not change the weights.
-_FREE = frozenset({"log_every", "eval_every", "eval_batches", "sample_every", "ckpt_every", "keep_last"})
+_FREE = frozenset({"log_every", "eval_every", "eval_batches", "patience", "sample_every", "ckpt_every", "keep_last"})
 # Settings that may change with a note: the number of steps with --extend, and --remat, which changes only rounding.
 _NOTED = frozenset({"steps", "remat"})
 
