@@ -51,6 +51,7 @@ class Executables:
         stride: Tokens by which a full window slides.
         backend: Choices that depend on the platform.
         params: The parameters on the device.
+        functions: The jitted functions by name.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Executables:
         self._compiled: dict[Program, futures.Future[_Executable]] = {}
         self._lock = threading.Lock()
         self._device = jax.devices()[0]
-        self._functions = _functions(model, dtype, attention, window, stride, backend)
+        self.functions = _functions(model, dtype, attention, window, stride, backend)
 
     def with_rule(self, rule: topk.Rule) -> "Executables":
         """Returns programs of the same parameters that apply a rule."""
@@ -112,7 +113,7 @@ class Executables:
             lengths |= {*range(after, min(after + last - W - 1, W))}
         for blocks in sorted({self.backend.plan_steps(length)[0] for length in lengths}):
             # On a GPU both programs, whatever this sample's settings: other settings then compile nothing.
-            yield from (Program(name, blocks=blocks) for name in self._functions if name.startswith("decode"))
+            yield from (Program(name, blocks=blocks) for name in self.functions if name.startswith("decode"))
         if slides and self.stride == 1:
             yield Program("slide")
             if B > 1:
@@ -171,19 +172,17 @@ class Executables:
 
     def _compile_fn(self, program: Program) -> Callable[[], _Executable]:
         if jax.config.values["jax_disable_jit"]:  # a user's own setting, under which JAX compiles nothing ahead
-            return lambda: self._functions[program.name]
+            return lambda: self.functions[program.name]
         return self.lower(program).compile
 
     def lower(self, program: Program) -> jax.stages.Lowered:
         """Lowers a program for the shapes of its arguments."""
         # Bound to the device, so that programs accept one another's results.
         sharding = jax.sharding.SingleDeviceSharding(self._device)
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self._shapes(program)
-        )
-        return self._functions[program.name].lower(*shapes)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self.shapes(program))
+        return self.functions[program.name].lower(*shapes)
 
-    def _shapes(self, program: Program) -> tuple[object, ...]:
+    def shapes(self, program: Program) -> tuple[object, ...]:
         """Returns the shapes of a program's arguments."""
         B, W, V = self.backend.num_slots, self.window, self.model.vocab_size
         state, one_slot = decoding.blank_state(B, W, V), decoding.blank_state(1, W, V)
