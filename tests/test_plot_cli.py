@@ -119,6 +119,7 @@ def test_a_figure_replaces_an_older_figure_and_nothing_else(call: Run) -> None:
         (("own", "silent", "--output", "b.svg", "--unit", "byte"), "run 'silent' was not evaluated"),
         (("own", "--output", "b.svg", "--unit", "word"), "--unit must be one of byte, token: got 'word'"),
         (("own", "--output", "b.svg", "--smooth", "0"), "--smooth must be a positive integer: got '0'"),
+        (("own", "--output", "b.svg", "--mean"), "--mean needs at least two runs: got own"),
         (("own", "--output", "b.svg", "--frob"), "Unknown command line flag 'frob'"),
     ],
 )

@@ -241,3 +241,21 @@ def test_a_link_stays_a_link(run: curves.Run, tmp_path: Path) -> None:
     plots.save(plots.draw([run], metrics=["loss"], unit="byte"), tmp_path / "a.svg")
     assert (tmp_path / "a.svg").is_symlink()
     assert (tmp_path / "elsewhere/b.svg").read_text().startswith("<?xml")
+
+
+def test_a_mean_has_the_steps_of_all_runs_and_their_standard_deviation() -> None:
+    losses = {"a": (2.0, 1.0, 0.5), "b": (4.0, 3.0)}
+    key = "validation_nats_per_byte"
+    runs = [
+        curves.Run(name=name, curves={key: curves.Curve((10, 20, 30)[: len(values)], values)})
+        for name, values in losses.items()
+    ]
+    mean = curves.mean(runs, "mean")
+    assert mean.validation("loss", "byte") == ((10, 20), (3.0, 2.0))
+    assert mean.validation_deviation("loss", "byte") == ((10, 20), pytest.approx((2**0.5, 2**0.5)))
+    figure = plots.draw([mean], metrics=["loss"], unit="byte")
+    (band,) = figure.axes[0].collections
+    assert band.get_paths()[0].get_extents().bounds == pytest.approx((10, 2 - 2**0.5, 10, 1 + 2 * 2**0.5))
+    apart = curves.Run(name="c", curves={key: curves.Curve((5,), (1.0,))})
+    with pytest.raises(ValueError, match="a, c have no logged step in common: no mean can be drawn"):
+        curves.mean([runs[0], apart], "mean")

@@ -15,7 +15,8 @@ SUMMARY = """Plot the metrics of one or more runs into a PNG or SVG file. A run 
 directory, and may still be training. Examples:
 
   hipgpt-plot my_run --output my_run.png
-  hipgpt-plot my_run backup/my_run shakespeare --metrics loss,accuracy --smooth 9 --output runs.svg"""
+  hipgpt-plot my_run backup/my_run shakespeare --metrics loss,accuracy --smooth 9 --output runs.svg
+  hipgpt-plot my_run_seed0 my_run_seed1 my_run_seed2 --mean --output mean.svg"""
 
 FLAGS = absl.flags.FlagValues()
 _string = functools.partial(absl.flags.DEFINE_string, flag_values=FLAGS)
@@ -43,6 +44,9 @@ _SMOOTH = absl.flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_MEAN = absl.flags.DEFINE_boolean(
+    "mean", False, "Draw the mean of the runs and a band of one standard deviation.", flag_values=FLAGS
+)
 _TITLE = _string("title", None, "Title of the figure; the name of a single run if absent.")
 
 
@@ -68,12 +72,28 @@ def _plot() -> None:
         is_ours=lambda path: output.begins_with(path, plots.MARKER),
     )
     runs = _read(words)
-    unit = curves.choose_unit(runs, _UNIT.value) if "loss" in metrics else "token"
+    unit = curves.choose_unit(runs, _UNIT.value) if "loss" in metrics or _MEAN.value else "token"
+    names = ", ".join(run.name for run in runs)
+    if _MEAN.value:
+        if len(runs) < 2:
+            raise ValueError(f"--mean needs at least two runs: got {names}")
+        runs = [curves.mean(runs, f"mean of {len(runs)} runs")]
+        program.note(_last_loss(runs[0], unit))
     title = _TITLE.value if _TITLE.value is not None else runs[0].name if len(runs) == 1 else ""
     title = "\n".join(program.printable(line) for line in title.split("\n"))  # SVG allows no control characters
     figure = plots.draw(runs, metrics=metrics, unit=unit, smooth=_SMOOTH.value, title=title)
     plots.save(figure, target)
-    program.note(f"{target}: {', '.join(metrics)} of {', '.join(run.name for run in runs)}")
+    program.note(f"{target}: {', '.join(metrics)} of {names}")
+
+
+def _last_loss(mean: curves.Run, unit: str) -> str:
+    losses, deviations = mean.validation("loss", unit), mean.validation_deviation("loss", unit)
+    if not losses.steps:
+        return f"{mean.name}: no evaluation at a step of all"
+    return (
+        f"{mean.name}: validation loss {losses.values[-1]:.4f} ± {deviations.values[-1]:.4f} nats per {unit} at step "
+        f"{losses.steps[-1]} (mean ± standard deviation)"
+    )
 
 
 def _check_metrics(metrics: list[str]) -> list[str]:

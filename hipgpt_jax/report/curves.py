@@ -1,7 +1,8 @@
 """Training curves of a run, read from its ``metrics.jsonl``."""
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,17 +32,19 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Metrics of a run.
+    """Metrics of a run, or the mean of several.
 
     Attributes:
         name: Name of the run in a figure.
         curves: Curves by key; absent keys have no values.
         is_torn: Whether an incomplete last line was skipped.
+        deviations: Standard deviation of each curve of a mean.
     """
 
     name: str
     curves: dict[str, Curve]
     is_torn: bool = False
+    deviations: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_byte(self) -> float | None:
@@ -61,10 +64,37 @@ class Run:
 
     def validation(self, metric: str, unit: str) -> Curve:
         """Returns one of ``METRICS`` on the validation split; a loss is in nats per ``unit``."""
-        return self._curve(_NATS_PER_BYTE if (metric, unit) == ("loss", "byte") else f"validation_{metric}")
+        return self._curve(_validation_key(metric, unit))
+
+    def validation_deviation(self, metric: str, unit: str) -> Curve:
+        """Returns the standard deviation of ``validation`` among the runs of a mean; empty for a single run."""
+        return self.deviations.get(_validation_key(metric, unit), Curve())
 
     def _curve(self, key: str) -> Curve:
         return self.curves.get(key, Curve())
+
+
+def _validation_key(metric: str, unit: str) -> str:
+    return _NATS_PER_BYTE if (metric, unit) == ("loss", "byte") else f"validation_{metric}"
+
+
+def mean(runs: Sequence[Run], name: str) -> Run:
+    """Returns the mean of at least two runs, at the steps that all of them have.
+
+    Raises:
+        ValueError: There is no such step.
+    """
+    means, deviations = {}, {}
+    for key in _KEYS:
+        at_step = [dict(zip(*run.curves.get(key, Curve()), strict=True)) for run in runs]
+        steps = tuple(sorted(set.intersection(*map(set, at_step))))
+        values = [[one[step] for one in at_step] for step in steps]
+        if steps:
+            means[key] = Curve(steps, tuple(map(statistics.fmean, values)))
+            deviations[key] = Curve(steps, tuple(map(statistics.stdev, values)))
+    if not means:
+        raise ValueError(f"{', '.join(run.name for run in runs)} have no logged step in common: no mean can be drawn")
+    return Run(name=name, curves=means, deviations=deviations)
 
 
 def choose_unit(runs: Sequence[Run], unit: str | None) -> str:

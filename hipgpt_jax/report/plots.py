@@ -143,6 +143,7 @@ def _draw_panel(panel: mpl_axes.Axes, metric: str, runs: Sequence[curves.Run], u
         width = 1.1 if validation.steps else 1.4
         _stroke(panel, training, color=colour, linewidth=width, alpha=alpha, linestyle=dash)
         _stroke(panel, validation, color=colour, linewidth=1.8, marker="o", markersize=3.5, linestyle=dash)
+        _shade(panel, validation, _scaled(metric, run.validation_deviation(metric, unit)), colour)
     panel.set_title(f"Loss, nats per {unit}" if metric == "loss" else _TITLES[metric])
     _dress_axes(panel, metric, last_step=max(curve.steps[-1] for run in runs for curve in run.curves.values()))
 
@@ -150,6 +151,14 @@ def _draw_panel(panel: mpl_axes.Axes, metric: str, runs: Sequence[curves.Run], u
 def _stroke(panel: mpl_axes.Axes, curve: curves.Curve, **look: Any) -> None:
     if curve.steps:
         panel.plot(curve.steps, curve.values, **look)
+
+
+def _shade(panel: mpl_axes.Axes, curve: curves.Curve, deviation: curves.Curve, colour: str) -> None:
+    """Fills the band of one standard deviation around a mean."""
+    if deviation.steps:
+        pairs = list(zip(curve.values, deviation.values, strict=True))
+        bounds = ([value - own for value, own in pairs], [value + own for value, own in pairs])
+        panel.fill_between(curve.steps, *bounds, color=colour, alpha=0.2, linewidth=0)
 
 
 def _dress_axes(panel: mpl_axes.Axes, metric: str, last_step: int) -> None:
