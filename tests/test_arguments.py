@@ -1,5 +1,9 @@
 """Command lines and flag files: spellings, values of the wrong type, text that is not UTF-8."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import programs
@@ -7,8 +11,21 @@ import pytest
 from absl import flags
 
 from hipgpt_jax import cli as package
-from hipgpt_jax.cli import arguments, doctor, evaluate, export, generate, import_, inspect, plot, replay, train_flags
+from hipgpt_jax.cli import (
+    arguments,
+    completion,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_,
+    inspect,
+    plot,
+    replay,
+    train_flags,
+)
 from hipgpt_jax.cli import flags as shared
+from hipgpt_jax.cli import program as running
 
 FLAGS = {
     "doctor": doctor.FLAGS,
@@ -109,10 +126,10 @@ def test_flag_files(values: flags.FlagValues, content: bytes, expected: dict[str
         ("--stream=maybe", "--stream must be true or false: got 'maybe'"),
         ("--nostream=true", "--nostream takes no value: got 'true'"),
         ('--ids="', "--ids must be values separated by commas: got '\"'"),
-        ("--frob", "Unknown command line flag 'frob'"),
-        ("--undefok=frob --frob", "Unknown command line flag 'undefok'"),
-        ("--num_token 3", "Unknown command line flag 'num_token'. Did you mean: num_tokens?"),
-        ("--prompt", "Missing value for flag --prompt"),
+        ("--frob", "unknown flag --frob: --help lists every flag"),
+        ("--undefok=frob --frob", "unknown flag --undefok: --help lists every flag"),
+        ("--num_token 3", "unknown flag --num_token: did you mean --num_tokens?"),
+        ("--prompt", "--prompt needs a value"),
         ("--flagfile", "--flagfile needs the name of a file"),
         ("--flagfile=", "--flagfile needs the name of a file"),
         ("--flagfile=none.flags", "flag file none.flags cannot be read: No such file or directory"),
@@ -197,5 +214,93 @@ def test_help_is_ascii(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     result = programs.call(name, "--help", monkeypatch=monkeypatch, capsys=capsys)
     assert result.code == 0
     assert result.out.isascii()
-    assert all(f"--{flag}\n" in result.out or f"--[no]{flag}\n" in result.out for flag in FLAGS[name])
+    assert all(re.search(rf"^  --(\[no\])?{flag}\b", result.out, re.MULTILINE) for flag in FLAGS[name])
+    assert "Other:" not in result.out, "add the flag to a group of cli/flags.py"
     assert not package.interrupted
+
+
+@pytest.mark.parametrize("word", ["--helpfull", "--helpshort", "-h"])
+def test_help_has_groups_placeholders_and_choices(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = programs.call("generate", word, monkeypatch=monkeypatch, capsys=capsys).out
+    sampling = out.partition("\nSampling:\n")[2].partition("\n\n")[0]
+    assert "  --temp, --temperature X\n        Temperature; 0 takes the most likely token. (default: 1.0)\n" in sampling
+    assert "  --penalty_scope {all,output}\n" in sampling
+    assert "--num_tokens" not in sampling
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("generate", ["--temperature", "0.5", "--repetition-penalty=1.3"], {"temp": 0.5, "rep-penalty": 1.3}),
+        ("generate", ["--window=8"], {"max_seq_len": 8}),
+        ("train", ["--learning_rate", "1", "--num-layers", "3"], {"lr": 1.0, "layers": 3}),
+        ("generate", ["--max_new_tokens", "3"], "unknown flag --max_new_tokens: did you mean --num_tokens?"),
+        ("generate", ["--n=3"], "unknown flag --n: did you mean --num_samples?"),
+        ("evaluate", ["--max_tokens"], "unknown flag --max_tokens: --help lists every flag"),
+    ],
+)
+def test_names_in_python_are_accepted_and_those_of_others_recognised(
+    name: str, words: list[str], expected: dict[str, object] | str
+) -> None:
+    values = FLAGS[name]
+    names = shared.aliases(values), shared.synonyms(values)
+    if isinstance(expected, str):
+        with pytest.raises(flags.Error, match=re.escape(expected)):
+            arguments.parse(values, words, None, *names)
+    else:
+        assert arguments.parse(values, words, None, *names) is None
+        assert {flag: values[flag].value for flag in values if values[flag].present} == expected
+    arguments.parse(values, [])
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_completion_scripts_complete_every_flag(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shell in arguments.SHELLS:
+        out = programs.call(name, "--completion", shell, monkeypatch=monkeypatch, capsys=capsys).out
+        prefix = "-l " if shell == "fish" else "--"
+        assert [flag for flag in FLAGS[name] if not re.search(rf"{prefix}{flag}[\s=\[]", out)] == []
+
+
+def test_bash_completes_flags_choices_and_runs(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "my_run").mkdir(parents=True)
+    script = completion.script("bash", "hipgpt-generate", generate.FLAGS)
+    tries = ["--te", "--device ", "--device = c", "--run-name ", "--prompt --te", "--nost"]
+    script += """
+    while IFS= read -r words; do
+      IFS=' ' read -ra COMP_WORDS <<<"hipgpt-generate $words"
+      if [[ $words == *' ' ]]; then COMP_WORDS+=(''); fi
+      COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+      _hipgpt_generate
+      echo "${COMPREPLY[*]}"
+    done"""
+    done = subprocess.run(
+        ["bash", "-c", script], input="\n".join(tries) + "\n", cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "--temp",
+        "auto cpu rocm cuda",
+        "cpu cuda",
+        "my_run shakespeare",
+        "",
+        "--nostream",
+    ]
+
+
+def test_commands_are_printed_as_they_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    other = tmp_path / "hipgpt-generate"
+    other.write_text("")
+    other.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/hipgpt-train"])
+    assert running.with_commands("a:\n\n  hipgpt-generate x") == "a:\n\n  .venv/bin/hipgpt-generate x"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert running.command("generate") == [".venv/bin/hipgpt-generate"]
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "hipgpt-train")])
+    assert running.command("generate") == ["hipgpt-generate"]
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    assert running.command("generate") == ["uv", "run", "hipgpt-generate"]

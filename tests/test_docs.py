@@ -136,7 +136,8 @@ def flags_of() -> Flags:
     @functools.cache
     def read(program: str) -> dict[str, _Flag]:
         done = subprocess.run([*programs.command(program), "--help"], capture_output=True, text=True, check=True)
-        parts = re.split(r"^ {1,4}--(?:\[no\])?([\w-]+)", done.stdout, flags=re.MULTILINE)[1:]
+        own = re.sub(r"^\w.*\n?", "", done.stdout.partition("\nGeneral:\n")[0], flags=re.MULTILINE)
+        parts = re.split(r"^  --(?:\[no\])?([\w-]+)", own, flags=re.MULTILINE)[1:]
         found = {}
         for name, about in zip(parts[::2], parts[1::2], strict=True):
             default = re.search(r"\(default:\s+(.*?)\)$", about.strip(), re.DOTALL)
@@ -187,7 +188,7 @@ def test_commands_use_flags_that_exist(page: str, flags_of: Flags) -> None:
     text = _commands(page) + "\n".join(re.findall(r"`((?:hipgpt-|\./scripts/run_)[^`]*)`", PAGES[page]))
     for program, rest in _PROGRAM.findall(text.replace("\\\n", " ")):
         names = re.findall(r"(?:^|\s)--(?:no)?([a-z][\w-]*)", rest.partition("#")[0].partition("|")[0])
-        known = {*flags_of(program), "flagfile", "help"}
+        known = {*flags_of(program), "flagfile", "help", "completion", "temperature"}
         assert [name for name in names if name.replace("_", "-") not in known] == [], (program, rest)
 
 

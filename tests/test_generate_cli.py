@@ -35,7 +35,7 @@ def run(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         ((*HI, "--step", "7"), "no step 7. Steps: 20, 600"),
         (("--prompt", "hi", "--run-name", "../tiny"), "must be a plain name"),
         (("--prompt", "", "--run-name", "tiny"), "at least one token"),
-        ((*HI, "--frobnicate", "3"), "Unknown command line flag 'frobnicate'"),
+        ((*HI, "--frobnicate", "3"), "unknown flag --frobnicate: "),
         ((*HI, "--num_token", "3"), "Did you mean: num_tokens"),
         ((*HI, "more"), "unexpected argument 'more'"),
         ((*HI, "--temp", "hot"), "--temp must be a number: got 'hot'"),
@@ -71,7 +71,7 @@ def run(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         ((*HI, "--logit_bias", "he=1=2"), "'he=1' is . tokens, .*"),
         ((*HI, "--logit_bias", "5=1", "--logit_bias", "5=2"), "--logit_bias has two values for the token 5"),
         ((*HI, "--logit_bias", "t=1", "--logit_bias", "83=2"), "--logit_bias has two values for the token 83"),
-        (("--prompt", "hi", "--run-name"), "Missing value for flag --run-name"),
+        (("--prompt", "hi", "--run-name"), "--run-name needs a value"),
         ((*HI, "--flagfile=nosuch.flags"), "nosuch.flags"),
     ],
 )

@@ -242,7 +242,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(work: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    found = re.search(r"stopped and saved at step (\d+); to resume: hipgpt-train (.*) --resume", err)
+    found = re.search(r"stopped and saved at step (\d+); to resume: .*train (.*) --resume", err)
     assert found is not None
     assert 0 < int(found[1]) < 1000
     resumed = programs.spawn("train", *found[2].split(), "--resume", cwd=work)

@@ -4,7 +4,7 @@ import codecs
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from absl import flags
@@ -14,8 +14,11 @@ from hipgpt_jax import config
 # Flags with text values, which ``config.valid_text`` decodes; other values, such as paths, are left unchanged.
 TEXT_FLAGS = frozenset({"allow", "ban", "ids", "logit_bias", "prompt", "sample-prompt", "stop", "text-field", "title"})
 
+SHELLS = ("bash", "zsh", "fish")
+
 _FLAG_FILE = "flagfile"
-_USAGE = {"help": "help", "h": "help", "version": "version"}
+_COMPLETION = "completion"
+_USAGE = {"help": "help", "h": "help", "helpfull": "help", "helpshort": "help", "version": "version"}
 _MAX_FLAG_FILE = 2**20
 
 
@@ -48,7 +51,13 @@ class _Argument:
     negated: bool = False
 
 
-def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | None = None) -> str | None:
+def parse(
+    values: flags.FlagValues,
+    arguments: Sequence[str],
+    operand: str | None = None,
+    aliases: Mapping[str, str] | None = None,
+    synonyms: Mapping[str, str] | None = None,
+) -> str | None:
     """Sets ``values`` from a command line; absent flags get their defaults.
 
     ``--run-name`` and ``--run_name`` are the same flag, and ``--flag value`` and ``--flag=value`` are equivalent; a
@@ -59,9 +68,12 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | Non
         values: The program's flags.
         arguments: The command line, without the program's name.
         operand: The flag that takes operands: all if it may be repeated, otherwise one.
+        aliases: Other names of flags.
+        synonyms: Names that are not accepted, with the flags that the error message suggests.
 
     Returns:
-        ``help`` or ``version`` if that was given, and then no flag is set; otherwise None.
+        ``help``, ``version``, or the shell that was given with ``--completion``, and then no flag is set; otherwise
+        None.
 
     Raises:
         flags.Error: A flag is unknown, lacks its value or has an invalid one; or a flag file cannot be read.
@@ -69,11 +81,19 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], operand: str | Non
     """
     for flag in values:
         values[flag].unparse()
-    given = list(_read(values, [_Word(text) for text in arguments]))
+    names = {**(aliases or {}), **{flag: flag for flag in values}}
+    known = {name.replace("-", "_"): flag for name, flag in names.items()}
+    given = list(_read(values, known, [_Word(text) for text in arguments]))
     for one in given:
         if one.flag in _USAGE and one.flag not in values and one.value is None:
             return _USAGE[one.flag]
+        if one.flag == _COMPLETION:
+            if one.value not in SHELLS:
+                raise flags.Error(f"--completion must be one of {', '.join(SHELLS)}: got {one.value!r}")
+            return one.value
     for one in sorted(given, key=lambda one: one.flag is None):  # operands last: their flag may be given by name
+        if one.flag is not None and one.flag not in values:
+            raise flags.Error(f"{one.word.location}{_unknown(one, known, synonyms or {})}")
         _set(values, one, operand)
     values.mark_as_parsed()
     return None
@@ -84,9 +104,25 @@ def takes_several(values: flags.FlagValues, flag: str) -> bool:
     return isinstance(values[flag], flags.MultiFlag)
 
 
-def _read(values: flags.FlagValues, words: list[_Word], opened: tuple[str, ...] = ()) -> Iterator[_Argument]:
+def choices(flag: flags.Flag) -> Sequence[str]:
+    """Returns the values of a flag if they are few; otherwise nothing."""
+    return flag.parser.enum_values if isinstance(flag.parser, flags.EnumParser) else ()
+
+
+def _unknown(given: _Argument, known: Mapping[str, str], synonyms: Mapping[str, str]) -> str:
+    """Describes a flag that does not exist, and those that may be meant."""
+    name = str(given.flag)
+    plain = name.replace("-", "_")
+    near = [known[one] for one in difflib.get_close_matches(plain, known, n=3)]
+    near = list(dict.fromkeys([synonyms[plain]] if plain in synonyms else near))
+    hint = f"did you mean {' or '.join(f'--{flag}' for flag in near)}?" if near else "--help lists every flag"
+    return f"unknown flag --{name}: {hint}"
+
+
+def _read(
+    values: flags.FlagValues, known: Mapping[str, str], words: list[_Word], opened: tuple[str, ...] = ()
+) -> Iterator[_Argument]:
     """Splits words into flags and operands, and replaces ``--flagfile`` by the arguments in the file."""
-    known = {flag.replace("-", "_"): flag for flag in values}
     rest = iter(words)
     for word in rest:
         if word.text == "--":
@@ -105,17 +141,19 @@ def _read(values: flags.FlagValues, words: list[_Word], opened: tuple[str, ...] 
             yield _Argument(word, known[negated], value if equals else None, negated=True)
             continue
         flag = known.get(plain, name)
-        takes_value = flag == _FLAG_FILE or (flag in values and not values[flag].boolean)
+        takes_value = flag in (_FLAG_FILE, _COMPLETION) or (flag in values and not values[flag].boolean)
         if takes_value and not equals:
             following = next(rest, None)
             equals, value = ("=", following.text) if following else ("", "")
         if flag == _FLAG_FILE:
-            yield from _read_file(values, word, value, opened)
+            yield from _read_file(values, known, word, value, opened)
         else:
             yield _Argument(word, flag, value if equals else None)
 
 
-def _read_file(values: flags.FlagValues, word: _Word, name: str, opened: tuple[str, ...]) -> Iterator[_Argument]:
+def _read_file(
+    values: flags.FlagValues, known: Mapping[str, str], word: _Word, name: str, opened: tuple[str, ...]
+) -> Iterator[_Argument]:
     """Reads the arguments in a flag file."""
     path = os.path.expanduser(name.strip())
     if not path:
@@ -134,9 +172,8 @@ def _read_file(values: flags.FlagValues, word: _Word, name: str, opened: tuple[s
     text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
     lines = (line.removesuffix("\r").lstrip() for line in text.split("\n"))
     words = [_Word(line, f"{name} line {number}: ") for number, line in enumerate(lines, 1)]
-    yield from _read(
-        values, [one for one in words if one.text and not one.text.startswith(("#", "//"))], (*opened, path)
-    )
+    words = [one for one in words if one.text and not one.text.startswith(("#", "//"))]
+    yield from _read(values, known, words, (*opened, path))
 
 
 def _set(values: flags.FlagValues, given: _Argument, operand: str | None) -> None:
@@ -148,16 +185,12 @@ def _set(values: flags.FlagValues, given: _Argument, operand: str | None) -> Non
                 f"{location}unexpected argument {text!r}: flags begin with '--', and text with spaces needs quotes"
             )
         flag, value = operand, text
-    elif flag not in values:
-        near = difflib.get_close_matches(flag, list(values), n=3)
-        hint = f"Did you mean: {', '.join(near)}?" if near else "--help lists every flag"
-        raise flags.Error(f"{location}Unknown command line flag {flag!r}. {hint}")
     elif given.negated and value is not None:
         raise flags.Error(f"{location}--no{flag} takes no value: got {value!r}")
     elif values[flag].boolean and value is None:
         value = "false" if given.negated else "true"
     if value is None:
-        raise flags.Error(f"{location}Missing value for flag --{flag}")
+        raise flags.Error(f"{location}--{flag} needs a value")
     value = config.valid_text(value) if flag in TEXT_FLAGS else value.strip() if location else value
     try:
         values[flag].parse(value)
@@ -170,6 +203,6 @@ def _kind(holder: flags.Flag) -> str:
     """Describes the valid values of a flag."""
     if holder.boolean:
         return "true or false"
-    if isinstance(holder.parser, flags.EnumParser):
-        return f"one of {', '.join(holder.parser.enum_values)}"
+    if choices(holder):
+        return f"one of {', '.join(choices(holder))}"
     return holder.parser.syntactic_help.replace("a comma separated list", "values separated by commas")

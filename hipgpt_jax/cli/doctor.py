@@ -58,7 +58,7 @@ def _report(title: str, checks: Iterable[doctor.Check]) -> int:
         text = program.printable(" ".join(check.text.split()))
         print(f"  {'PROBLEM' if check.advice else 'ok':8}{check.topic:18}{text}", flush=True)
         if check.advice:
-            print(f"{'':28}-> {program.printable(check.advice)}", flush=True)
+            print(f"{'':28}-> {program.printable(program.with_commands(check.advice))}", flush=True)
             problems += 1
     return problems
 

@@ -47,10 +47,12 @@ _DATA_PATH = absl.flags.DEFINE_multi_string(
     flag_values=FLAGS,
 )
 _TEXT_FIELD = flags.define_shared(FLAGS, "text-field")
-_SPLIT = _string(
+_SPLIT = absl.flags.DEFINE_enum(
     "split",
     None,
-    "validation (the last tenth of the text) or all. If absent, all with --data-path and validation without it.",
+    SPLITS,
+    "The last tenth of the text, or all of it. If absent, all with --data-path and validation without it.",
+    flag_values=FLAGS,
 )
 _PROMPT = _string("prompt", None, "Text to score instead; - reads stdin, without one final line break.")
 _PROMPTS_FILE = _string("prompts_file", None, "Texts to score instead: one per line, or the prompts of a .jsonl file.")
@@ -120,8 +122,6 @@ def _has_prompts() -> bool:
 
 
 def _check_flags() -> None:
-    if _SPLIT.value not in (None, *SPLITS):
-        raise ValueError(f"--split must be one of {', '.join(SPLITS)}: got {_SPLIT.value!r}")
     for flag in (_DATA_PATH, _SPLIT):
         if flag.value is not None and _has_prompts():
             raise ValueError(f"--{flag.name} excludes --prompt and --prompts_file: give one of them")

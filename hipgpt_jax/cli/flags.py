@@ -6,14 +6,13 @@ their values, and translates the names in error messages.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import absl.flags
 
 from hipgpt_jax import config, devices, training_config
 from hipgpt_jax.text import corpus
-
-_DTYPES = " or ".join(config.DTYPES)
 
 # Per config class and field: the flag and its help.
 _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
@@ -23,15 +22,12 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
             "window_stride",
             "Tokens dropped at a time once the window is full; 1 is exact, N recomputes the window every N tokens.",
         ),
-        "overflow": (
-            "overflow",
-            "When the window is full: roll (slide it), stop (end the sample) or error.",
-        ),
-        "width": ("batch_size", "Samples decoded side by side; part of the numerics."),
-        "dtype": ("dtype", f"Compute dtype, {_DTYPES}; part of the numerics."),
+        "overflow": ("overflow", "When the window is full: slide it, end the sample, or refuse it as an error."),
+        "width": ("batch_size", "Samples decoded in parallel; part of the numerics."),
+        "dtype": ("dtype", "Compute dtype; part of the numerics."),
         "numerics": (
             "numerics",
-            "fast, or invariant: a sample does not depend on --batch_size to the last bit; slower, and on CPUs only.",
+            "With invariant, a sample does not depend on --batch_size to the last bit; slower, and on CPUs only.",
         ),
     },
     config.SamplingConfig: {
@@ -95,7 +91,7 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
         "weight_decay": ("weight-decay", "AdamW's weight decay, of matrices only."),
         "clip": ("clip", "Maximum global norm of the gradient."),
         "dropout": ("dropout", "Dropout rate."),
-        "dtype": ("dtype", f"Compute dtype, {_DTYPES}."),
+        "dtype": ("dtype", "Compute dtype."),
         "grad_accum": ("grad-accum", "Micro-batches per step, to save memory."),
         "remat": ("remat", "Recompute activations in the backward pass, to save memory."),
         "seed": ("seed", "Seed of the weights, the data order and dropout."),
@@ -119,7 +115,7 @@ _SHARED: dict[str, tuple[str | None, str]] = {
         None,
         "Checkpoint step to load, or best for the one with the lowest validation loss; the latest if absent.",
     ),
-    "device": ("auto", f"One of {', '.join(devices.DEVICES)}."),
+    "device": ("auto", "Device of the computation; auto takes a GPU if JAX finds one."),
     "text-field": (corpus.DEFAULT_TEXT_FIELD, "Field or column of the text in .jsonl, .csv and .parquet files."),
     "records": (None, "The record file; the flag's name may be omitted."),
 }
@@ -134,6 +130,54 @@ _DEFINE: dict[Any, Any] = {
     tuple[str, ...]: absl.flags.DEFINE_multi_string,
     tuple[int | str, ...]: absl.flags.DEFINE_multi_string,
     tuple[tuple[int | str, float], ...]: absl.flags.DEFINE_multi_string,
+}
+
+_CHOICES: dict[str, Sequence[str]] = {
+    "device": devices.DEVICES,
+    "dtype": config.DTYPES,
+    "numerics": config.NUMERICS,
+    "overflow": config.OVERFLOW_RULES,
+    "penalty_scope": config.PENALTY_SCOPES,
+}
+
+# Groups of --help: of the configs, and of the flags that belong to none.
+_TITLES: dict[type, str] = {
+    config.GenerationConfig: "Samples",
+    config.SamplingConfig: "Sampling",
+    config.DecodingConfig: "Window and numerics",
+    config.ModelConfig: "Model",
+    training_config.TrainConfig: "Optimization and checkpoints",
+}
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "Input": (
+        *("run-name", "run-dir", "step", "records", "folder", "ids", "prompt", "prompt_ids", "parse_special"),
+        *("prompts_file", "data-path", "split", "text-field", "tokenizer-path", "init-from"),
+    ),
+    "Evaluation": ("as-sampled", "stride"),
+    "Replay": ("batch_size", "forced"),
+    "Checks": ("verify", "deep"),
+    "Output": (
+        *("stream", "echo", "separator", "output", "overwrite", "html", "title", "metrics", "unit", "smooth", "mean"),
+        *("sample-prompt", "weights-dtype", "tensorboard", "verbose"),
+    ),
+    "Existing runs": ("reset", "resume", "extend"),
+    "Devices": ("device", "mesh", "distributed", "coordinator", "num_processes", "process_id"),
+}
+
+# Names that other programs have for a flag.
+_SYNONYMS = {
+    "max_new_tokens": "num_tokens",
+    "max_tokens": "num_tokens",
+    "max_length": "num_tokens",
+    "n": "num_samples",
+    "num_return_sequences": "num_samples",
+    "t": "temp",
+    "stop_sequence": "stop",
+    "random_seed": "seed",
+    "model": "run-name",
+    "epochs": "steps",
+    "max_steps": "steps",
+    "block_size": "seq",
 }
 
 # Arguments of the package's functions whose flags have the same name.
@@ -161,9 +205,12 @@ def define_field(values: absl.flags.FlagValues, config_class: type, name: str, *
     """Defines the flag of one field of a config; see ``define_config``."""
     (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
     flag, text = _FIELDS[config_class][name]
-    default = defaults.get(name, field.default)
+    default: Any = defaults.get(name, field.default)
     default = list(default) if isinstance(default, tuple) else default
-    _DEFINE[field.type](flag, default, text, flag_values=values)
+    if name in _CHOICES:
+        absl.flags.DEFINE_enum(flag, default, _CHOICES[name], text, flag_values=values)
+    else:
+        _DEFINE[field.type](flag, default, text, flag_values=values)
 
 
 def build(config_class: type[_Config], values: absl.flags.FlagValues, **given: Any) -> _Config:
@@ -184,6 +231,33 @@ def build(config_class: type[_Config], values: absl.flags.FlagValues, **given: A
 def given(config_class: type, values: absl.flags.FlagValues) -> list[str]:
     """Returns the flags of a config that were given on the command line."""
     return [flag for flag, _ in _FIELDS[config_class].values() if flag in values and values[flag].present]
+
+
+def aliases(values: absl.flags.FlagValues) -> dict[str, str]:
+    """Returns other names of flags: those of the configs' fields, as in Python, records and settings files."""
+    fields = [(field, flag) for each in _configs(values) for field, (flag, _) in _FIELDS[each].items()]
+    return {field: flag for field, flag in fields if flag in values and flag.replace("-", "_") != field}
+
+
+def synonyms(values: absl.flags.FlagValues) -> dict[str, str]:
+    """Returns names that other programs have for flags."""
+    return {name: flag for name, flag in _SYNONYMS.items() if flag in values}
+
+
+def groups(values: absl.flags.FlagValues) -> dict[str, list[str]]:
+    """Returns the flags of a program in groups with titles, in the order of their definition."""
+    own = {flag: title for title, names in _GROUPS.items() for flag in names}
+    of_configs = {flag: _TITLES[each] for each in _configs(values) for flag, _ in _FIELDS[each].values()}
+    found: dict[str, list[str]] = {}
+    for flag in values:
+        if values[flag].name == flag:
+            found.setdefault({**own, **of_configs}.get(flag, "Other"), []).append(flag)
+    return found
+
+
+def _configs(values: absl.flags.FlagValues) -> list[type]:
+    """Returns the configs that a program has: those of whose first field the flag is defined."""
+    return [each for each, fields in _FIELDS.items() if next(iter(fields.values()))[0] in values]
 
 
 def translate(message: str, values: absl.flags.FlagValues) -> str:
@@ -208,6 +282,8 @@ def translate(message: str, values: absl.flags.FlagValues) -> str:
 
 
 def define_shared(values: absl.flags.FlagValues, name: str) -> absl.flags.FlagHolder[Any]:
-    """Defines a string flag that several programs have, one of ``_SHARED``."""
+    """Defines a flag that several programs have, one of ``_SHARED``."""
     default, text = _SHARED[name]
+    if name in _CHOICES:
+        return absl.flags.DEFINE_enum(name, default, _CHOICES[name], text, flag_values=values)
     return absl.flags.DEFINE_string(name, default, text, flag_values=values)

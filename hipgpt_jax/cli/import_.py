@@ -31,7 +31,8 @@ def _import() -> None:
     size = f"{weights.count(source.model) / 1e6:.1f}M parameters"
     end = "no end token" if source.end_id is None else f"end token {source.end_id}"
     program.note(f"{path}: {size}, context {source.model.max_seq_len}, vocabulary {source.model.vocab_size}, {end}")
-    program.note(f"done: {program.shell_command(['hipgpt-generate', '--run-name', run, '--prompt', 'TEXT'])}")
+    words = [*program.command("generate"), "--run-name", run, "--prompt", "TEXT"]
+    program.note(f"done: {program.shell_command(words)}")
 
 
 if __name__ == "__main__":

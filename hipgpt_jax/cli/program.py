@@ -3,10 +3,12 @@
 import atexit
 import functools
 import gc
+import keyword
 import os
+import re
+import shutil
 import signal
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 import absl.flags
 
 from hipgpt_jax import cli, compilation, devices, version
-from hipgpt_jax.cli import arguments, flags, streams
+from hipgpt_jax.cli import arguments, flags, streams, usage
 from hipgpt_jax.text import prompts
 
 # Imports and tracing create many objects and no garbage, but Python searches all of them for it: of the 1.55 s of
@@ -26,6 +28,9 @@ _MAX_STDIN = 2**26
 # Mistakes of the user and faults of the machine. All other exceptions are bugs and show a traceback. Warnings are
 # exceptions under `python -W error`.
 _REPORTED = (absl.flags.Error, ValueError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError, Warning)
+
+# A program's name at the beginning of an indented line, or after a colon or an environment variable.
+_COMMAND = re.compile(r"((?:^  |: |=\w+ ))hipgpt-([a-z]+)", re.MULTILINE)
 
 # Programs print only through these.
 note = streams.note
@@ -65,11 +70,17 @@ def run(
     streams.prepare()
 
     def work() -> None:
-        usage = arguments.parse(values, sys.argv[1:], operand)
-        if usage is None:
+        request = arguments.parse(values, sys.argv[1:], operand, flags.aliases(values), flags.synonyms(values))
+        if request is None:
             main()
+        elif request == "version":
+            print(version.__version__)
+        elif request == "help":
+            print(usage.help_text(shell_command(command(name)), with_commands(summary), values, operand))
         else:
-            print(version.__version__ if usage == "version" else help_text(name, summary, values, operand))
+            from hipgpt_jax.cli import completion
+
+            print(completion.script(request, f"hipgpt-{name}", values))
 
     # The early handler of Ctrl-C is installed only if this process is a program, not if a test runs one.
     is_process = signal.getsignal(signal.SIGINT) is cli.end_at_once
@@ -115,21 +126,25 @@ def _show_warning(name: str, message: Warning | str, *place: Any) -> None:
     streams.report(name, "warning", message)
 
 
-def help_text(name: str, summary: str, values: absl.flags.FlagValues, operand: str | None = None) -> str:
-    """Returns the text of ``--help``: the summary, and the flags with their defaults."""
-    more = " ..." if operand is not None and arguments.takes_several(values, operand) else ""
-    word = "" if operand is None else f" [{operand.upper()}{more}]"
-    lines = [summary.strip(), "", f"usage: hipgpt-{name}{word} [--flag value | --flag=value] ...", ""]
-    for flag in values:
-        holder = values[flag]
-        if holder.name != flag:
-            continue
-        spelling = f"--[no]{flag}" if holder.boolean else f"--{flag}"
-        default = "" if holder.default is None else f" (default: {holder.default_as_str})"
-        text = str(holder.help).partition(";\n    repeat this option")[0]  # added by absl
-        lines.append(f"  {spelling}")
-        lines.extend(textwrap.wrap(f"{text}{default}", 90, initial_indent=" " * 8, subsequent_indent=" " * 8))
-    return "\n".join(lines)
+def command(name: str) -> list[str]:
+    """Returns the words that start a program in the way in which this one was started.
+
+    They are ``hipgpt-NAME`` only if that is found on ``PATH``, as it is in an activated environment.
+    """
+    program, script = f"hipgpt-{name}", sys.argv[0]
+    folder = os.path.dirname(script)
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`, only for the program that it starts
+        return ["uv", "run", program]
+    if os.path.basename(script).startswith("hipgpt-"):
+        return [program if os.path.dirname(shutil.which(program) or "") == folder else os.path.join(folder, program)]
+    if script.endswith(".py") and any(word.startswith("hipgpt_jax.cli.") for word in sys.orig_argv):
+        return [sys.orig_argv[0], "-m", f"hipgpt_jax.cli.{name}{'_' if keyword.iskeyword(name) else ''}"]
+    return [program]
+
+
+def with_commands(text: str) -> str:
+    """Returns a text with the names of programs replaced by ``command``, where they begin a command line."""
+    return _COMMAND.sub(lambda match: f"{match[1]}{shell_command(command(match[2]))}", text)
 
 
 def start_device(name: str, dtype: str | None = None, *, deterministic: bool = True) -> devices.Device:

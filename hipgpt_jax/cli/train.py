@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import logging
-import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -115,7 +114,8 @@ def _run(
                 f"loss (--patience). --step best loads the step that had the lowest"
             )
         if result.completed:
-            program.note(f"done: {shlex.join(['hipgpt-generate', '--run-name', run])} --prompt TEXT")
+            words = [*program.command("generate"), "--run-name", run, "--prompt", "TEXT"]
+            program.note(f"done: {program.shell_command(words)}")
         else:
             program.note(f"stopped and saved at step {result.step}; to resume: {train_flags.resume_command(run)}")
 

@@ -64,7 +64,7 @@ def train_config() -> training_config.TrainConfig:
 
 def resume_command(run: str) -> str:
     """Returns the command that resumes a run, with all flags that were given, also in flag files."""
-    words = ["hipgpt-train", "--run-name", run]
+    words = [*program.command("train"), "--run-name", run]
     for name in FLAGS:
         flag = FLAGS[name]
         if not flag.present or flag.name != name or name in ("run-name", "reset", "resume", "extend", "flagfile"):
