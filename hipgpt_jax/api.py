@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hipgpt_jax import compilation, config, devices
 from hipgpt_jax.generation import requests
 from hipgpt_jax.records import planning, provenance, record, recorder, replay
-from hipgpt_jax.runs import loading, weights
+from hipgpt_jax.runs import directory, loading, weights
 from hipgpt_jax.text import prompts as prompt_files
 
 # Modules that import JAX are imported late, so that programs report mistakes before it starts.
@@ -362,7 +362,7 @@ def load_run(
     If JAX's persistent compilation cache is enabled in this process, its entries are checked.
 
     Args:
-        name: Name of the run.
+        name: Name of the run, or the path of its directory.
         step: Training step, or ``best``; the latest if absent.
         device: One of ``devices.DEVICES``. JAX must not have started on another one already.
         decoding: Window, stride, overflow rule, width and dtype; the defaults of ``hipgpt-generate`` if absent.
@@ -384,7 +384,8 @@ def load_run(
     if step is not None and not isinstance(step, str):
         step = config.require_int("step", step, 0, "a training step, or best")
     invocation = provenance.Invocation()
-    files = loading.open_run(name, step, decoding or config.DecodingConfig(), None if where is None else Path(where))
+    name, path = directory.parse_run(name) if where is None else (name, Path(where))
+    files = loading.open_run(name, step, decoding or config.DecodingConfig(), path)
     started = devices.start(device, _LOG.info)
     compilation.check_cache(_LOG.warning)
     return Run(files, started, invocation)

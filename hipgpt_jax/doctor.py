@@ -342,20 +342,23 @@ def check_runs(only: str | None = None, *, verify: bool = True) -> Iterator[Chec
         FileNotFoundError: There is no run of that name.
         ValueError: It is not a valid name.
     """
-    if only is not None and directory.check_name(only) not in _runs():
+    directory.parse_run(only or "")
+    if only is not None and only not in _runs(only):
         directory.find(only)
     if only is None:
         root = directory.CHECKPOINTS.absolute()
         own = [path for path in root.glob(f"[!.]*/{directory.LATEST_CONFIG}") if path.is_file()]
         text = f"{root}: {_count(len(own), 'run')}" if root.is_dir() else f"{root} does not exist"
         yield Check("checkpoints", text)
-    for run, path in _runs().items():
+    for run, path in _runs(only).items():
         if only in (None, run):
             yield from _check_run(run, path, verify=verify)
 
 
-def _runs() -> dict[str, Path]:
-    """Returns the directory of each run, with or without a checkpoint."""
+def _runs(only: str | None) -> dict[str, Path]:
+    """Returns the directory of each run, with or without a checkpoint, or the one that is given by its path."""
+    if only is not None and directory.is_path(only):
+        return {only: Path(only)}
     own = {path.name: path for path in directory.CHECKPOINTS.glob("[!.]*") if path.is_dir() and ".." not in path.name}
     return dict(sorted({**own, **{run: directory.find(run) for run in directory.names()}}.items()))
 
@@ -365,10 +368,10 @@ def _check_run(run: str, path: Path, *, verify: bool) -> list[Check]:
     config, weights = path / directory.LATEST_CONFIG, path / directory.LATEST_CHECKPOINT
     if not config.is_file():
         return [_check_unfinished_run(run, path)]
-    latest, problem = _find_problem(run, None, verify=verify)
+    latest, problem = _find_problem(run, path, None, verify=verify)
     older = [step for step in directory.steps(path) if not config.samefile(directory.config_path(path, step))]
     older = [step for step in older if step != latest]
-    damaged = {step: text for step in older if (text := _find_problem(run, step, verify=verify)[1])}
+    damaged = {step: text for step in older if (text := _find_problem(run, path, step, verify=verify)[1])}
     checks = []
     if problem is not None:
         name = "the latest step" if latest is None else f"step {latest}, the latest,"
@@ -405,11 +408,11 @@ def _check_dangling_link(run: str, link: Path, target: Path | None) -> Check:
     return Check("run", f"{run}: {link} points to {os.readlink(link)}, which does not exist", advice)
 
 
-def _find_problem(run: str, step: int | None, *, verify: bool) -> tuple[int | None, str | None]:
+def _find_problem(run: str, path: Path, step: int | None, *, verify: bool) -> tuple[int | None, str | None]:
     """Returns the number of a step, the latest by default, and its problem; None for what is unknown or absent."""
     number = None
     try:
-        found = directory.read_checkpoint(run, step)
+        found = directory.read_checkpoint(run, step, path)
         number = found.step
         if verify:
             found.verify()
@@ -435,7 +438,7 @@ def check_files(only: str | None = None) -> Iterator[Check]:
         only: The only run to check.
     """
     yield from _check_cache_entries()
-    for run, path in _runs().items():
+    for run, path in _runs(only).items():
         if only in (None, run):
             yield from _check_tokens(run, path)
             yield from _check_states(run, path)

@@ -60,7 +60,7 @@ def _zsh(program: str, about: dict[str, str], switches: set[str], choices: dict[
     for flag, text in about.items():
         text = text.partition(". ")[0].replace("[", "(").replace("]", ")").replace(":", " -")
         values = f"({choices[flag]})" if flag in choices and flag != "run-name" else "_files"
-        values = '{compadd -- ${(f)"' + _RUNS + '"}}' if flag == "run-name" else values
+        values = '{compadd -- ${(f)"' + _RUNS + '"}; _files -/}' if flag == "run-name" else values
         value = "" if flag in switches else f":{flag}:{values}"
         lines.append(f"    {shlex.quote(f'*--{flag}' + '=' * (flag not in switches) + f'[{text}]{value}')} \\")
     return "\n".join([*lines, "    '*:file:_files'", "}", f"compdef _{program} {program}"])
@@ -71,6 +71,7 @@ def _fish(program: str, about: dict[str, str], switches: set[str], choices: dict
     for flag, text in about.items():
         text = text.partition(". ")[0].replace("\\", "\\\\").replace("'", "\\'")
         listed = choices.get(flag, "").replace("$(", "(")
-        value = "" if flag in switches else f' -x -a "{listed}"' if listed else " -r"
+        kind = "-r" if flag == "run-name" else "-x"
+        value = "" if flag in switches else f' {kind} -a "{listed}"' if listed else " -r"
         lines.append(f"complete -c {program} -l {flag}{value} -d '{text}'")
     return "\n".join(lines)

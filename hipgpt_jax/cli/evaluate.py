@@ -96,7 +96,8 @@ def _evaluate() -> None:
     _check_flags()
     target = _check_output()
     decoding = flags.build(config.DecodingConfig, FLAGS)
-    source = loading.open_run(run_name, directory.parse_step(_STEP.value), decoding)
+    name, path = directory.parse_run(run_name)
+    source = loading.open_run(name, directory.parse_step(_STEP.value), decoding, path)
     stride = source.window if _STRIDE.value is None else _STRIDE.value
     if not 1 <= stride <= source.window:
         raise ValueError(

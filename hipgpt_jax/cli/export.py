@@ -31,7 +31,8 @@ def _export() -> None:
     run, folder = program.required(_RUN_NAME), Path(program.required(_OUTPUT))
     step = directory.parse_step(_STEP.value)
     _check(folder)
-    source = loading.open_run(run, step, config.DecodingConfig())
+    name, path = directory.parse_run(run)
+    source = loading.open_run(name, step, config.DecodingConfig(), path)
     export.write(source, folder, functools.partial(card.write, source))
     program.note(f"{folder}: step {source.checkpoint.step} of {run}")
 

@@ -110,7 +110,7 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
 
 # Per flag that belongs to no config: its default and its help.
 _SHARED: dict[str, tuple[str | None, str]] = {
-    "run-name": (None, "Run to load: a directory in checkpoints/, or a run of the package."),
+    "run-name": (None, "Run to load: a name in checkpoints/ or in the package, or the path of its directory."),
     "step": (
         None,
         "Checkpoint step to load, or best for the one with the lowest validation loss; the latest if absent.",
@@ -175,6 +175,7 @@ _SYNONYMS = {
     "stop_sequence": "stop",
     "random_seed": "seed",
     "model": "run-name",
+    "run_name": "run-dir",
     "epochs": "steps",
     "max_steps": "steps",
     "block_size": "seq",

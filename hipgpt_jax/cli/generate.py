@@ -71,7 +71,8 @@ def _generate() -> None:
     )
     _check_flags(generation)
     prompts = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
-    source = loading.open_run(run_name, directory.parse_step(_STEP.value), decoding)
+    name, path = directory.parse_run(run_name)
+    source = loading.open_run(name, directory.parse_step(_STEP.value), decoding, path)
     checkpoint = source.checkpoint
     if FLAGS.eos_id is None:
         generation = dataclasses.replace(generation, eos_id=checkpoint.eos_id)
@@ -83,7 +84,8 @@ def _generate() -> None:
         device = program.start_device(_DEVICE.value, decoding.dtype)
         if device.platform == "cpu" and decoding.width >= _MANY_SLOTS:
             program.keep_freed_memory()  # a step of 64 slots of GPT-2 takes 132 ms instead of 163
-        root = "the package" if checkpoint.directory.parent == directory.SHIPPED else f"{directory.CHECKPOINTS}/"
+        parent = checkpoint.directory.parent
+        root = "the package" if parent == directory.SHIPPED else f"{parent}/"
         program.note(f"{checkpoint.run} step {checkpoint.step} of {root} on {device}, seed {generation.seed}")
         run = api.Run(source, device, origin)
         shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)

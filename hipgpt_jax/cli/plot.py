@@ -1,7 +1,6 @@
 """``hipgpt-plot``: training curves of runs as a figure."""
 
 import functools
-import os
 from pathlib import Path
 
 import absl.flags
@@ -122,7 +121,7 @@ def _read(words: list[str]) -> list[curves.Run]:
 
 def _find(word: str) -> Path:
     """Returns the directory of a run, which may have no checkpoint yet."""
-    if os.sep in word or word in (".", ".."):
+    if directory.is_path(word):
         if not Path(word).is_dir():
             raise FileNotFoundError(f"directory of a run not found: {word}")
         return Path(word)

@@ -7,11 +7,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipgpt_jax import devices, processes, training_config
 from hipgpt_jax.cli import program, train_flags, train_report, train_start
-from hipgpt_jax.runs import directory
 from hipgpt_jax.text import dataset, manifest
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ def _run(
 
     if start:
         start.prepare()
-    run, resume_step = json.loads(
-        processes.of_first(json.dumps([start.directory.name, start.resume_step] if start else None))
+    folder, resume_step = json.loads(
+        processes.of_first(json.dumps([str(start.directory), start.resume_step] if start else None))
     )
-    run_directory = directory.CHECKPOINTS / run
+    run_directory = Path(folder)
+    run = train_flags.RUN_NAME.value or run_directory.name
     data = dataset.Dataset(run_directory)
     model = train_flags.model_config(data.manifest.vocab_size)
     size = flops.size(train_step.param_shapes(model))

@@ -24,7 +24,7 @@ TEXT_FIELD = flags.define_shared(FLAGS, "text-field")
 TOKENIZER_PATH = _string(
     "tokenizer-path", None, "Existing tokenizer.json to use, for instance GPT-2's, instead of training one."
 )
-RUN_NAME = _string("run-name", None, "Name of the run; run_ and the time if absent.")
+RUN_NAME = _string("run-name", None, "Name of the run, in checkpoints/, or the path of its directory; run_ and the time if absent.")
 flags.define_config(FLAGS, config.ModelConfig)
 flags.define_config(FLAGS, training_config.TrainConfig)
 SAMPLE_PROMPT = _string("sample-prompt", "\n", "Prompt of the text samples.")

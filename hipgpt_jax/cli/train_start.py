@@ -26,7 +26,7 @@ def check_flags(train: training_config.TrainConfig) -> None:
     if train_flags.RESUME.value and train_flags.RUN_NAME.value is None:
         raise ValueError("--resume needs --run-name, the run to continue")
     if train_flags.RUN_NAME.value is not None:
-        directory.check_new_name(train_flags.RUN_NAME.value, train.steps)
+        directory.new(train_flags.RUN_NAME.value, train.steps)
     if train.sample_every:
         config.require_text("--sample-prompt", train_flags.SAMPLE_PROMPT.value)
     if train_flags.TENSORBOARD.value:
@@ -64,7 +64,7 @@ def open_run() -> Iterator["Start"]:
 def _lock() -> Iterator[tuple[Path, lock.Lock]]:
     """Yields the run's directory and its lock; a run without a name gets a unique one."""
     if train_flags.RUN_NAME.value is not None:
-        run_directory = directory.CHECKPOINTS / train_flags.RUN_NAME.value
+        run_directory = directory.new(train_flags.RUN_NAME.value, train_flags.FLAGS.steps)
         with lock.Lock(run_directory) as held:
             yield run_directory, held
         return
@@ -175,7 +175,7 @@ class Start:
         """Raises an error if the run cannot be resumed; finds the state to resume from and removes leftovers."""
         here = self.directory
         if not (directory.has_checkpoint(here) or (here / directory.SETTINGS_NAME).is_file()):
-            raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {directory.CHECKPOINTS}/")
+            raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {here.parent}/")
         reset.check_writable(here)
         if (here / manifest.MANIFEST_NAME).is_file():
             missing = [path for path in train_flags.DATA_PATH.value if not Path(path).exists()]

@@ -103,6 +103,35 @@ def check_name(run: str) -> str:
     return run
 
 
+def is_path(run: str) -> bool:
+    """Returns whether a run is given by the path of its directory instead of its name."""
+    return "/" in run or run in (".", "..")
+
+
+def parse_run(run: str) -> tuple[str, Path | None]:
+    """Returns the name of a run, and its directory if it is given by its path.
+
+    Raises:
+        FileNotFoundError: The directory does not exist or has no checkpoint.
+        ValueError: Its name is not a valid run name.
+    """
+    if not is_path(run):
+        return run, None
+    directory = Path(run)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"directory of a run not found: {run}")
+    if not (directory / LATEST_CONFIG).is_file():
+        raise FileNotFoundError(f"{run} has no complete checkpoint: it has no {LATEST_CONFIG}")
+    return check_name(directory.resolve().name), directory
+
+
+def new(run: str, steps: int) -> Path:
+    """Returns the directory of a new run, given by its name or its path; see ``check_new_name``."""
+    directory = Path(run) if is_path(run) else CHECKPOINTS / run
+    check_new_name(directory.name if is_path(run) else run, steps)
+    return directory
+
+
 def check_new_name(run: str, steps: int) -> str:
     """Returns ``run`` if it is a valid run name and not too long for the run's files, else raises ValueError.
 

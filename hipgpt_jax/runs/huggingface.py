@@ -276,7 +276,7 @@ def write_run(run: str, source: Source) -> Path:
         ValueError: The run exists, or its name is not valid.
         OSError: It cannot be written.
     """
-    target = directory.CHECKPOINTS / directory.check_new_name(run, 0)
+    target = directory.new(run, 0)
     with lock.Lock(target):
         reset.recover(target)
         if os.path.lexists(target):
@@ -286,7 +286,7 @@ def write_run(run: str, source: Source) -> Path:
             if problem := reset.remove(new):
                 raise OSError(f"{new}, where the run is prepared, could not be emptied: {problem}")
             new.mkdir()
-            _fill(new, run, source)
+            _fill(new, target.name, source)
             new.rename(target)
         except BaseException:
             reset.remove(new)
