@@ -213,7 +213,7 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
 
 def _advice(device: str) -> str:
     needed = "ROCm 7 on the host" if device == "rocm" else "an NVIDIA driver"
-    return f"Install it: pip install 'hipgpt-jax[{device}]' (requires {needed})"
+    return f"Install it: pip install '.[{device}]' (requires {needed})"
 
 
 def first_line(error: Exception) -> str:

@@ -161,7 +161,18 @@ def test_text_flags_are_decoded(values: flags.FlagValues) -> None:
 
 
 def test_every_flag_is_classified_as_text_or_not() -> None:
-    names = {"data-path", "device", "dtype", "folder", "html", "metrics", "output", "overflow", "prompts_file"}
+    names = {
+        "data-path",
+        "device",
+        "dtype",
+        "folder",
+        "html",
+        "metrics",
+        "numerics",
+        "output",
+        "overflow",
+        "prompts_file",
+    }
     names |= {
         "penalty_scope",
         "records",

@@ -162,7 +162,7 @@ def test_a_cache_that_cannot_be_made_is_a_problem(tmp_path: Path, monkeypatch: p
     ("arguments", "message"),
     [
         (("--run-name", "nosuch"), "run 'nosuch' not found .*Runs: shakespeare"),
-        (("--run-name", "../x"), "must be a plain name"),
+        (("--run-name", "../x"), "directory of a run not found: ../x"),
         (("--frobnicate",), "unknown flag --frobnicate: "),
         (("more",), "unexpected argument 'more'"),
         (("--deep", "--noverify"), "--deep .* and --noverify .*: give one of them"),

@@ -1,6 +1,7 @@
 """``hipgpt-generate``: flags, output and mistakes."""
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -33,10 +34,10 @@ def run(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         (("--prompt", "hi"), "--run-name is required"),
         (("--prompt", "hi", "--run-name", "nosuch"), "run 'nosuch' not found .*Runs: .*tiny"),
         ((*HI, "--step", "7"), "no step 7. Steps: 20, 600"),
-        (("--prompt", "hi", "--run-name", "../tiny"), "must be a plain name"),
+        (("--prompt", "hi", "--run-name", "../tiny"), "directory of a run not found: ../tiny"),
         (("--prompt", "", "--run-name", "tiny"), "at least one token"),
         ((*HI, "--frobnicate", "3"), "unknown flag --frobnicate: "),
-        ((*HI, "--num_token", "3"), "Did you mean: num_tokens"),
+        ((*HI, "--num_token", "3"), "did you mean --num_tokens"),
         ((*HI, "more"), "unexpected argument 'more'"),
         ((*HI, "--temp", "hot"), "--temp must be a number: got 'hot'"),
         ((*HI, "--batch_size", "0"), "batch_size must be an integer of at least 1 .*got 0"),
@@ -133,6 +134,34 @@ def test_streaming_echo_and_samples_change_only_what_is_shown(run) -> None:
     assert len(many) > 2 * len(text)
 
 
+def test_samples_are_told_apart(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (*HI, "--num_tokens", "3", "--num_samples", "2", "--verbose")
+    plain = run(*arguments)
+    assert "---" not in plain.err
+    first, second = plain.out.splitlines()
+    assert run(*arguments, "--separator", "=====").out == f"{first}\n=====\n{second}\n"
+    refused = run(*arguments, "--separator", "x", "--output", "-")
+    assert (refused.code, refused.out) == (1, "")
+    assert "--separator needs text on stdout" in refused.err
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = run(*arguments)
+    assert shown.out == plain.out
+    assert [line for line in shown.err.splitlines() if "--- sample" in line][-1].endswith("--- sample 2 of 2 ---")
+
+
+def test_the_run_may_be_given_by_its_path(run, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").symlink_to(tiny / "checkpoints" / "tiny")
+    arguments = ("--prompt", "the king", "--num_tokens", "3", "--output", "-")
+    by_name, by_path = (run("--run-name", name, *arguments) for name in ("tiny", f"{tmp_path}/other/"))
+    assert by_path.code == 0
+    assert json.loads(by_path.out)["run"] == json.loads(by_name.out)["run"]
+    assert str(tmp_path) not in by_path.out
+    assert f"directory of a run not found: {tmp_path}/none" in run("--run-name", f"{tmp_path}/none", *arguments).err
+    assert f"{tmp_path}/ has no complete checkpoint" in run("--run-name", f"{tmp_path}/", *arguments).err
+
+
 def test_eos_ends_the_text_and_is_not_printed(run, tiny: Path) -> None:
     vocabulary = tokenizer.Tokenizer.load(tiny / "checkpoints/tiny/tokenizer.json")
     text = run(*HI, "--num_tokens", "12").out.removesuffix("\n")
@@ -161,9 +190,7 @@ def test_an_absent_device_is_an_error_with_the_remedy(tiny: Path) -> None:
     result = programs.spawn("generate", *HI, "--device", "rocm", cwd=tiny)
     assert result.code == 1
     assert result.out == ""
-    assert re.search(
-        r"error: --device 'rocm': JAX [\d.]+ found no such device .*pip install 'hipgpt-jax\[rocm\]'", result.err
-    )
+    assert re.search(r"error: --device 'rocm': JAX [\d.]+ found no such device .*pip install '\.\[rocm\]'", result.err)
     assert "Traceback" not in result.err
 
 

@@ -132,7 +132,7 @@ def test_perplexity_is_exp_of_the_loss_or_infinite(value: float) -> None:
     assert scored.perplexity == (np.exp(value) if value < 709.78 else np.inf)
     assert line.get("validation_perplexity", np.inf) == scored.perplexity
     json.dumps(line, allow_nan=False)
-    assert len(metrics.format_evaluation(line)) < 120
+    assert len(metrics.format_evaluation(line)) < 130
     assert ("Perplexity: inf" in metrics.format_evaluation(line)) == (value > 709.78)
 
 
@@ -286,4 +286,5 @@ def test_changed_hardware_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_large_perplexity_is_formatted_with_an_exponent() -> None:
     line = {"step": 1, "loss": 700.0, "perplexity": np.exp(700.0), "accuracy": 0.5, "learning_rate": 0.1}
-    assert "| Perplexity: 1.01e+304 |" in metrics.format_step({**line, "milliseconds": 1.0, "tokens_per_second": 1.0})
+    text = metrics.format_step({**line, "milliseconds": 1.0, "tokens_per_second": 1.0}, bytes_per_token=2.5)
+    assert text.startswith("[Step 1] Loss: 700.0000 nats/token, 280.0000 nats/byte | Perplexity: 1.01e+304 |")

@@ -12,7 +12,9 @@ from absl import flags
 from hipgpt_jax import config
 
 # Flags with text values, which ``config.valid_text`` decodes; other values, such as paths, are left unchanged.
-TEXT_FLAGS = frozenset({"allow", "ban", "ids", "logit_bias", "prompt", "sample-prompt", "stop", "text-field", "title"})
+TEXT_FLAGS = frozenset(
+    {"allow", "ban", "ids", "logit_bias", "prompt", "sample-prompt", "separator", "stop", "text-field", "title"}
+)
 
 SHELLS = ("bash", "zsh", "fish")
 

@@ -18,7 +18,9 @@ JAX runs in a separate process, so this also works where JAX is broken. The exit
   hipgpt-doctor --run-name my_run --noverify"""
 
 FLAGS = flags.FlagValues()
-_RUN_NAME = flags.DEFINE_string("run-name", None, "The only run to check, by name or path; every run if absent.", flag_values=FLAGS)
+_RUN_NAME = flags.DEFINE_string(
+    "run-name", None, "The only run to check, by name or path; every run if absent.", flag_values=FLAGS
+)
 _VERIFY = flags.DEFINE_boolean(
     "verify", True, "Compare the weights of every step with their SHA-256 digests.", flag_values=FLAGS
 )

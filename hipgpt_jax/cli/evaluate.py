@@ -115,7 +115,9 @@ def _evaluate() -> None:
         elif data:
             count = functools.partial(source.vocabulary.count_bytes, end_id=data.end_id)
             print(f"{program.printable(data.name)}: {len(data.ids)} tokens, {count(data.ids)} bytes")
-            _print(run.evaluate(data.ids, text_bytes=count(data.ids[1:]), stride=stride))
+            with program.spinner("evaluating"):
+                found = run.evaluate(data.ids, text_bytes=count(data.ids[1:]), stride=stride)
+            _print(found)
 
 
 def _has_prompts() -> bool:

@@ -108,6 +108,8 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
     },
 }
 
+VERBOSE_HELP = "Also report settings of the C library and of JAX that only affect speed."
+
 # Per flag that belongs to no config: its default and its help.
 _SHARED: dict[str, tuple[str | None, str]] = {
     "run-name": (None, "Run to load: a name in checkpoints/ or in the package, or the path of its directory."),

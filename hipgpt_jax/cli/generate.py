@@ -38,6 +38,7 @@ flags.define_config(FLAGS, config.GenerationConfig, eos_id=None)
 flags.define_config(FLAGS, config.SamplingConfig)
 flags.define_config(FLAGS, config.DecodingConfig)
 _STREAM = _boolean("stream", True, "Print each token at once.")
+_SEPARATOR = _string("separator", None, "Line to print between two samples, for programs that read the text.")
 _ECHO = _boolean("echo", False, "Print the prompt before its continuation.")
 _OUTPUT = _string(
     "output",
@@ -46,6 +47,7 @@ _OUTPUT = _string(
     "records to stdout instead of the text. Records of a --prompts_file are written instead of the text, too.",
 )
 _OVERWRITE = _boolean("overwrite", False, "Replace the records in --output.")
+_VERBOSE = _boolean("verbose", False, flags.VERBOSE_HELP)
 _DEVICE = flags.define_shared(FLAGS, "device")
 
 _ESCAPE = re.compile(r"\\[nrt]")  # typed instead of the character that it stands for
@@ -83,16 +85,19 @@ def _generate() -> None:
         plan = planning.Plan(source, prompts, sampling, generation, records)
         device = program.start_device(_DEVICE.value, decoding.dtype)
         if device.platform == "cpu" and decoding.width >= _MANY_SLOTS:
-            program.keep_freed_memory()  # a step of 64 slots of GPT-2 takes 132 ms instead of 163
+            program.keep_freed_memory(verbose=_VERBOSE.value)  # a step of 64 slots of GPT-2 takes 132 ms instead of 163
         parent = checkpoint.directory.parent
         root = "the package" if parent == directory.SHIPPED else f"{parent}/"
         program.note(f"{checkpoint.run} step {checkpoint.step} of {root} on {device}, seed {generation.seed}")
         run = api.Run(source, device, origin)
         shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)
+        if _SEPARATOR.value is not None and not shows_text:
+            raise ValueError("--separator needs text on stdout, and the records are written instead of it")
         if records:
             records.check_shared(run.recorder.shared_fingerprint())
             program.outlive_stdout(matters=shows_text)
-        generate_output.write(run, plan, out, shows_text=shows_text, stream=_STREAM.value, echo=_ECHO.value)
+        style = generate_output.Style(stream=_STREAM.value, echo=_ECHO.value, separator=_SEPARATOR.value)
+        generate_output.write(run, plan, out, style if shows_text else None)
 
 
 def _check_flags(generation: config.GenerationConfig) -> None:

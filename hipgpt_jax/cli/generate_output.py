@@ -17,24 +17,29 @@ if TYPE_CHECKING:
     from hipgpt_jax.runs import loading
 
 
-def write(
-    run: api.Run,
-    plan: "planning.Plan",
-    out: writer.RecordFile | TextIO | None,
-    *,
-    shows_text: bool,
-    stream: bool,
-    echo: bool,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Style:
+    """Form of the text on stdout.
+
+    Attributes:
+        stream: Whether to print each token at once.
+        echo: Whether to print the prompt before its text.
+        separator: Line between two samples; None for none.
+    """
+
+    stream: bool
+    echo: bool
+    separator: str | None
+
+
+def write(run: api.Run, plan: "planning.Plan", out: writer.RecordFile | TextIO | None, style: Style | None) -> None:
     """Generates the samples of a plan and writes them.
 
     Args:
         run: The run.
         plan: The prompts and their samples.
         out: Destination of the records.
-        shows_text: Whether to print the text, sample by sample.
-        stream: Whether to print each token at once.
-        echo: Whether to print the prompt before its text.
+        style: Form of the text; None prints none.
 
     Raises:
         ValueError: A sample ended in an error; the others are complete.
@@ -47,11 +52,11 @@ def write(
         if plan.repeated:
             program.note(f"{plan.repeated} prompts repeat earlier ones: their equal samples are generated once")
     statistics = _Statistics(load=run.load_seconds, programs=compilation.Compilations())
-    with _progress_bar(plan.left, is_shown=not (shows_text and sys.stdout.isatty())) as advance:
+    with _progress(plan.left, shows_text=style is not None and sys.stdout.isatty()) as advance:
         samples = run.requests_of(_note_long_prompts(plan, run.files.window))
         outputs = _record(run, run.outputs(samples, measure=out is not None), out, statistics, advance)
-        if shows_text:
-            _print_text(requests.in_order(outputs), stream=stream, echo=echo)
+        if style:
+            _print_text(requests.in_order(outputs), style, plan.left)
         else:
             for _ in outputs:
                 pass
@@ -148,24 +153,44 @@ def _record(
         yield output
 
 
-def _print_text(outputs: "Iterable[requests.Output]", *, stream: bool, echo: bool) -> None:
-    is_start = True
+def _print_text(outputs: "Iterable[requests.Output]", style: Style, total: int) -> None:
+    is_start, number = True, 0
     for output in outputs:
-        if is_start and echo:
+        if is_start:
+            number += 1
+            if style.separator is not None and number > 1:
+                sys.stdout.write(f"{program.displayable(style.separator)}\n")
+            elif style.separator is None and total > 1:
+                _print_heading(f"--- sample {number} of {total} ---")
+        if is_start and style.echo:
             sys.stdout.write(program.displayable(output.sequence.request.prompt))
         sys.stdout.write(program.displayable(output.text))
         is_start = output.finish_reason is not None
         if is_start:
             sys.stdout.write("\n")
-        if stream:
+        if style.stream:
             sys.stdout.flush()
 
 
+def _print_heading(text: str) -> None:
+    """Prints a dim line on stderr if text and stderr are on a terminal, where samples would run together."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        sys.stdout.flush()
+        program.dim_note(text)
+
+
 @contextlib.contextmanager
-def _progress_bar(total: int, *, is_shown: bool) -> Iterator[Callable[[_Statistics], None]]:
-    """Yields a callback that updates a progress bar on stderr, if that is a terminal."""
-    if not (is_shown and sys.stderr.isatty()):
+def _progress(total: int, *, shows_text: bool) -> Iterator[Callable[[_Statistics], None]]:
+    """Yields a callback for each output, which updates a progress bar on stderr if that is a terminal.
+
+    Text on the terminal is its own progress; before it there is a spinner.
+    """
+    if not sys.stderr.isatty():
         yield lambda statistics: None
+        return
+    if shows_text:
+        with program.spinner("compiling") as stop:
+            yield lambda statistics: stop()
         return
     from rich import console, progress
 

@@ -14,7 +14,9 @@ and their index), and tokenizer.json (or vocab.json and merges.txt). Nothing is 
 
 FLAGS = flags.FlagValues()
 _FOLDER = flags.DEFINE_string("folder", None, "The folder; the flag's name may be omitted.", flag_values=FLAGS)
-_RUN_NAME = flags.DEFINE_string("run-name", None, "Name of the new run, in checkpoints/, or the path of its directory.", flag_values=FLAGS)
+_RUN_NAME = flags.DEFINE_string(
+    "run-name", None, "Name of the new run, in checkpoints/, or the path of its directory.", flag_values=FLAGS
+)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Running a program: command line, help, errors, exit codes, and what several programs do alike."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import keyword
@@ -10,7 +11,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ _COMMAND = re.compile(r"((?:^  |: |=\w+ ))hipgpt-([a-z]+)", re.MULTILINE)
 
 # Programs print only through these.
 note = streams.note
+dim_note = streams.dim_note
 printable = streams.printable
 displayable = streams.displayable
 shell_command = streams.shell_command
@@ -194,15 +196,28 @@ def _read_stdin() -> str:
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
+@contextlib.contextmanager
+def spinner(text: str) -> Iterator[Callable[[], None]]:
+    """Shows a spinner on stderr, if that is a terminal, until the end of the block or a call of what it yields."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich import console
+
+    status = console.Console(stderr=True).status(text)
+    with status:
+        yield status.stop
+
+
 def require_stdout(product: str) -> None:
     """Raises ValueError if stdout is closed, for a program whose output goes there."""
     if streams.is_closed(sys.stdout):
         raise ValueError(f"stdout is closed: {product} would be lost")
 
 
-def keep_freed_memory() -> None:
-    """Calls ``devices.keep_freed_memory`` and prints a note."""
-    if devices.keep_freed_memory():
+def keep_freed_memory(*, verbose: bool) -> None:
+    """Calls ``devices.keep_freed_memory``, and prints a note if ``verbose``."""
+    if devices.keep_freed_memory() and verbose:
         note("set glibc's mallopt to keep freed memory between steps (not with MALLOC_* or GLIBC_TUNABLES)")
 
 

@@ -109,10 +109,16 @@ def _ansi_c(match: re.Match[str]) -> str:
     return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(match[0], f"\\u{code:04x}")
 
 
-def note(line: str) -> None:
-    """Writes an escaped line to stderr; failures are ignored."""
+def dim_note(line: str) -> None:
+    """Writes a line to stderr, dim on a terminal."""
+    is_dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    note(line, *("\x1b[2m", "\x1b[0m") if is_dim else ())
+
+
+def note(line: str, before: str = "", after: str = "") -> None:
+    """Writes an escaped line to stderr, with control sequences around it; failures are ignored."""
     try:
-        sys.stderr.write(printable(line) + "\n")
+        sys.stderr.write(f"{before}{printable(line)}{after}\n")
         sys.stderr.flush()
     except OSError:  # redirect to the null device, so that Python's flush at exit does not fail
         with contextlib.suppress(OSError, ValueError):

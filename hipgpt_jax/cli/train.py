@@ -142,9 +142,9 @@ def _start_device() -> devices.Device:
     on_main_thread = devices.step_on_main_thread()
     device = program.start_device(train_flags.DEVICE.value, train_flags.FLAGS.dtype, deterministic=False)
     if device.platform == "cpu":
-        if on_main_thread:
+        if on_main_thread and train_flags.VERBOSE.value:
             program.note("set jax_cpu_enable_async_dispatch=False: steps run on the main thread")
-        program.keep_freed_memory()
+        program.keep_freed_memory(verbose=train_flags.VERBOSE.value)
     return device
 
 

@@ -24,7 +24,9 @@ TEXT_FIELD = flags.define_shared(FLAGS, "text-field")
 TOKENIZER_PATH = _string(
     "tokenizer-path", None, "Existing tokenizer.json to use, for instance GPT-2's, instead of training one."
 )
-RUN_NAME = _string("run-name", None, "Name of the run, in checkpoints/, or the path of its directory; run_ and the time if absent.")
+RUN_NAME = _string(
+    "run-name", None, "Name of the run, in checkpoints/, or the path of its directory; run_ and the time if absent."
+)
 flags.define_config(FLAGS, config.ModelConfig)
 flags.define_config(FLAGS, training_config.TrainConfig)
 SAMPLE_PROMPT = _string("sample-prompt", "\n", "Prompt of the text samples.")
@@ -32,6 +34,7 @@ WEIGHTS_DTYPE = absl.flags.DEFINE_enum(
     "weights-dtype", "float32", training_config.WEIGHTS_DTYPES, "Type of the weights on disk.", flag_values=FLAGS
 )
 TENSORBOARD = _boolean("tensorboard", False, "Also write TensorBoard event files into the run's directory.")
+VERBOSE = _boolean("verbose", False, flags.VERBOSE_HELP)
 RESET = _boolean("reset", False, "Replace the run of this name; the old one is deleted once the new one is saved.")
 RESUME = _boolean("resume", False, "Continue from the newest saved state of the run.")
 EXTEND = _boolean("extend", False, "With --resume: allow more --steps than the run was started with.")

@@ -107,10 +107,10 @@ def reporting(job: "loop.Job", should_stop: Callable[[], bool], resume_step: int
     from hipgpt_jax.training import loop
 
     columns = (
+        progress.SpinnerColumn(),
         progress.TextColumn("step {task.completed}/{task.total}"),
         progress.BarColumn(),
-        progress.TextColumn("loss {task.fields[loss]:.3f}"),
-        progress.TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        progress.TextColumn("{task.fields[status]}"),
         progress.TimeRemainingColumn(),
     )
     terminal = _console()
@@ -120,10 +120,14 @@ def reporting(job: "loop.Job", should_stop: Callable[[], bool], resume_step: int
     else:
         log = functools.partial(print, flush=True)
     with bar, _events(job, resume_step) as events:
-        task = bar.add_task("train", total=job.train.steps, loss=float("nan"), rate=0.0)
+        task = bar.add_task("train", total=job.train.steps, status="compiling")
+
+        def advance(step: int, loss: float, rate: float) -> None:
+            bar.update(task, completed=step, status=f"loss {loss:.3f} nats/token, {rate:.0f} tokens/s")
+
         yield loop.Report(
             log=log,
-            progress=lambda step, loss, rate: bar.update(task, completed=step, loss=loss, rate=rate),
+            progress=advance,
             metrics=events.append if events else lambda line: None,
             sample=_sampling(job, log, events),
             should_stop=should_stop,

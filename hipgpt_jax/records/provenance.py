@@ -17,7 +17,7 @@ from typing import Any
 from hipgpt_jax import config, numerics, version
 
 _PACKAGE = Path(__file__).parents[1]
-_PATH_FLAGS = ("output", "prompts_file", "flagfile", "html", "data_path", "run_dir")
+_PATH_FLAGS = ("output", "prompts_file", "flagfile", "html", "data_path", "run_dir", "run_name")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,11 @@ class Manifest:
         first, *more = (source.name for source in self.sources)
         return f"{first} and {len(more)} more" if more else first
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean bytes of text per token."""
+        return self.text_bytes / (self.train_tokens + self.validation_tokens)
+
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Reads ``data.json``.

@@ -339,7 +339,7 @@ class _Trainer:
                 }
                 if (share := self._job.utilisation(rate)) is not None:
                     line["utilisation"] = share
-                self._log(line, metrics.format_step(line))
+                self._log(line, metrics.format_step(line, self._job.data.manifest.bytes_per_token))
                 self._seconds, self._timed_steps = 0.0, 0
             started = time.perf_counter()
         self._seconds += time.perf_counter() - started

@@ -81,10 +81,10 @@ def describe_score(found: score.Score) -> dict[str, float]:
     }
 
 
-def format_step(line: dict[str, Any]) -> str:
-    """Returns the log line of a step, in HipGPT's form."""
+def format_step(line: dict[str, Any], bytes_per_token: float) -> str:
+    """Returns the log line of a step, in HipGPT's form, with the mean bytes of a token to convert the loss."""
     return (
-        f"[Step {line['step']}] Loss: {line['loss']:.4f} | "
+        f"[Step {line['step']}] Loss: {line['loss']:.4f} nats/token, {line['loss'] / bytes_per_token:.4f} nats/byte | "
         f"Perplexity: {_format_perplexity(line.get('perplexity', math.inf))} | "
         f"Accuracy: {100 * line['accuracy']:.2f}% | LR: {line['learning_rate']:.3g} | "
         f"Time: {line['milliseconds']:.1f} ms | {line['tokens_per_second']:.0f} tok/s"
@@ -95,9 +95,9 @@ def format_step(line: dict[str, Any]) -> str:
 def format_evaluation(line: dict[str, Any]) -> str:
     """Returns the log line of an evaluation."""
     return (
-        f"[Step {line['step']}] Validation loss: {line['validation_loss']:.4f} | "
+        f"[Step {line['step']}] Validation loss: {line['validation_loss']:.4f} nats/token, "
+        f"{line['validation_nats_per_byte']:.4f} nats/byte | "
         f"Perplexity: {_format_perplexity(line.get('validation_perplexity', math.inf))} | "
-        f"Nats per byte: {line['validation_nats_per_byte']:.4f} | "
         f"Accuracy: {100 * line['validation_accuracy']:.2f}%"
     )
 
