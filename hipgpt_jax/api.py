@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipgpt_jax import compilation, config, devices
+from hipgpt_jax import compilation, config, devices, notebook
 from hipgpt_jax.generation import requests
 from hipgpt_jax.records import planning, provenance, record, recorder, replay
 from hipgpt_jax.runs import directory, loading, weights
@@ -77,6 +77,25 @@ class Run:
         self.rule: str | None = None
         self._ruled: dict[Rule, Run] = {}
 
+    def __repr__(self) -> str:
+        return f"<Run {', '.join(f'{name} {fact}' for name, fact in self._facts().items())}>"
+
+    def _repr_html_(self) -> str:
+        return notebook.table(self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        checkpoint, decoding = self.files.checkpoint, self.files.decoding
+        facts: dict[str, object] = {
+            "name": checkpoint.run,
+            "step": checkpoint.step,
+            "parameters": f"{weights.count(checkpoint.model) / 1e6:.1f}M",
+            "vocabulary": checkpoint.model.vocab_size,
+            "window": self.files.window,
+            "dtype": decoding.dtype,
+            "device": self.device,
+        }
+        return facts | ({"rule": self.rule} if self.rule else {})
+
     def with_rule(self, rule: "Rule") -> "Run":
         """Returns this run with a rule of the caller's own, applied to the logits before all sampling settings.
 
@@ -107,8 +126,10 @@ class Run:
         num_samples: int = 1,
         rule: "Rule | None" = None,
         **more: Any,
-    ) -> list[record.Record]:
+    ) -> notebook.Records:
         """Generates from prompts and returns one record per sample, prompt by prompt.
+
+        In a notebook, the list is shown as the page of ``hipgpt-inspect``, after its progress.
 
         Args:
             prompts: A text or a ``Prompt``, which may have settings of its own, or several of them.
@@ -125,7 +146,7 @@ class Run:
             ValueError: A prompt is empty, two different ones have one id, or a value is out of range.
         """
         run = self if rule is None else self.with_rule(rule)
-        return list(run.records(prompts, settings, seed, num_samples, **more))
+        return notebook.Records(notebook.progress(run.records(prompts, settings, seed, num_samples, **more)))
 
     def records(
         self,

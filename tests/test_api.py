@@ -1,11 +1,13 @@
 """Runs from Python: what the command line does, token for token."""
 
+import html
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import programs
@@ -14,6 +16,7 @@ import pytest
 import hipgpt_jax
 from hipgpt_jax import config
 from hipgpt_jax.records import record
+from hipgpt_jax.report import page
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,32 @@ def test_records_are_those_of_the_command_line(
     told = [record.parse(line.encode(), "it") for line in done.out.splitlines()]
     assert [without_times(one) for one in told] == [without_times(one) for one in made]
     assert (told[0].argv[0], made[0].argv) == ("hipgpt-generate", ())
+
+
+def test_runs_and_records_are_short_in_a_terminal_and_pages_in_a_notebook(
+    run: hipgpt_jax.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ipython = mock.Mock()
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython)
+    monkeypatch.setitem(sys.modules, "ipykernel", ipython)
+    records = run.generate("the king", num_samples=2, num_tokens=5)
+    assert ipython.display.call_args.args == ({"text/plain": "compiling"},)
+    (last,) = ipython.display.return_value.update.call_args.args
+    assert last["text/plain"].startswith("2 samples, 10 tokens in ")
+    text = repr(records[0])
+    assert text.startswith(f"<Record '{records[0].id}' sample 0, 5 tokens, length: ")
+    assert len(repr(run.score(["the king"]))) < 200
+    assert repr(run).startswith("<Run name tiny, step 600, parameters 0.0M, vocabulary 300, window 32, dtype float32, ")
+    assert "<tr><th>name</th><td>tiny</td></tr>" in run._repr_html_()
+    assert isinstance(records, list)
+    for shown in (records, records[1:]):
+        document = html.unescape(shown._repr_html_().partition('srcdoc="')[2].partition('" style')[0])
+        assert document == page.render(shown, "2 records" if shown is records else "1 record")
+
+
+def test_all_public_names_exist() -> None:
+    assert [name for name in hipgpt_jax.__all__ if not hasattr(hipgpt_jax, name)] == []
+    assert (Path(hipgpt_jax.__file__).parent / "py.typed").is_file()
 
 
 def test_a_stream_equals_the_text_of_its_record(run: hipgpt_jax.Run) -> None:

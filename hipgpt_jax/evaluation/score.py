@@ -65,6 +65,10 @@ class TextScore:
     score: Score
     sampled_logprobs: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        means = f"{self.score.loss:.4f} nats per token, {self.score.nats_per_byte:.4f} per byte"
+        return f"<TextScore {len(self.ids)} tokens, {means}: {config.shortened(''.join(self.tokens))}>"
+
 
 def perplexity(loss: float) -> float:
     """Returns the exponential of a loss; infinity beyond float64, from a loss of 709.8 on."""

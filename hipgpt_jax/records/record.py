@@ -234,6 +234,10 @@ class Record:
     started: str
     timings: Timings
 
+    def __repr__(self) -> str:
+        tokens = f"{len(self.ids)} tokens, {self.finish_reason}"
+        return f"<Record {config.shortened(self.id)} sample {self.sample}, {tokens}: {config.shortened(self.text)}>"
+
     def to_json(self) -> str:
         """Returns the record as one line of JSON, without a line feed."""
         value: dict[str, Any] = {"schema": SCHEMA, "contract": CONTRACT}
