@@ -13,7 +13,7 @@ fail() {
 
 fetch() {
   if command -v curl >/dev/null; then
-    curl --fail --silent --location --connect-timeout 20 --output "$1" "$url"
+    curl --fail --silent --show-error --location --connect-timeout 20 --output "$1" "$url"
   elif command -v wget >/dev/null; then
     wget --quiet --timeout=20 --tries=2 --output-document="$1" "$url"
   else
@@ -32,7 +32,7 @@ fi
 mkdir -p data
 partial=$(mktemp data/.partial.XXXXXX)
 trap 'rm -f "$partial"' EXIT
-fetch "$partial" || fail "no answer from $url: put the text at $target by hand"
+reason=$(fetch "$partial" 2>&1) || fail "no answer from $url${reason:+ (${reason//$'\n'/ })}: put the text at $target by hand"
 found=$(digest "$partial")
 [[ $found == "$sha256" ]] || fail "$url gave sha256 $found, not $sha256: put the right text at $target by hand"
 chmod 644 "$partial"
