@@ -389,9 +389,14 @@ def _check_run(run: str, path: Path, *, verify: bool) -> list[Check]:
         file = directory.config_path(path, step)
         advice = f"Restore the file, or delete the step: rm {file} {directory.weights_beside(file)}"
         checks.append(Check("run", f"{run}: step {step} is damaged: {text}", advice))
+    if checks:
+        return checks
     status = "intact, digests checked" if verify else "complete, digests not checked"
-    text = f"{run}: {_count(len(older) + 1, 'step')}, latest {latest}, {status}; in {path}"
-    return checks or [Check("run", text)]
+    return [
+        Check(
+            "run", f"{run}: {_count(len(older) + 1, 'step')}, latest {latest}{_origin(run, path)}, {status}; in {path}"
+        )
+    ]
 
 
 def _check_unfinished_run(run: str, path: Path) -> Check:
@@ -406,6 +411,12 @@ def _check_unfinished_run(run: str, path: Path) -> Check:
 def _check_dangling_link(run: str, link: Path, target: Path | None) -> Check:
     advice = f"ln -sfn {target.name} {link}" if target else f"Restore that file, or train again: {_train_command(run)}"
     return Check("run", f"{run}: {link} points to {os.readlink(link)}, which does not exist", advice)
+
+
+def _origin(run: str, path: Path) -> str:
+    """Returns the checkpoint that an intact run was started from, for a line about it."""
+    init_from = directory.read_checkpoint(run, None, path).init_from
+    return f", started from {init_from}" if init_from else ""
 
 
 def _find_problem(run: str, path: Path, step: int | None, *, verify: bool) -> tuple[int | None, str | None]:

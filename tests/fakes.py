@@ -163,6 +163,7 @@ def writer(path: Path, keep_last: int = 5) -> checkpoint.CheckpointWriter:
         model=RUN_MODEL,
         train=training_config.TrainConfig(keep_last=keep_last),
         manifest=dataset.Dataset(path).manifest,
+        init_from=None,
         weights_dtype="float32",
         attention="xla",
     )

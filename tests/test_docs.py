@@ -222,7 +222,7 @@ def test_python_examples(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert result.failed == 0
 
 
-_SMALL_MODEL = "--vocab-size 256 --seq 32 --batch 2 --dim 16 --heads 2 --ff 16 --layers 1 --warmup-steps 1"
+_SMALL_MODEL = "--vocab-size 256 --seq 32 --dim 16 --heads 2 --ff 16 --layers 1"
 
 
 def _shim(path: Path, lines: str) -> None:
@@ -248,7 +248,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for program in programs.MAINS:
         own = {
             "generate": "--num_tokens 4",
-            "train": f'{_SMALL_MODEL} --steps "$([[ $* == *--extend* ]] && echo 6 || echo 4)" '
+            "train": f"$([[ $* == *tuned* ]] || echo {_SMALL_MODEL}) --batch 2 --warmup-steps 1 "
+            '--steps "$([[ $* == *--extend* ]] && echo 6 || echo 4)" '
             "$([[ $* == *--resume* ]] || echo --reset)",
         }.get(program, "")
         ending = "|| (($? == 1))" if program == "doctor" else ""  # it may find problems on this machine

@@ -46,6 +46,19 @@ def parts_of(train: training_config.TrainConfig) -> tuple[transformer.Transforme
     return transformer.Transformer(MODEL, train.dtype, train.remat), optimizer.make(train)
 
 
+def test_given_parameters_are_sharded_and_copied() -> None:
+    params = fakes.random_params(MODEL)
+    layout, (_, tx) = layout_of("data=2,fsdp=2,model=2"), parts_of(TRAIN)
+    state = train_step.start_from(layout, tx, params)
+    like = train_step.init_sharded(layout, transformer.Transformer(MODEL), tx, KEY)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
+    expected = jax.tree.map(np.copy, params)
+    jax.tree.map(lambda x: x.fill(0), params)
+    jax.tree.map(np.testing.assert_array_equal, layout.to_host(state.params), expected)
+    assert int(state.step) == 0
+    assert all(not np.any(np.asarray(x)) for x in jax.tree.leaves(state.opt_state))
+
+
 def run(text: str, **changes: Any) -> tuple[np.ndarray, train_step.TrainState]:
     """Losses of 20 steps, and the state after them."""
     train = dataclasses.replace(TRAIN, **changes)

@@ -197,8 +197,8 @@ def test_other_sources_fields_and_tokenizers_are_refused(sources: list[Path], re
         ({"sources": sources[:1]}, "--data-path gives 1 files, not its 2"),
         ({"sources": sources[::-1]}, r"--data-path lines.jsonl \(sha256 .{12}…\) is not its text poem.txt \("),
         ({"text_field": "text"}, "--text-field text is not its body"),
-        ({"tokenizer_path": None}, r"--tokenizer-path None \(learned\) is not its tokenizer \(.{12}…\)"),
-        ({"tokenizer_path": sources[0]}, r"--tokenizer-path .*poem.txt \(.{12}…\) is not its tokenizer"),
+        ({"tokenizer_path": None}, r"the tokenizer to be learned is not its tokenizer \(sha256 .{12}…\)"),
+        ({"tokenizer_path": sources[0]}, r"the tokenizer .*poem.txt \(sha256 .{12}…\) is not its tokenizer"),
     ):
         asked: dict[str, Any] = {"sources": sources, "text_field": "body", "tokenizer_path": ready} | settings_
         with pytest.raises(ValueError, match=f"the run has other data: .*{message}.*--reset"):
@@ -369,3 +369,15 @@ def test_a_text_that_is_too_short_is_refused_with_its_length(tmp_path: Path, tex
     data = preparation.prepare(run_directory(tmp_path), write_text(tmp_path, text), 256)
     with pytest.raises(ValueError, match=rf"text.txt is too short: its training split has {train} tokens and needs 33"):
         data.check_length(32)
+
+
+def test_a_given_end_token_follows_a_single_document_too(ready: Path, tmp_path: Path) -> None:
+    text, end_id = write_text(tmp_path), tokenizer.Tokenizer.load(ready).special_tokens["<pad>"]
+    data = preparation.prepare(run_directory(tmp_path), text, 400, tokenizer_path=ready, end_id=end_id)
+    assert data.manifest.eos_id == end_id
+    assert data.validation[-1] == end_id
+    assert np.count_nonzero(data.train == end_id) + np.count_nonzero(data.validation == end_id) == 1
+    with pytest.raises(ValueError, match=f"its documents end with {end_id}, not with the token 9"):
+        preparation.check_same_data(tmp_path / "run", text, 400, tokenizer_path=ready, end_id=9)
+    with pytest.raises(ValueError, match=r"the tokenizer to be learned is not its tokenizer \(sha256 [0-9a-f]{12}…\)"):
+        preparation.check_same_data(tmp_path / "run", text, 400)

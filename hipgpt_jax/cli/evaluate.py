@@ -133,7 +133,7 @@ def _check_flags() -> None:
     if _AS_SAMPLED.value and not _has_prompts():
         raise ValueError("--as-sampled needs --prompt or --prompts_file")
     if not _AS_SAMPLED.value and (unused := flags.given(config.SamplingConfig, FLAGS)):
-        raise ValueError(f"--{unused[0]} needs --as-sampled: the model's own probabilities do not depend on it")
+        raise ValueError(f"{next(iter(unused))} needs --as-sampled: the model's own probabilities do not depend on it")
     if _OVERWRITE.value and _OUTPUT.value in (None, "-"):
         raise ValueError("--overwrite needs --output FILE, the file to replace")
 

@@ -231,9 +231,10 @@ def build(config_class: type[_Config], values: absl.flags.FlagValues, **given: A
     return config_class(**fields | given)
 
 
-def given(config_class: type, values: absl.flags.FlagValues) -> list[str]:
-    """Returns the flags of a config that were given on the command line."""
-    return [flag for flag, _ in _FIELDS[config_class].values() if flag in values and values[flag].present]
+def given(config_class: type, values: absl.flags.FlagValues) -> dict[str, Any]:
+    """Returns the fields of a config whose flags were given on the command line, with their values."""
+    fields = _FIELDS[config_class].items()
+    return {field: values[flag].value for field, (flag, _) in fields if flag in values and values[flag].present}
 
 
 def aliases(values: absl.flags.FlagValues) -> dict[str, str]:

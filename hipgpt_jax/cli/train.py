@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipgpt_jax import devices, processes, training_config
-from hipgpt_jax.cli import program, train_flags, train_report, train_start
+from hipgpt_jax import config, devices, processes, training_config
+from hipgpt_jax.cli import program, train_flags, train_init, train_report, train_start
+from hipgpt_jax.runs import initial
 from hipgpt_jax.text import dataset, manifest
 
 if TYPE_CHECKING:
@@ -40,13 +41,14 @@ def _show_unraisable(show: Callable[..., Any], unraisable: "sys.UnraisableHookAr
 
 def _train() -> None:
     train = train_flags.train_config()
-    model = train_flags.model_config()
     train_start.check_flags(train)
+    base = train_init.find_base()
+    model = train_flags.model_config(base.model if base else None)
     _note_warmup(train)
     is_distributed = _join()
     program.outlive_stdout(matters=False)  # metrics.jsonl has all that is printed
     with contextlib.ExitStack() as stack:
-        start = None if is_distributed else stack.enter_context(train_start.open_run())
+        start = None if is_distributed else stack.enter_context(train_start.open_run(base))
         device = _start_device()
         if is_distributed:
             own = {"process_id", "flagfile"}
@@ -63,12 +65,17 @@ def _train() -> None:
         layout = mesh.Layout.create(sizes)
         layout.shardings_for(train_step.param_shapes(model))  # a mesh that does not fit is an error before any write
         if is_distributed and jax.process_index() == 0:
-            start = stack.enter_context(train_start.open_run())
-        _run(train, start, device, layout)
+            start = stack.enter_context(train_start.open_run(base))
+        _run(model, base.init_from if base else None, train, start, device, layout)
 
 
 def _run(
-    train: training_config.TrainConfig, start: train_start.Start | None, device: devices.Device, layout: "mesh.Layout"
+    model: config.ModelConfig,
+    init_from: initial.Initial | None,
+    train: training_config.TrainConfig,
+    start: train_start.Start | None,
+    device: devices.Device,
+    layout: "mesh.Layout",
 ) -> None:
     """Trains; ``start`` is None in all processes except the first."""
     import jax
@@ -76,21 +83,25 @@ def _run(
     from hipgpt_jax.training import flops, loop, train_step
 
     if start:
-        start.prepare()
+        start.prepare(model.max_seq_len)
     folder, resume_step = json.loads(
         processes.of_first(json.dumps([str(start.directory), start.resume_step] if start else None))
     )
     run_directory = Path(folder)
     run = train_flags.RUN_NAME.value or run_directory.name
     data = dataset.Dataset(run_directory)
-    model = train_flags.model_config(data.manifest.vocab_size)
+    requested, model = model.vocab_size, dataclasses.replace(model, vocab_size=data.manifest.vocab_size)
     size = flops.size(train_step.param_shapes(model))
     cost = flops.per_token(model, size)
     if start:
-        start.save_settings(model, train)
+        start.save_settings(model, train, init_from)
         sizes = layout.mesh.shape
         used = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+        if model.vocab_size < requested and train_flags.TOKENIZER_PATH.value is None:
+            program.note(f"the text yields a vocabulary of {model.vocab_size}, smaller than --vocab-size")
         _note_run(run, f"{device}, {used} of {jax.device_count()}", data.manifest, flops.describe(size, cost))
+        if init_from and resume_step is None:
+            program.note(f"starting from the weights of {init_from}")
     processes.wait_for_all("settings")
     job = loop.Job(
         directory=run_directory,
@@ -98,6 +109,7 @@ def _run(
         model=model,
         train=train,
         layout=layout,
+        init_from=init_from,
         weights_dtype=train_flags.WEIGHTS_DTYPE.value,
         attention=device.attention(train.dtype, model.head_dim, trains=True),
         steps_in_flight=0 if device.platform == "cpu" else 1,
@@ -131,8 +143,6 @@ def _note_warmup(train: training_config.TrainConfig) -> None:
 
 
 def _note_run(run: str, where: str, data: manifest.Manifest, size: str) -> None:
-    if data.vocab_size < train_flags.model_config().vocab_size and train_flags.TOKENIZER_PATH.value is None:
-        program.note(f"the text yields a vocabulary of {data.vocab_size}, smaller than --vocab-size")
     tokens = f"{data.train_tokens} training and {data.validation_tokens} validation tokens"
     program.note(f"run {run} on {where}: {tokens}; {size}")
 

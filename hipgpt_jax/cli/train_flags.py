@@ -1,5 +1,6 @@
 """The flags of ``hipgpt-train``."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,6 +24,11 @@ DATA_PATH = absl.flags.DEFINE_multi_string(
 TEXT_FIELD = flags.define_shared(FLAGS, "text-field")
 TOKENIZER_PATH = _string(
     "tokenizer-path", None, "Existing tokenizer.json to use, for instance GPT-2's, instead of training one."
+)
+INIT_FROM = _string(
+    "init-from",
+    None,
+    "Start from the weights, tokenizer and model size of another run, by name or path: RUN, RUN:STEP or RUN:best.",
 )
 RUN_NAME = _string(
     "run-name", None, "Name of the run, in checkpoints/, or the path of its directory; run_ and the time if absent."
@@ -50,14 +56,19 @@ PROCESS_ID = _integer("process_id", None, "Index of this process, from 0; with -
 DEVICE = flags.define_shared(FLAGS, "device")
 
 
-def model_config(vocab_size: int | None = None) -> config.ModelConfig:
+# Flags that the command to resume has in its own way, or not; the initial weights are needed only once.
+_NOT_RESUMED = ("run-name", "init-from", "reset", "resume", "extend", "flagfile")
+
+
+def model_config(base: config.ModelConfig | None = None) -> config.ModelConfig:
     """Returns the model that the flags describe.
 
     Args:
-        vocab_size: Vocabulary of the tokenizer, which may be smaller than requested; None takes the flag's.
+        base: Sizes whose flags are absent; None takes the flags' defaults.
     """
-    given = {} if vocab_size is None else {"vocab_size": vocab_size}
-    return flags.build(config.ModelConfig, FLAGS, **given)
+    if base is None:
+        return flags.build(config.ModelConfig, FLAGS)
+    return dataclasses.replace(base, **flags.given(config.ModelConfig, FLAGS))
 
 
 def train_config() -> training_config.TrainConfig:
@@ -70,7 +81,7 @@ def resume_command(run: str) -> str:
     words = [*program.command("train"), "--run-name", run]
     for name in FLAGS:
         flag = FLAGS[name]
-        if not flag.present or flag.name != name or name in ("run-name", "reset", "resume", "extend", "flagfile"):
+        if not flag.present or flag.name != name or name in _NOT_RESUMED:
             continue
         if flag.boolean:
             words.append(f"--{'' if flag.value else 'no'}{name}")

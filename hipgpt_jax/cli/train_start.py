@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hipgpt_jax import config, training_config
-from hipgpt_jax.cli import program, train_flags, train_report
-from hipgpt_jax.runs import directory, lock, reset, states
+from hipgpt_jax.cli import program, train_flags, train_init, train_report
+from hipgpt_jax.runs import directory, initial, lock, reset, states
 from hipgpt_jax.text import documents, manifest, preparation, tokenizer
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -36,10 +36,13 @@ def check_flags(train: training_config.TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def open_run() -> Iterator["Start"]:
+def open_run(base: train_init.Base | None) -> Iterator["Start"]:
     """Yields the run that the flags describe, locked until the end of the block.
 
     If the block raises before a new run has its first checkpoint, the run that it replaced is restored.
+
+    Args:
+        base: What the run takes over from another one, if from any.
 
     Raises:
         ValueError: Another process trains the run, the flags do not allow to start or resume it, or its data or
@@ -50,7 +53,7 @@ def open_run() -> Iterator["Start"]:
         if line := reset.recover(run_directory):
             program.note(line)
             held.lock_directory(run_directory)
-        start = Start(run_directory, held)
+        start = Start(run_directory, held, base)
         try:
             yield start
         except BaseException as error:
@@ -90,7 +93,8 @@ class Start:
         resume_step: Step of the training state to resume from; None starts at the first step.
     """
 
-    def __init__(self, run_directory: Path, held: lock.Lock) -> None:
+    def __init__(self, run_directory: Path, held: lock.Lock, base: train_init.Base | None) -> None:
+        self._base = base
         self.directory = run_directory
         self.held = held
         self.resume_step: int | None = None
@@ -99,8 +103,12 @@ class Start:
         else:
             self._check_new()
 
-    def prepare(self) -> None:
-        """Prepares the data of a new run beside it, and moves it into place once it is complete."""
+    def prepare(self, length: int) -> None:
+        """Prepares the data of a new run beside it, and moves it into place once it is complete.
+
+        Args:
+            length: Context length, which the data must fill.
+        """
         if train_flags.RESUME.value:
             return
         fresh = directory.beside(self.directory, "new")
@@ -111,8 +119,8 @@ class Start:
             raise OSError(f"{fresh}, where the data is prepared, cannot be created: {error.strerror}") from error
         try:
             with train_report.preparing() as progress:
-                data = preparation.prepare(fresh, **_sources(), progress=progress, note=program.note)
-            data.check_length(train_flags.FLAGS.seq)
+                data = preparation.prepare(fresh, **self._sources(), progress=progress, note=program.note)
+            data.check_length(length)
             _check_prompt(fresh)
         except BaseException:
             reset.remove(fresh)
@@ -120,12 +128,14 @@ class Start:
         reset.replace(self.directory)
         self.held.lock_directory(self.directory)
 
-    def save_settings(self, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
+    def save_settings(
+        self, model: config.ModelConfig, train: training_config.TrainConfig, init_from: initial.Initial | None
+    ) -> None:
         """Writes the settings of a new run, or checks the flags against those of a resumed one."""
         from hipgpt_jax.training import resume
 
         if not train_flags.RESUME.value:
-            resume.write_settings(self.directory, model, train)
+            resume.write_settings(self.directory, model, train, init_from)
             return
         step = self.resume_step or 0
         for line in resume.check_settings(self.directory, model, train, step=step, extend=train_flags.EXTEND.value):
@@ -153,7 +163,7 @@ class Start:
         has_checkpoint = directory.has_checkpoint(here)
         if has_checkpoint and not train_flags.RESET.value:
             if (here / manifest.MANIFEST_NAME).is_file():
-                preparation.check_same_data(here, **_sources())
+                preparation.check_same_data(here, **self._sources())
             raise ValueError(f"run {here.name!r} exists already: --resume continues it, --reset replaces it")
         if here.is_dir():
             # --reset moves the whole directory aside and deletes it later, so it must hold nothing but a run.
@@ -169,7 +179,7 @@ class Start:
             reset.check_writable(here)
         if os.path.lexists(old := directory.beside(here, "old")):
             raise ValueError(f"{old} exists, where --reset keeps the old run until the new one is saved: move it away")
-        reset.check_outside(here, _files())
+        reset.check_outside(here, self._files())
 
     def _check_resumed(self) -> None:
         """Raises an error if the run cannot be resumed; finds the state to resume from and removes leftovers."""
@@ -182,7 +192,8 @@ class Start:
             if missing:
                 program.note(f"{missing[0]} does not exist and is not compared: resuming with the run's own tokens")
             else:
-                preparation.check_same_data(here, **_sources())
+                # The tokenizer of a run with initial weights is theirs, whatever the flags are.
+                preparation.check_same_data(here, **self._sources(), compare_tokenizer=self._base is None)
         _check_prompt(here)
         self.resume_step, lines = states.find_intact(here)
         if self.resume_step is None:
@@ -209,6 +220,25 @@ class Start:
                 f"replace the run with --reset"
             )
 
+    def _sources(self) -> dict[str, Any]:
+        """Returns the arguments of ``preparation.prepare`` and ``preparation.check_same_data``."""
+        given = train_flags.TOKENIZER_PATH.value
+        own: dict[str, Any] = {"tokenizer_path": None if given is None else Path(given)}
+        if self._base:
+            own = {"tokenizer_path": self._base.tokenizer, "end_id": self._base.end_id}
+        return {
+            "sources": [Path(path) for path in train_flags.DATA_PATH.value],
+            "vocab_size": train_flags.FLAGS["vocab-size"].value,
+            "text_field": train_flags.TEXT_FIELD.value,
+            **own,
+        }
+
+    def _files(self) -> list[Path]:
+        """Returns the input files of a new run."""
+        sources = self._sources()
+        given = [file.path for file in documents.find(sources["sources"])]
+        return given if sources["tokenizer_path"] is None else [*given, sources["tokenizer_path"]]
+
 
 def _check_prompt(where: Path) -> None:
     if train_flags.FLAGS["sample-every"].value and (where / manifest.TOKENIZER_NAME).is_file():
@@ -217,21 +247,3 @@ def _check_prompt(where: Path) -> None:
             raise ValueError(
                 f"--sample-prompt {train_flags.SAMPLE_PROMPT.value!r} has no tokens in the run's vocabulary"
             )
-
-
-def _sources() -> dict[str, Any]:
-    """Returns the arguments of ``preparation.prepare`` and ``preparation.check_same_data``."""
-    given = train_flags.TOKENIZER_PATH.value
-    return {
-        "sources": [Path(path) for path in train_flags.DATA_PATH.value],
-        "vocab_size": train_flags.FLAGS["vocab-size"].value,
-        "text_field": train_flags.TEXT_FIELD.value,
-        "tokenizer_path": None if given is None else Path(given),
-    }
-
-
-def _files() -> list[Path]:
-    """Returns the input files of a new run."""
-    sources = _sources()
-    given = [file.path for file in documents.find(sources["sources"])]
-    return given if sources["tokenizer_path"] is None else [*given, sources["tokenizer_path"]]

@@ -43,6 +43,9 @@ def write(source: loading.RunFiles, weights_sha256: str) -> str:
         ("tokenizer of the run", f"sha256 {found.tokenizer_sha256}"),
         ("config of the run", f"sha256 {found.config_sha256}"),
     ]
+    if found.init_from:
+        start = found.init_from
+        rows.append(("started from", f"{_code(start.run)}, step {start.step}, weights sha256 {start.sha256}"))
     for kind, section, key in (("trained on", "data", "sources"), ("imported from", "source", "files")):
         rows += [(kind, f"{_code(one['name'])}, sha256 {one['sha256']}") for one in value.get(section, {}).get(key, [])]
     table = "\n".join(f"| {name} | {_plain(text)} |" for name, text in rows)

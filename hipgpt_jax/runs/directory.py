@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hipgpt_jax import config, files, json_files, version
+from hipgpt_jax.runs import initial
 
 CHECKPOINTS = Path("checkpoints")
 SHIPPED = Path(__file__).parent / "shipped"
@@ -46,6 +47,7 @@ _SCHEMA = json_files.Schema(
             "tokenizer": _section(path="string", sha256="string"),
             "checkpoint": _section(latest="string", step="integer", sha256="string"),
             "data": {"type": "object", "properties": {"eos_id": {"type": ["integer", "null"]}}},
+            "init_from": initial.SCHEMA,
         },
     },
 )
@@ -66,6 +68,7 @@ class Checkpoint:
         tokenizer_sha256: Expected digest of the tokenizer.
         config_sha256: Actual digest of the config file.
         eos_id: Token that followed each document in training; -1 for none.
+        init_from: Checkpoint that training started from; None if it started from random weights.
     """
 
     run: str
@@ -78,6 +81,7 @@ class Checkpoint:
     tokenizer_sha256: str
     config_sha256: str
     eos_id: int = -1
+    init_from: initial.Initial | None = None
 
     def verify(self) -> None:
         """Raises ValueError or FileNotFoundError if a file is not the one that the config names."""
@@ -301,6 +305,7 @@ def _parse(run: str, directory: Path, path: Path) -> Checkpoint:
         tokenizer_sha256=value["tokenizer"]["sha256"],
         config_sha256=files.sha256(path),
         eos_id=-1 if eos_id is None else eos_id,
+        init_from=initial.parse(value),
     )
 
 

@@ -4,9 +4,10 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hipgpt_jax import config
-from hipgpt_jax.runs import directory
+from hipgpt_jax.runs import directory, initial, weights
 from hipgpt_jax.text import prompts, tokenizer
 
 EMPTY_PROMPT = "the prompt is empty: it must hold at least one token"
@@ -131,6 +132,30 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
             f"{checkpoint.model.vocab_size}. Restore the tokenizer that the run was trained with"
         )
     return RunFiles(checkpoint=checkpoint, vocabulary=vocabulary, decoding=decoding)
+
+
+def read_initial(init_from: initial.Initial, model: config.ModelConfig) -> dict[str, Any]:
+    """Returns the weights that a run starts from, as ``weights.read`` does.
+
+    Args:
+        init_from: The checkpoint that they belong to.
+        model: Shape of the run's model; its context may be shorter than the checkpoint's, whose later positions are
+            dropped.
+
+    Raises:
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: Its weights are not those of the digest.
+    """
+    checkpoint = directory.read_checkpoint(init_from.run, init_from.step, init_from.directory)
+    if checkpoint.weights_sha256 != init_from.sha256:
+        raise ValueError(
+            f"step {init_from.step} of run {init_from.run!r} has other weights than the run starts from (sha256 "
+            f"{checkpoint.weights_sha256[:12]}…, expected {init_from.sha256[:12]}…): restore them"
+        )
+    checkpoint.verify()
+    params = weights.read(checkpoint.weights, checkpoint.model)
+    params["wpe"]["embedding"] = params["wpe"]["embedding"][: model.max_seq_len]
+    return params
 
 
 def _check_memory(width: int, window: int, vocab_size: int) -> None:

@@ -29,6 +29,7 @@ def prepare(
     *,
     text_field: str = corpus.DEFAULT_TEXT_FIELD,
     tokenizer_path: Path | None = None,
+    end_id: int | None = None,
     progress: corpus.Progress = corpus.ignore_progress,
     note: Callable[[str], None] = lambda line: None,
 ) -> dataset.Dataset:
@@ -43,6 +44,8 @@ def prepare(
         vocab_size: Vocabulary size, at least 256, or 257 with the end token; ignored for a ready-made tokenizer.
         text_field: Key or column of the text in a file of JSON lines or a table.
         tokenizer_path: A ready-made ``tokenizer.json``; None learns a tokenizer.
+        end_id: Id that follows each document, also a single one; None takes the tokenizer's end token, for several
+            documents.
         progress: Receives bytes done, total bytes and the activity: reading, learning or encoding.
         note: Receives each of ``corpus.Corpus.notes``.
 
@@ -52,7 +55,9 @@ def prepare(
             documents, or the directory holds data of another corpus or other settings.
     """
     if (directory / manifest.MANIFEST_NAME).is_file():
-        check_same_data(directory, sources, vocab_size, text_field=text_field, tokenizer_path=tokenizer_path)
+        check_same_data(
+            directory, sources, vocab_size, text_field=text_field, tokenizer_path=tokenizer_path, end_id=end_id
+        )
         return dataset.Dataset(directory)
 
     ready = None if tokenizer_path is None else tokenizer.Tokenizer.load(tokenizer_path)
@@ -60,13 +65,14 @@ def prepare(
     text = corpus.Corpus(sources, text_field, progress)
     for line in text.notes:
         note(line)
-    if ready is not None and text.documents > 1 and ready.end_id is None:
+    if ready is not None and text.documents > 1 and ready.end_id is None and end_id is None:
         raise ValueError(
             f"{tokenizer_path} has no end token ({', '.join(tokenizer.END_TOKENS)}) to separate {text.documents} "
             f"documents. Add one with add_special_tokens of the tokenizers library, or give one document"
         )
     vocabulary = ready or _learn(text, vocab_size, progress)
-    end_id = vocabulary.end_id if text.documents > 1 else None
+    if end_id is None and text.documents > 1:
+        end_id = vocabulary.end_id
     files.write_text(directory / manifest.TOKENIZER_NAME, vocabulary.to_json())
     with files.replacing(directory / manifest.TOKENS_NAME) as temporary:
         train, validation, tokens_sha256 = _write_tokens(temporary, vocabulary, text, end_id, progress)
@@ -98,8 +104,13 @@ def check_same_data(
     *,
     text_field: str = corpus.DEFAULT_TEXT_FIELD,
     tokenizer_path: Path | None = None,
+    end_id: int | None = None,
+    compare_tokenizer: bool = True,
 ) -> None:
-    """Raises ValueError with the differences if a run was prepared from another corpus or with other settings."""
+    """Raises ValueError with the differences if a run was prepared from another corpus or with other settings.
+
+    The arguments are those of ``prepare``; ``vocab_size`` and ``tokenizer_path`` count only if ``compare_tokenizer``.
+    """
     old = manifest.Manifest.read(directory / manifest.MANIFEST_NAME)
     new = [corpus.Source.of(file) for file in documents.find(sources)]
     differences = []
@@ -114,19 +125,31 @@ def check_same_data(
             break
     if old.text_field is not None and _used_text_field(new, text_field) not in (None, old.text_field):
         differences.append(f"--text-field {text_field} is not its {old.text_field}")
-    if tokenizer_path is not None:
-        tokenizer.require_file(tokenizer_path)
-    new_sha256 = None if tokenizer_path is None else files.sha256(tokenizer_path)
-    if new_sha256 != old.tokenizer_sha256:
-        given, expected = (f"{sha[:12]}…" if sha else "learned" for sha in (new_sha256, old.tokenizer_sha256))
-        differences.append(f"--tokenizer-path {tokenizer_path} ({given}) is not its tokenizer ({expected})")
-    elif new_sha256 is None and old.requested_vocab_size != vocab_size:
-        differences.append(f"--vocab-size {vocab_size} is not its {old.requested_vocab_size}")
+    if end_id is not None and end_id != old.eos_id:
+        differences.append(f"its documents end with {old.eos_id}, not with the token {end_id}")
+    if compare_tokenizer:
+        differences += _compare_tokenizer(directory, old, vocab_size, tokenizer_path)
     if differences:
         raise ValueError(
             f"the run has other data: {'; '.join(differences)}. Use --reset to start the run again, or another "
             f"--run-name"
         )
+
+
+def _compare_tokenizer(
+    directory: Path, old: manifest.Manifest, vocab_size: int, tokenizer_path: Path | None
+) -> list[str]:
+    if tokenizer_path is not None:
+        tokenizer.require_file(tokenizer_path)
+    new_sha256 = None if tokenizer_path is None else files.sha256(tokenizer_path)
+    if new_sha256 != old.tokenizer_sha256:
+        given = f"{tokenizer_path} (sha256 {new_sha256[:12]}…)" if new_sha256 else "to be learned"
+        own = old.tokenizer_sha256 or files.sha256(directory / manifest.TOKENIZER_NAME)
+        origin = "" if old.tokenizer_sha256 else ", learned from its text"
+        return [f"the tokenizer {given} is not its tokenizer (sha256 {own[:12]}…{origin})"]
+    if new_sha256 is None and old.requested_vocab_size != vocab_size:
+        return [f"--vocab-size {vocab_size} is not its {old.requested_vocab_size}"]
+    return []
 
 
 def _used_text_field(sources: Sequence[corpus.Source], text_field: str) -> str | None:

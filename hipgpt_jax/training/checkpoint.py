@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import safetensors
 
 from hipgpt_jax import config, files, json_files, training_config, version
-from hipgpt_jax.runs import directory, states, weights
+from hipgpt_jax.runs import directory, initial, states, weights
 from hipgpt_jax.text import manifest
 from hipgpt_jax.training import mesh, train_step
 
@@ -34,6 +34,7 @@ class CheckpointWriter:
         model: Shape of the model.
         train: Settings of training.
         manifest: Description of the data.
+        init_from: Checkpoint that training started from; None if it started from random weights.
         weights_dtype: Type of the weights on disk, one of ``training_config.WEIGHTS_DTYPES``.
         attention: Attention of ``transformer.Transformer``; a step with dropout uses ``xla`` whatever it is.
     """
@@ -42,6 +43,7 @@ class CheckpointWriter:
     model: config.ModelConfig
     train: training_config.TrainConfig
     manifest: manifest.Manifest
+    init_from: initial.Initial | None
     weights_dtype: str
     attention: str
 
@@ -106,6 +108,7 @@ class CheckpointWriter:
                 "sha256": files.sha256(self.directory / manifest.TOKENIZER_NAME),
             },
             "data": dataclasses.asdict(self.manifest),
+            **initial.section(self.init_from),
             "training": {**training_section(self.train), "attention": self.attention},
             "checkpoint": {
                 "latest": weights_path.name,

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import score
 from hipgpt_jax.model import transformer
-from hipgpt_jax.runs import directory
+from hipgpt_jax.runs import directory, initial, loading
 from hipgpt_jax.text import dataset
 from hipgpt_jax.training import checkpoint, mesh, metrics, optimizer, train_step
 
@@ -34,6 +34,7 @@ class Job:
         model: Shape of the model.
         train: Settings of training.
         layout: Devices and shardings.
+        init_from: Checkpoint whose weights a new run starts from; None draws random ones.
         weights_dtype: Type of the weights on disk, one of ``training_config.WEIGHTS_DTYPES``.
         attention: Attention of ``transformer.Transformer``.
         steps_in_flight: Largest number of dispatched steps whose metrics were not fetched yet; at least 0. 1 keeps an
@@ -48,6 +49,7 @@ class Job:
     model: config.ModelConfig
     train: training_config.TrainConfig
     layout: mesh.Layout
+    init_from: initial.Initial | None = None
     weights_dtype: str = "float32"
     attention: str = "xla"
     steps_in_flight: int = 0
@@ -109,7 +111,7 @@ def train(job: Job, report: Report, *, resume_step: int | None = None) -> TrainR
     Raises:
         FloatingPointError: A loss or a gradient is not finite; nothing is saved from that step on.
         OSError: A checkpoint could not be written.
-        ValueError: The training state cannot be read.
+        ValueError: The training state, or the weights to start from, cannot be read.
     """
     trainer = _Trainer(job, report)
     try:
@@ -169,6 +171,7 @@ class _Trainer:
         tx = optimizer.make(job.train)
         self._train_step = train_step.make_train_step(self._model, tx, job.train, key, job.layout)
         self._init = functools.partial(train_step.init_sharded, job.layout, self._model, tx, key)
+        self._start_from = functools.partial(train_step.start_from, job.layout, tx)
         self._schedule = optimizer.learning_rate(job.train)
         self._metrics_path = job.directory / directory.METRICS_NAME
         self._writer = checkpoint.CheckpointWriter(
@@ -176,6 +179,7 @@ class _Trainer:
             model=job.model,
             train=job.train,
             manifest=job.data.manifest,
+            init_from=job.init_from,
             weights_dtype=job.weights_dtype,
             attention=job.attention,
         )
@@ -190,7 +194,10 @@ class _Trainer:
 
     def restore(self, resume_step: int | None) -> train_step.TrainState:
         """Returns the state to start from; brings the metrics, the weights and the links to its step."""
-        state = self._init()
+        if resume_step is None and self._job.init_from:
+            state = self._start_from(loading.read_initial(self._job.init_from, self._job.model))
+        else:
+            state = self._init()
         if resume_step is not None:
             state = self._store.restore(resume_step, state, self._job.layout)
         step = int(state.step)

@@ -101,8 +101,11 @@ class Layout:
     def shard_batch(self, batch: np.ndarray) -> jax.Array:
         """Returns a batch with its rows sharded, or replicated if they do not divide; processes copy only their own."""
         divides = len(batch) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        sharding = NamedSharding(self.mesh, _ROWS) if divides else self.replicated
-        return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
+        return _shard(batch, NamedSharding(self.mesh, _ROWS) if divides else self.replicated)
+
+    def shard(self, tree: Any) -> Any:
+        """Returns a tree of the host's parameters with their shardings; each device gets only its own shards."""
+        return jax.tree.map(_shard, tree, self.shardings_for(tree))
 
     def to_host(self, tree: Any) -> Any:
         """Returns a tree of NumPy arrays, gathered from all devices and processes."""
@@ -122,3 +125,7 @@ class Layout:
                     f"{size} does not divide. Choose other sizes for fsdp and model"
                 )
         return NamedSharding(self.mesh, spec)
+
+
+def _shard(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

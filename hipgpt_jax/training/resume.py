@@ -1,4 +1,4 @@
-"""``settings.json``: the settings of a run, saved at its start; ``--resume`` must match them."""
+"""Comparison of the settings of a resumed run with those that it was started with."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hipgpt_jax import config, files, json_files, numerics, training_config
-from hipgpt_jax.runs import directory
+from hipgpt_jax.runs import directory, initial, settings
 from hipgpt_jax.training import checkpoint, optimizer
 
 # Settings of logging, evaluation and retention, which do not change the weights.
@@ -16,30 +16,15 @@ _FREE = frozenset({"log_every", "eval_every", "eval_batches", "patience", "sampl
 # Settings that may change with a note: the number of steps with --extend, and --remat, which changes only rounding.
 _NOTED = frozenset({"steps", "remat"})
 
-_COUNT = {"type": "integer", "minimum": 0}
 
-
-def _object_of(names: list[str], properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "required": names, "properties": properties}
-
-
-def _fields(section: type[config.ModelConfig | training_config.TrainConfig]) -> list[str]:
-    return [field.name for field in dataclasses.fields(section)]
-
-
-_EXTENSION: dict[str, Any] = dict.fromkeys(("at", "from", "to"), _COUNT)
-_SECTIONS = {
-    "model": _object_of(_fields(config.ModelConfig), {}),
-    "training": _object_of(_fields(training_config.TrainConfig), {"steps": _COUNT, "remat": {"type": "boolean"}}),
-    "numerics": {"type": "object"},
-    "extended": {"type": "array", "items": _object_of(list(_EXTENSION), _EXTENSION)},
-}
-_SCHEMA = json_files.Schema("settings file", _object_of(list(_SECTIONS), _SECTIONS))
-
-
-def write_settings(run_directory: Path, model: config.ModelConfig, train: training_config.TrainConfig) -> None:
+def write_settings(
+    run_directory: Path,
+    model: config.ModelConfig,
+    train: training_config.TrainConfig,
+    init_from: initial.Initial | None = None,
+) -> None:
     """Writes the settings of a new run, and the hardware and software that the last bits of its weights depend on."""
-    value = {**_sections(model, train), "numerics": _numerics(), "extended": []}
+    value = {**_sections(model, train), **initial.section(init_from), "numerics": _numerics(), "extended": []}
     json_files.write(run_directory / directory.SETTINGS_NAME, value)
 
 
@@ -62,7 +47,7 @@ def check_settings(
         ValueError: A setting that changes the weights differs, the settings of the run cannot be read, or there are
             more steps and ``extend`` is False.
     """
-    saved = _read(run_directory)
+    saved = settings.read(run_directory)
     differences = [
         f"{key} {value} (the run has {_short(saved[section].get(key))})"
         for section, values in _sections(model, train).items()
@@ -112,7 +97,7 @@ def extend(run_directory: Path, train: training_config.TrainConfig, step: int) -
         train: Settings of training now.
         step: The step that it resumes from. Earlier extensions at later steps take effect here too.
     """
-    saved = _read(run_directory)
+    saved = settings.read(run_directory)
     steps, changes = saved["training"]["steps"], saved["extended"]
     if steps == train.steps and all(change["at"] <= step for change in changes):
         return
@@ -125,17 +110,6 @@ def extend(run_directory: Path, train: training_config.TrainConfig, step: int) -
 
 def _sections(model: config.ModelConfig, train: training_config.TrainConfig) -> dict[str, dict[str, Any]]:
     return {"model": dataclasses.asdict(model), "training": checkpoint.training_section(train)}
-
-
-def _read(run_directory: Path) -> dict[str, Any]:
-    path = run_directory / directory.SETTINGS_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"run {run_directory.name!r} has no {path.name}: its settings are unknown. Start again with --reset"
-        )
-    value = _SCHEMA.read(path)
-    directory.require_known(path, value)
-    return value
 
 
 def _numerics() -> dict[str, Any]:

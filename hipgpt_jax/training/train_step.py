@@ -54,6 +54,10 @@ def init_state(model: transformer.Transformer, optimizer: optax.GradientTransfor
     """Returns the state before the first step."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.fold_in(key, _INIT_STREAM), tokens_BT, dropout=0.0)["params"]
+    return _first_state(optimizer, params)
+
+
+def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -71,6 +75,17 @@ def init_sharded(
     make_state = functools.partial(init_state, model, optimizer)
     shardings = layout.shardings_for(jax.eval_shape(make_state, key))
     return jax.jit(make_state, out_shardings=shardings)(key)
+
+
+def start_from(layout: mesh.Layout, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """Returns the state before the first step with given parameters, NumPy arrays on the host."""
+
+    def make_state(params: Any) -> TrainState:
+        # Copied, because on a CPU the arrays may share the host's memory, and the first step donates its state.
+        return _first_state(optimizer, jax.tree.map(jnp.copy, params))
+
+    shardings = layout.shardings_for(jax.eval_shape(make_state, params))
+    return jax.jit(make_state, out_shardings=shardings)(layout.shard(params))
 
 
 def make_train_step(
