@@ -1,11 +1,12 @@
 """Choice of the platform before JAX starts, and memory settings of CPUs."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 DEVICES = ("auto", "cpu", "rocm", "cuda")
@@ -150,20 +151,23 @@ def start(device: str, log: Callable[[str], None], *, deterministic: bool = True
 
     if device != "auto":
         jax.config.update("jax_platforms", device)
+    reasons: list[str] = []
     try:
-        first = jax.devices()[0]
+        with _collect_plugin_errors(reasons):
+            first = jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts that a platform is known
         if device == "auto":
             raise ValueError(f"JAX {jax.__version__} could not start: {first_line(error)}") from error
         raise ValueError(
             f"device {device!r}: JAX {jax.__version__} found no such device "
-            f"(installed plugins: {', '.join(installed) or 'none'}; its error: {first_line(error)}). "
-            f"{_advice(device)}, or use 'cpu'"
+            f"(installed plugins: {', '.join(installed) or 'none'}; its error: "
+            f"{'; '.join(reasons) or first_line(error)}). {_advice(device, installed)}, or use 'cpu'"
         ) from error
     if jax.config.values["jax_disable_jit"]:
         log("JAX_DISABLE_JIT is set: operations run one by one, so the first token takes minutes")
     if device == "auto" and first.platform == "cpu" and installed and not os.environ.get("JAX_PLATFORMS"):
-        log(f"no GPU was found, although {', '.join(installed)} is installed: computing on the CPU")
+        reason = f" ({'; '.join(reasons)})" if reasons else ""
+        log(f"no GPU was found, although {', '.join(installed)} is installed{reason}: computing on the CPU")
     if device != "auto" and (first.platform == "cpu") != (device == "cpu"):
         raise ValueError(
             f"device {device!r}: JAX has already started on {first.platform} in this process. Choose the device before "
@@ -211,11 +215,32 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
     return all(mallopt(parameter, 2**31 - 1) for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
-def _advice(device: str) -> str:
+@contextlib.contextmanager
+def _collect_plugin_errors(errors: list[str]) -> Iterator[None]:
+    """Appends the errors of plugins that do not start; JAX would log them with a traceback."""
+    import logging
+
+    def keep(record: logging.LogRecord) -> bool:
+        if not record.exc_info or record.exc_info[1] is None:
+            return True
+        errors.append(first_line(record.exc_info[1]))
+        return False
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _advice(device: str, installed: list[str]) -> str:
+    if any(device in plugin for plugin in installed):
+        return "hipgpt-doctor checks the driver and the plugin. Solve what it finds"
     needed = "ROCm 7 on the host" if device == "rocm" else "an NVIDIA driver"
     return f"Install it: pip install '.[{device}]' (requires {needed})"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its type if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import fakes
 import jax
@@ -78,6 +79,40 @@ def test_gpu_settings_are_made_and_logged_before_jax_starts(
     command = [sys.executable, "-c", _DEFAULTS, *arguments]
     done = subprocess.run(command, env={**environ, **own}, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines() == printed
+
+
+_START = """
+import sys
+from hipgpt_jax import devices
+try:
+    devices.start(sys.argv[1], lambda line: line.startswith("set ") or print(line))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "printed"),
+    [
+        ("auto", "no GPU was found, although jax-rocm7-plugin 0.1.2 is installed (No AMD GPUs): computing on the CPU"),
+        ("rocm", "(installed plugins: jax-rocm7-plugin 0.1.2; its error: No AMD GPUs). hipgpt-doctor checks the "),
+    ],
+)
+def test_a_plugin_that_does_not_start_is_reported_in_a_line(device: str, printed: str, tmp_path: Path) -> None:
+    """AMD's plugin raises an error if there is no GPU, which JAX logs with a traceback."""
+    for name, text in (
+        ("jax_plugins/xla_rocm7/__init__.py", "def initialize():\n    raise ValueError('No AMD GPUs\\nmore')\n"),
+        ("jax_rocm7_plugin-0.1.2.dist-info/METADATA", "Name: jax-rocm7-plugin\nVersion: 0.1.2\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    path = os.pathsep.join([str(tmp_path), str(Path(devices.__file__).parents[1])])
+    environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-c", _START, device]
+    done = subprocess.run(command, env={**environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert printed in done.stdout
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(
