@@ -1,9 +1,9 @@
-# Creates or updates a virtual environment in the repository's root; source it there. If the environment is current,
-# this takes a few milliseconds and starts no Python. Works with Bash 3.2.
+# Creates or updates a virtual environment in the repository's root, with uv if it is installed, else with pip; source
+# it there. If the environment is current, this takes a few milliseconds and starts no Python. Works with Bash 3.2.
 
-# environment NAME [EXTRAS [REQUIREMENT]]
-# Installs this package in ./NAME, editable, with at least EXTRAS ("dev,peers"), resolved together with REQUIREMENT.
-# On failure, prints an error on stderr and exits. Writes nothing to stdout.
+# environment NAME [EXTRAS]
+# Installs this package in ./NAME, editable, with at least EXTRAS ("dev,peers"). On failure, prints an
+# error on stderr and exits. Writes nothing to stdout.
 environment() {
   cd -P . || exit # resolve symbolic links, so that $PWD is unique
   environment_is_current "$@" || environment_install "$@" 9<>scripts/environment.sh || exit
@@ -14,62 +14,87 @@ environment_is_current() {
   local venv=$PWD/$1 wanted=${2:-} stamp extra
   [[ -x $venv/bin/python && -r $venv/hipgpt-stamp ]] || return
   stamp=$(<"$venv/hipgpt-stamp")
-  [[ ${stamp#*$'\n'} == "$(environment_key "$@")" ]] || return
+  [[ ${stamp#*$'\n'} == "$(environment_key "$1")" ]] || return
   for extra in ${wanted//,/ }; do
     [[ ,${stamp%%$'\n'*}, == *,$extra,* ]] || return
   done
 }
 
-# Prints all that an environment depends on besides its extras: its path, the requirement and pyproject.toml.
+# Prints all that an environment depends on besides its extras: its path and pyproject.toml.
 environment_key() {
-  printf '%s\n%s\n%s' "$PWD/$1" "${3:-}" "$(<pyproject.toml)"
+  printf '%s\n%s' "$PWD/$1" "$(<pyproject.toml)"
 }
 
 # Only one installation runs at a time: file descriptor 9 holds the lock until this subshell ends. A killed installation
-# leaves the stamp "unfinished", and the next one starts from scratch. If pip fails, for example without a network, the
-# previous stamp is restored.
+# leaves the stamp "unfinished", and the next one starts from scratch. If the installation fails, for example without a
+# network, the previous stamp is restored.
 environment_install() (
   trap 'exit 130' INT # pip turns Ctrl-C into an ordinary failure
-  name=$1 venv=$PWD/$1 extras=${2:-} requirement=${3:-} stamp=''
+  name=$1 venv=$PWD/$1 extras=${2:-} stamp='' SECONDS=0
   python=$(environment_python) && "$python" -c "$ENVIRONMENT_LOCK" || exit 1
   if environment_is_current "$@"; then exit; fi # another process has just installed it
 
-  key=$(environment_key "$@")
+  create=("$python" -m venv) install=("$venv/bin/python" -m pip install --no-input --progress-bar off) with=pip
+  if uv --version >/dev/null 2>&1; then # with pip in the environment, for its user
+    create=(uv venv --seed --allow-existing --python "$python") install=(uv pip install --python "$venv/bin/python")
+    with=uv
+  fi
+  key=$(environment_key "$1")
   if [[ -r $venv/hipgpt-stamp ]]; then stamp=$(<"$venv/hipgpt-stamp"); fi
-  if [[ $stamp != unfinished ]] && environment_is_usable "$venv"; then
+  if [[ $stamp != unfinished ]] && environment_is_usable "$venv" "$with"; then
     installed=${stamp%%$'\n'*}
     for extra in ${installed//,/ }; do
       [[ ,$extras, == *,$extra,* ]] || extras=${extras:+$extras,}$extra
     done
-    echo "environment: updating $name from pyproject.toml${extras:+ with extras $extras}" >&2
+    environment_say "updating $name from pyproject.toml${extras:+ with extras $extras}"
     echo unfinished >"$venv/hipgpt-stamp"
     : >"$venv/install.log"
   else
-    echo "environment: creating $name with $python: downloads JAX and its libraries once (1 GB, some minutes)" >&2
+    environment_say "creating $name with $python and $with: downloads JAX and its libraries once (1 GB, minutes)"
     stamp=unfinished
     mkdir -p "$venv" && echo "$stamp" >"$venv/hipgpt-stamp" || exit 1
     find "$venv/." -mindepth 1 -maxdepth 1 ! -name hipgpt-stamp -exec rm -rf {} +
-    "$python" -m venv "$venv" >"$venv/install.log" 2>&1 || environment_fail "$name"
+    "${create[@]}" "$venv" >"$venv/install.log" 2>&1 || environment_fail "$name"
   fi
 
-  # One pip call, so that the requirement constrains the package's dependencies.
-  if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
-    ${requirement:+"$requirement"} --editable ".${extras:+[$extras]}" >>"$venv/install.log" 2>&1; then
+  if [[ -t 2 ]]; then
+    environment_show_progress "$venv/install.log" 9>&- &
+    trap "kill $! 2>/dev/null; printf '\r\e[K' >&2" EXIT
+  fi
+  if ! "${install[@]}" --editable ".${extras:+[$extras]}" >>"$venv/install.log" 2>&1; then
     printf '%s\n' "$stamp" >"$venv/hipgpt-stamp"
     environment_fail "$name"
   fi
   printf '%s\n%s\n' "$extras" "$key" >"$venv/hipgpt-stamp"
+  environment_say "$name is ready after $SECONDS s"
 )
 
-# Succeeds if pip can update the environment: it was created at this path, and its Python runs and is new enough.
+# Succeeds if the environment can be updated: it was created at this path, and its Python runs and is new enough.
 environment_is_usable() {
+  local modules=sys
+  if [[ $2 == pip ]]; then modules=pip,sys; fi
   grep -qF "$1" "$1/bin/activate" 2>/dev/null &&
-    "$1/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+    "$1/bin/python" -c "import $modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null
+}
+
+# Shows the time and the last line of the log on the terminal until the script ends.
+environment_show_progress() {
+  while kill -0 $$ 2>/dev/null; do
+    printf '\r%4d s  %.70s\e[K' "$SECONDS" "$(tail -n 1 "$1")" >&2
+    sleep 1
+  done
+}
+
+# Prints a line on stderr, in place of the progress on a terminal.
+environment_say() {
+  if [[ -t 2 ]]; then printf '\r\e[K' >&2; fi
+  echo "environment: $1" >&2
 }
 
 environment_fail() {
+  environment_say "the last lines of $1/install.log:"
   tail -n 5 "$1/install.log" >&2
-  echo "environment: error: cannot install into $1: see above for the reason, and $1/install.log for the full log" >&2
+  environment_say "error: cannot install into $1: see above for the reason, and $1/install.log for the full log"
   exit 1
 }
 
@@ -80,8 +105,8 @@ environment_python() {
   for candidate in "${candidates[@]}"; do
     "$candidate" -c "$ENVIRONMENT_PROBE" 2>/dev/null && return
   done
-  echo "environment: error: no Python 3.11 or later that can make virtual environments (tried ${candidates[*]}):" \
-    "install one with its venv module, or name one in the variable PYTHON" >&2
+  environment_say "error: no Python 3.11 or later that can make virtual environments (tried ${candidates[*]}): \
+install one with its venv module, or name one in the variable PYTHON"
   return 1
 }
 

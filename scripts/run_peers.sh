@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Runs the comparison tests with torch and transformers in .venv-peers, which it creates or updates if needed.
-# The pinned version selects the CPU build of torch if the package index has one, which saves several GB of CUDA
-# libraries. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu adds such an index.
-# Arguments are passed to pytest.
+# The CPU build of torch saves several GB of CUDA libraries: uv finds it by UV_TORCH_BACKEND, and pip if its index has
+# one, as with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Arguments are passed to pytest.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-environment .venv-peers dev,peers torch==2.13.0
+UV_TORCH_BACKEND=cpu environment .venv-peers dev,peers
 exec .venv-peers/bin/python -m pytest -n 2 --dist worksteal -m peers "$@"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import stat
@@ -16,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-# Makes an "environment" that holds a copy of itself. A file `broken` makes its pip fail, `slow` makes it slow.
+# Makes an "environment" that holds a copy of itself. A file `broken` makes its pip fail, `slow` makes it slow. `uv`
+# below does the same if it is installed.
 PYTHON = """#!/usr/bin/env bash
 case "$1 $2" in
 "-m venv")
@@ -34,6 +36,21 @@ esac
 """
 
 
+UV = """#!/usr/bin/env bash
+case "$1 $2" in
+"venv --seed")
+  echo "uv venv" >>"$NOTES"
+  mkdir -p "${*: -1}/bin" && cp "$PYTHON" "${*: -1}/bin/python" && echo "${*: -1}" >"${*: -1}/bin/activate"
+  ;;
+"pip install")
+  echo "uv pip ${*: -1}" >>"$NOTES"
+  ;;
+--version*) ;;
+*) exit 2 ;;
+esac
+"""
+
+
 class Repository:
     """A copy of the scripts, and what their Python was asked to do."""
 
@@ -43,6 +60,7 @@ class Repository:
         self.write("pyproject.toml", "[project]\n")
         self.write("notes", "")
         self.write("python", PYTHON)
+        self.write("path/uv", "#!/usr/bin/env bash\nexit 127\n")  # hides one that is installed here
 
     def write(self, name: str, text: str) -> None:
         """Writes an executable file."""
@@ -55,6 +73,7 @@ class Repository:
         """Starts a command of bash in the root."""
         words = ["bash", "-c", f"set -euo pipefail; {command}"]
         names = {"PYTHON": str(self.root / "python"), "NOTES": str(self.root / "notes"), "REAL": sys.executable}
+        names["PATH"] = f"{self.root / 'path'}{os.pathsep}{os.environ['PATH']}"
         pipe, env = subprocess.PIPE, os.environ | names
         return subprocess.Popen(
             words, cwd=self.root, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -117,13 +136,34 @@ def test_more_extras_satisfy_fewer(repository: Repository):
     assert repository.environment(".venv dev") == []
 
 
-def test_sees_a_changed_project_or_requirement(repository: Repository):
-    """Both are brought up to date in place."""
+def test_uses_uv_where_it_is_installed(repository: Repository):
+    """An environment of pip's is kept, and one of uv's needs no pip."""
+    assert repository.environment() == ["venv", "pip ."]
+    repository.write("path/uv", UV)
+    assert repository.environment() == []
+    assert repository.environment(".venv dev") == ["uv pip .[dev]"]
+    assert repository.environment(".venv-new") == ["uv venv", "uv pip ."]
+    assert repository.environment(".venv-new") == []
+
+
+@pytest.mark.skipif(not shutil.which("script"), reason="there is no terminal without util-linux")
+def test_shows_progress_on_a_terminal(repository: Repository):
+    """The time and the end of the log are on one line, which the last one replaces."""
+    repository.write("slow", "")
+    command = "bash -c 'source scripts/environment.sh; environment .venv'"
+    _, out, _ = repository.run(f'script -qec "{command}" /dev/null')
+    lines = [line.removesuffix("\033[K") for line in out.splitlines() if line not in ("", "\033[K")]
+    assert re.fullmatch(r".*environment: creating .venv with .* and pip: downloads JAX .*", lines[0])
+    assert re.fullmatch(r" +\d s  .*", lines[1])
+    assert re.fullmatch(r".*environment: .venv is ready after \d s", lines[-1])
+
+
+def test_sees_a_changed_project(repository: Repository):
+    """It is brought up to date in place."""
     repository.environment()
     repository.write("pyproject.toml", "[project] # changed\n")
     assert repository.environment() == ["pip ."]
-    assert repository.environment('.venv "" torch==1') == ["pip ."]
-    assert repository.environment('.venv "" torch==1') == []
+    assert repository.environment() == []
 
 
 def test_sees_a_moved_repository(repository: Repository):
