@@ -74,10 +74,10 @@ def test_metrics_fetched_late_are_the_same(tmp_path: Path, monkeypatch: pytest.M
 def test_run_stopped_with_a_step_in_flight_resumes_to_the_same_bits(tmp_path: Path) -> None:
     loop.train(job(tmp_path, 0), QUIET)
     stopping = dataclasses.replace(QUIET, should_stop=iter([False, True]).__next__)
-    step, completed = loop.train(job(tmp_path, 1), stopping)
+    step, completed, _ = loop.train(job(tmp_path, 1), stopping)
     assert (step, completed) == (2, False)
     assert lines(tmp_path / "1")[-1]["step"] == 2
-    assert loop.train(job(tmp_path, 1), QUIET, resume_step=step) == (8, True)
+    assert loop.train(job(tmp_path, 1), QUIET, resume_step=step) == (8, True, False)
     assert lines(tmp_path / "0") == lines(tmp_path / "1")
     weights = [(tmp_path / name / f"{name}_step8.bin").read_bytes() for name in ("0", "1")]
     assert weights[0] == weights[1]
@@ -101,7 +101,7 @@ def test_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     rising = {"learning_rate": 3.0, "warmup_steps": 1, "eval_every": 1, "ckpt_every": 0, "steps": 30}
     result = loop.train(job(tmp_path, 0, **rising, patience=2), QUIET)
-    losses = {line["step"]: line["validation_loss"] for line in lines(tmp_path / "0") if "validation_loss" in line}
+    losses = {int(line["step"]): line["validation_loss"] for line in lines(tmp_path / "0") if "validation_loss" in line}
     best = min(losses, key=lambda step: losses[step])
     assert result == (best + 2, True, True)
     assert max(losses) == best + 2
