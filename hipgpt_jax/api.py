@@ -345,9 +345,9 @@ class Run:
             # XLA raises its own kind of RuntimeError.
             if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
                 raise
+            size = f"{self.files.decoding.batch_size} slots and a window of {self.files.window} tokens"
             raise MemoryError(
-                f"width must be smaller: {self.files.decoding.width} slots and a window of {self.files.window} tokens "
-                f"exceed the memory ({error or type(error).__name__})"
+                f"batch_size must be smaller: {size} exceed the memory ({error or type(error).__name__})"
             ) from error
 
     def _configs(
@@ -386,7 +386,7 @@ def load_run(
         name: Name of the run, or the path of its directory.
         step: Training step, or ``best``; the latest if absent.
         device: One of ``devices.DEVICES``. JAX must not have started on another one already.
-        decoding: Window, stride, overflow rule, width and dtype; the defaults of ``hipgpt-generate`` if absent.
+        decoding: Window, stride, overflow rule, batch size and dtype; the defaults of ``hipgpt-generate`` if absent.
         where: Directory of the run, if it is not in ``checkpoints/``.
 
     Raises:

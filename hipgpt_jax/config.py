@@ -372,11 +372,11 @@ class DecodingConfig:
             window; ``N`` recomputes the window only every ``N`` tokens.
         overflow: Rule for a full window: ``roll`` slides it, ``stop`` ends the sample, ``error`` refuses a request that
             would overflow it.
-        width: Batch size of the decode step, its number of slots; slots never affect each other.
+        batch_size: Batch size of the decode step, its number of slots; slots never affect each other.
         dtype: Type of the arithmetic and of the KV cache, one of ``DTYPES``. Softmax, the statistics of LayerNorm, the
             logits and sampling are always float32.
-        numerics: ``fast``, or ``invariant``: a sample's tokens and statistics do not depend on ``width``, to the bit.
-            Slower, in float32 and on CPUs only.
+        numerics: ``fast``, or ``invariant``: a sample's tokens and statistics do not depend on ``batch_size``, to the
+            bit. Slower, in float32 and on CPUs only.
 
     Raises:
         ValueError: A value is out of range, or invariant numerics are not in float32.
@@ -385,7 +385,7 @@ class DecodingConfig:
     window: int | None = _field(None, _optional(_integer(1, "tokens that the model may see")))
     window_stride: int = _field(1, _integer(1, "tokens dropped at a time, 1 is exact"))
     overflow: str = _field("roll", _choice(OVERFLOW_RULES))
-    width: int = _field(1, _integer(1, "samples decoded side by side"))
+    batch_size: int = _field(1, _integer(1, "samples decoded in parallel"))
     dtype: str = _field("float32", _choice(DTYPES))
     numerics: str = _field("fast", _choice(NUMERICS))
 

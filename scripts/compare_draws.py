@@ -39,7 +39,7 @@ class Decoder:
         from hipgpt_jax.generation import backends, executables  # they import JAX, which load_run has configured
 
         self.run, model, decoding = run, run.files.checkpoint.model, run.files.decoding
-        backend = backends.backend_for(run.device.platform, model, run.files.window, decoding.width)
+        backend = backends.backend_for(run.device.platform, model, run.files.window, decoding.batch_size)
         attention = run.device.attention(decoding.dtype, model.head_dim)
         self._programs = executables.Executables(
             model, decoding.dtype, run.files.window, decoding.window_stride, attention, backend
@@ -224,12 +224,14 @@ def main(arguments: Sequence[str]) -> int:
     """Measures the pairs, prints the table and returns the exit code."""
     options = _parser().parse_args(arguments)
 
-    def load(dtype: str = options.dtype, width: int = options.batch_size, step: int | None = options.step) -> Decoder:
-        decoding = config.DecodingConfig(dtype=dtype, width=width)
+    def load(
+        dtype: str = options.dtype, batch_size: int = options.batch_size, step: int | None = options.step
+    ) -> Decoder:
+        decoding = config.DecodingConfig(dtype=dtype, batch_size=batch_size)
         return Decoder(hipgpt_jax.load_run(options.run_name, step, options.device, decoding))
 
     sizes = sorted({int(size) for size in options.batch_sizes.split(",")} - {options.batch_size})
-    decoders = [load(), *(load(width=size) for size in sizes)]
+    decoders = [load(), *(load(batch_size=size) for size in sizes)]
     base, largest = decoders[0], decoders[-1]
     files, device = base.run.files, base.run.device
     digest, vocab_size = files.checkpoint.weights_sha256, files.checkpoint.model.vocab_size
@@ -251,13 +253,13 @@ def main(arguments: Sequence[str]) -> int:
     else:
         pairs = {f"batch size {options.batch_size} → {size}": (0, index) for index, size in enumerate(sizes, 1)}
         # A large batch decodes fastest.
-        at = f"batch size {largest.run.files.decoding.width}"
+        at = f"batch size {largest.run.files.decoding.batch_size}"
         if options.dtype != "bfloat16":
             pairs[f"{options.dtype} → bfloat16, {at}"] = (len(sizes), len(decoders))
-            decoders.append(load(dtype="bfloat16", width=largest.run.files.decoding.width))
+            decoders.append(load(dtype="bfloat16", batch_size=largest.run.files.decoding.batch_size))
         if options.other_step is not None:
             pairs[f"step {files.checkpoint.step} → {options.other_step}, {at}"] = (len(sizes), len(decoders))
-            decoders.append(load(step=options.other_step, width=largest.run.files.decoding.width))
+            decoders.append(load(step=options.other_step, batch_size=largest.run.files.decoding.batch_size))
     differences: dict[str, list[Difference]] = {name: [] for name in pairs}
     for start in range(0, len(ids_RT), group):
         ids_GT = ids_RT[start : start + group]

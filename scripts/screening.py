@@ -26,7 +26,7 @@ _PROMPTS = ("ROMEO:", "To be, or not to be:", "First Citizen:", "Once upon a tim
 _TOKENS = 200  # per sample
 _PLAIN = hipgpt_jax.SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
 _SETTINGS = {"default": hipgpt_jax.SamplingConfig(), "plain sampling": _PLAIN}
-_DECODING = hipgpt_jax.DecodingConfig(window_stride=16, width=16)
+_DECODING = hipgpt_jax.DecodingConfig(window_stride=16, batch_size=16)
 
 _Tensors = dict[str, np.ndarray]
 

@@ -45,7 +45,7 @@ NUMERICS = record.Numerics(
     cores=2,
     dtype="float32",
     attention="xla",
-    decode_width=1,
+    batch_size=1,
     xla_flags="",
     environment=(),
 )

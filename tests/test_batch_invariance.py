@@ -45,7 +45,7 @@ def _requests(model: config.ModelConfig, number: int) -> list[requests.Request]:
 
 def bits(model: config.ModelConfig, width: int, number: int, numerics: str = "invariant", stride: int = 1) -> list[str]:
     """Returns the bits of each sample's tokens and statistics, in hexadecimal."""
-    decoding = config.DecodingConfig(width=width, window_stride=stride, numerics=numerics)
+    decoding = config.DecodingConfig(batch_size=width, window_stride=stride, numerics=numerics)
     generator = scheduler.Scheduler(model, fakes.random_params(model, stddev=0.05), decoding)
     found = [b""] * number
     for output in generator.run(_requests(model, number), measure=True):

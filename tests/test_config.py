@@ -22,7 +22,7 @@ INTEGERS = [
     (config.SamplingConfig, "no_repeat_ngram", 0),
     (config.DecodingConfig, "window", 1),
     (config.DecodingConfig, "window_stride", 1),
-    (config.DecodingConfig, "width", 1),
+    (config.DecodingConfig, "batch_size", 1),
     (config.GenerationConfig, "num_tokens", 0),
     (config.GenerationConfig, "num_samples", 1),
     (config.GenerationConfig, "seed", 0),

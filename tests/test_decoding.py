@@ -47,7 +47,7 @@ def test_a_python_loop_over_the_jitted_step_equals_the_engine(settings: dict[str
     """Up to the full window, where the engine slides it: tokens, statistics, contexts and counts."""
     requested = [fakes.request(fakes.prompt(n), num_tokens=WINDOW - n + 1, seed=n, **settings) for n in (1, 4, 8)]
     steps = step_by_step(requested, WINDOW)
-    outputs = list(fakes.make_scheduler(width=3).run(requested, measure=True))
+    outputs = list(fakes.make_scheduler(batch_size=3).run(requested, measure=True))
     for row, request in enumerate(requested):
         own = [output for output in outputs if output.index == row]
         assert len(own) == request.generation.num_tokens

@@ -59,7 +59,9 @@ def described(
 @pytest.mark.parametrize(("width", "stride"), [(1, 1), (1, 3), (3, 1), (3, 3)])
 def test_the_gpu_backend_samples_the_tokens_of_the_cpu_backend(width: int, stride: int) -> None:
     """Tokens, finish reasons and statistics, within the window and past it, with mixed settings in a batch."""
-    on_gpu, on_cpu = (fakes.make_scheduler(platform, width=width, window_stride=stride) for platform in ("gpu", "cpu"))
+    on_gpu, on_cpu = (
+        fakes.make_scheduler(platform, batch_size=width, window_stride=stride) for platform in ("gpu", "cpu")
+    )
     requested = make_requests(*NARROW, *WIDE, count=14)
     requested[1] = dataclasses.replace(
         requested[1], generation=dataclasses.replace(requested[1].generation, top_logprobs=3)
@@ -74,7 +76,7 @@ def test_the_gpu_backend_samples_the_tokens_of_the_cpu_backend(width: int, strid
 @pytest.mark.slow
 def test_slots_do_not_affect_each_other_and_settings_do_not_recompile() -> None:
     """Slots whose settings need more than 64 candidates use a separate program."""
-    source = fakes.make_scheduler("gpu", width=3, window_stride=3)
+    source = fakes.make_scheduler("gpu", batch_size=3, window_stride=3)
     fakes.tokens_of(source, [fakes.request(num_tokens=30)])
     requested = make_requests(*NARROW, *WIDE)
     with fakes.compilations() as compiled:

@@ -73,7 +73,7 @@ def outputs_of(source: scheduler.Scheduler, lengths: Sequence[int]) -> list[tupl
     [
         ((2,), {}),
         ((2, 9, 11), {}),
-        ((2, 9, 11), {"width": 3, "window_stride": 4, "dtype": "bfloat16"}),
+        ((2, 9, 11), {"batch_size": 3, "window_stride": 4, "dtype": "bfloat16"}),
     ],
 )
 def test_output_is_the_same_without_a_cache_on_a_miss_and_on_a_hit(

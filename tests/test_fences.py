@@ -12,7 +12,7 @@ from hipgpt_jax.records import record, replay
 DATA = Path(__file__).parent / "data"
 RECORDS = list(record.read(DATA / "records.jsonl"))
 GROUPS = {
-    f"{decoding.width}-{decoding.window_stride}-{decoding.dtype}": (decoding, list(group))
+    f"{decoding.batch_size}-{decoding.window_stride}-{decoding.dtype}": (decoding, list(group))
     for decoding, group in itertools.groupby(RECORDS, replay.decoding_config)
 }
 
@@ -33,7 +33,7 @@ def test_committed_records_are_reproduced(name: str) -> None:
 
 
 def test_committed_records_cover_widths_strides_dtypes_and_finish_reasons() -> None:
-    assert {(one.numerics.decode_width, one.settings.window_stride) for one in RECORDS} == {
+    assert {(one.numerics.batch_size, one.settings.window_stride) for one in RECORDS} == {
         (width, stride) for width in (1, 2, 16) for stride in (1, 4)
     }
     assert {one.numerics.dtype for one in RECORDS} == {"float32", "bfloat16"}

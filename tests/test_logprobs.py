@@ -120,8 +120,8 @@ def test_lead_at_temperature_0_is_the_difference_of_the_largest_logits() -> None
 
 SHAPES: list[Any] = [
     {},
-    pytest.param({"width": 3}, marks=pytest.mark.slow),
-    pytest.param({"width": 3, "window": 11, "window_stride": 4}, marks=pytest.mark.slow),
+    pytest.param({"batch_size": 3}, marks=pytest.mark.slow),
+    pytest.param({"batch_size": 3, "window": 11, "window_stride": 4}, marks=pytest.mark.slow),
 ]
 
 

@@ -115,8 +115,8 @@ def test_all_prompts_are_checked_first(
 
 @pytest.mark.parametrize("width", [10**9, 10**30])
 def test_a_width_beyond_the_memory_is_refused(width: int) -> None:
-    with pytest.raises(ValueError, match=r"width must be smaller: 1000.* slots need at least .* GiB of memory"):
-        loading.open_run("shakespeare", None, config.DecodingConfig(width=width))
+    with pytest.raises(ValueError, match=r"batch_size must be smaller: 1000.* slots need at least .* GiB of memory"):
+        loading.open_run("shakespeare", None, config.DecodingConfig(batch_size=width))
 
 
 def test_a_name_takes_a_few_bytes() -> None:

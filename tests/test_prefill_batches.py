@@ -29,7 +29,7 @@ def prefills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def run(width: int, requested: list[requests.Request]) -> None:
-    for _ in fakes.make_scheduler(width=width).run(requested):
+    for _ in fakes.make_scheduler(batch_size=width).run(requested):
         pass
 
 
@@ -70,7 +70,7 @@ def test_prompts_of_one_bucket_are_prefilled_once_in_one_batch(
 @pytest.mark.parametrize("width", [1, WIDTH])
 def test_a_prompt_of_one_token_is_not_prefilled(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first decode step processes it, and does not attend to the cache of the slot's previous request."""
-    source, one = fakes.make_scheduler(width=width), fakes.request((5,), num_tokens=9)
+    source, one = fakes.make_scheduler(batch_size=width), fakes.request((5,), num_tokens=9)
     after_others = fakes.tokens_of(source, [*make_requests([9] * width), one])[-1]
     run, names = executables.Executables.run, []
     monkeypatch.setattr(
@@ -84,7 +84,7 @@ def test_a_prompt_of_one_token_is_not_prefilled(width: int, monkeypatch: pytest.
 @functools.cache
 def alone(ids: tuple[int, ...]) -> list[bytes]:
     """Returns the statistics of each token sampled after a prompt that is run alone."""
-    return numbers(fakes.make_scheduler(width=WIDTH), [fakes.request(ids, num_tokens=3)])[0]
+    return numbers(fakes.make_scheduler(batch_size=WIDTH), [fakes.request(ids, num_tokens=3)])[0]
 
 
 def numbers(source: scheduler.Scheduler, requested: list[requests.Request]) -> list[list[bytes]]:
@@ -99,14 +99,14 @@ def numbers(source: scheduler.Scheduler, requested: list[requests.Request]) -> l
 @hypothesis.given(st.lists(st.lists(st.integers(0, 149), min_size=1, max_size=13).map(tuple), min_size=1, max_size=14))
 def test_other_prompts_do_not_change_a_bit_of_the_output(prompts: list[tuple[int, ...]]) -> None:
     requested = [fakes.request(ids, num_tokens=3) for ids in prompts]
-    assert numbers(fakes.make_scheduler(width=WIDTH), requested) == [alone(ids) for ids in prompts]
+    assert numbers(fakes.make_scheduler(batch_size=WIDTH), requested) == [alone(ids) for ids in prompts]
 
 
 def test_the_clock_of_a_sequence_starts_when_it_is_scheduled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[int] = []
-    decode = config.DecodingConfig(window=11, width=2)
+    decode = config.DecodingConfig(window=11, batch_size=2)
     source = scheduler.Scheduler(fakes.MODEL, fakes.random_params(fakes.MODEL), decode)
     outputs = source.run(make_requests([3] * 5))
     take = requests.Sequence.start

@@ -33,7 +33,7 @@ SETTINGS = fakes.examples(25)
 
 
 def scheduler_of(width: int, stride: int, dtype: str = "float32") -> scheduler.Scheduler:
-    others: dict[str, Any] = {"width": width} if width > 1 else {}
+    others: dict[str, Any] = {"batch_size": width} if width > 1 else {}
     if stride > 1:
         others |= {"window": 11, "window_stride": stride}
     return fakes.make_scheduler(**others, **({"dtype": dtype} if dtype != "float32" else {}))
@@ -141,7 +141,7 @@ def test_a_new_scheduler_gives_the_same_tokens_and_compiles_only_once() -> None:
     Later tokens, slides, prompts, seeds, samples, settings and partial batches compile nothing.
     """
     params = jax.tree.map(np.copy, fakes.random_params(fakes.MODEL))
-    fresh = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11, width=3))
+    fresh = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11, batch_size=3))
     first = [fakes.request(fakes.prompt(n), num_tokens=10) for n in (3, 10, 4)]
     sampled = fakes.tokens_of(fresh, first)
     settings: list[dict[str, Any]] = [

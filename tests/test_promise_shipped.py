@@ -18,7 +18,7 @@ PROMPTS = ["To be, or not to be:", "ROMEO:", "First Citizen:\nBefore we proceed 
 
 
 def load(width: int) -> hipgpt_jax.Run:
-    return hipgpt_jax.load_run("shakespeare", decoding=config.DecodingConfig(width=width))
+    return hipgpt_jax.load_run("shakespeare", decoding=config.DecodingConfig(batch_size=width))
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
         "temperature": ("--temp", "0.5"),
         "num_tokens": ("--num_tokens", "13"),
         "window_stride": ("--window_stride", "4"),
-        "decode_width": ("--batch_size", "2"),
+        "batch_size": ("--batch_size", "2"),
         "dtype": ("--dtype", "bfloat16"),
         "weights": ("--step", "20"),
         "stop": ("--stop", "x"),
@@ -155,7 +155,7 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
         "logit_bias": ("--logit_bias", "5=1"),
     }
     for name, change in changes.items():
-        run_wide = name in ("window_stride", "decode_width", "dtype", "weights")
+        run_wide = name in ("window_stride", "batch_size", "dtype", "weights")
         for prompt in ("the king", "another") if run_wide else ("the king",):
             result = run("--output", "a.jsonl", "--prompt", prompt, *change)
             assert (result.code, result.out) == (1, "")

@@ -86,7 +86,7 @@ def test_the_order_of_records_does_not_matter(call: Run, made: list[dict[str, An
 @pytest.mark.slow
 def test_another_batch_size_is_listed_as_a_change(call: Run, made: list[dict[str, Any]]) -> None:
     result = call("replay", "a.jsonl", "--batch_size", "1")
-    assert "changed    decode_width: 2 in the record, 1 now" in result.out
+    assert "changed    batch_size: 2 in the record, 1 now" in result.out
     assert re.search(r"\d of 6 identical.*, log-probabilities within \d\.\de-0[567]", result.out)
 
 
@@ -95,7 +95,7 @@ def test_invariant_records_take_any_batch_size_and_are_replayed_by_any(call: Run
     assert call(*flags, "--num_samples", "2", "--output", "a.jsonl").code == 0
     assert call(*flags, "--num_samples", "4", "--output", "a.jsonl", "--batch_size", "3").code == 0
     records = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
-    assert [one["numerics"]["decode_width"] for one in records] == [None] * 4
+    assert [one["numerics"]["batch_size"] for one in records] == [None] * 4
     replayed = call("replay", "a.jsonl", "--batch_size", "1")
     assert replayed.code == 0
     assert replayed.out.splitlines()[-1] == "4 of 4 identical, log-probabilities equal to the bit"
@@ -168,7 +168,7 @@ def test_an_invalid_line_affects_no_other(call: Run, made: list[dict[str, Any]])
         "{",
         lines[0].replace('"seed": 0', '"seed": 999, "seed": 0'),
         lines[0].replace('"ids": [', '"ids": [1.0, '),
-        lines[0].replace('"decode_width": 2', '"decode_width": 65536'),
+        lines[0].replace('"batch_size": 2', '"batch_size": 65536'),
         lines[0].replace(settings, settings.replace('"window": 32', '"window": 32.0')),
         lines[0].replace(settings, settings.replace('"window": 32', '"window": 99')),
         "",
@@ -181,7 +181,7 @@ def test_an_invalid_line_affects_no_other(call: Run, made: list[dict[str, Any]])
         "skipped    line 2: it is not JSON: Expecting property name enclosed in double quotes at column 2",
         "skipped    line 3: it is not JSON: key 'seed' appears twice",
         "skipped    line 4: it is not a valid record: record.ids[0] must be integer",
-        "skipped    first sample 0: decode_width must be at most 4096 to be replayed: got 65536. Choose another "
+        "skipped    first sample 0: batch_size must be at most 4096 to be replayed: got 65536. Choose another "
         "batch_size for the replay",
         "skipped    line 6: it is not a valid record: record.settings.window must be integer",
         "skipped    first sample 0: window must be at most the run's own 32 (its learned positions): got 99",

@@ -19,7 +19,7 @@ def make_requests(count: int, **changes: Any) -> list[requests.Request]:
 
 
 def sequences_of(requested: list[requests.Request], width: int = 3) -> list[requests.Sequence]:
-    outputs = list(fakes.make_scheduler(width=width).run(requested, fakes.SHIFTED, measure=True))
+    outputs = list(fakes.make_scheduler(batch_size=width).run(requested, fakes.SHIFTED, measure=True))
     ended = sorted((one for one in outputs if one.finish_reason is not None), key=lambda output: output.index)
     for output in ended:
         pieces = [one.text for one in outputs if one.index == output.index]
@@ -98,7 +98,7 @@ def test_non_finite_weights_give_an_error_and_no_text() -> None:
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_outputs_are_sorted_by_request(width: int) -> None:
-    outputs = fakes.make_scheduler(width=width).run(make_requests(5), fakes.SHIFTED)
+    outputs = fakes.make_scheduler(batch_size=width).run(make_requests(5), fakes.SHIFTED)
     order = [output.index for output in requests.in_order(outputs)]
     assert order == sorted(order)
     assert order.count(0) == 30

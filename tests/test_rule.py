@@ -33,7 +33,7 @@ def neutral(logits_V: jax.Array, context_W: jax.Array, length: jax.Array) -> jax
 
 @pytest.fixture(scope="module")
 def run(tiny: Path) -> hipgpt_jax.Run:
-    decoding = hipgpt_jax.DecodingConfig(width=2)
+    decoding = hipgpt_jax.DecodingConfig(batch_size=2)
     return hipgpt_jax.load_run("tiny", decoding=decoding, where=tiny / "checkpoints/tiny")
 
 

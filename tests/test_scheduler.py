@@ -56,7 +56,7 @@ def narrow() -> scheduler.Scheduler:
 
 @pytest.fixture
 def wide() -> scheduler.Scheduler:
-    return fakes.make_scheduler(width=3)
+    return fakes.make_scheduler(batch_size=3)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def wide() -> scheduler.Scheduler:
 )
 def test_generation_matches_a_naive_loop_far_past_the_window(window: int, stride: int, width: int) -> None:
     """Prompts shorter than, equal to and longer than the window; slots of a batch slide at different steps."""
-    others = {"width": width} if width > 1 else {}
+    others = {"batch_size": width} if width > 1 else {}
     if (window, stride) != (WINDOW, 1):
         others |= {"window": window, "window_stride": stride}
     source = fakes.make_scheduler(**others)
@@ -164,7 +164,7 @@ def test_decoding_stops_after_eos(length: int, narrow: scheduler.Scheduler, monk
 def test_a_request_for_no_tokens_finishes_without_compiling(wide: scheduler.Scheduler) -> None:
     nothing = fakes.request(num_tokens=0)
     with fakes.compilations() as compiled:
-        outputs = list(fakes.make_scheduler(width=3).run([nothing] * 4))
+        outputs = list(fakes.make_scheduler(batch_size=3).run([nothing] * 4))
     assert [(one.index, one.token, one.finish_reason) for one in outputs] == [(i, None, "length") for i in range(4)]
     assert not compiled
     some = fakes.request(fakes.prompt(7), num_tokens=5)
@@ -182,7 +182,7 @@ def test_requests_are_consumed_lazily(width: int, ahead: int) -> None:
             taken.append(sample)
             yield fakes.request(num_tokens=2, sample=sample)
 
-    outputs = fakes.make_scheduler(width=width).run(endless())
+    outputs = fakes.make_scheduler(batch_size=width).run(endless())
     for _ in range(2 * width):
         next(outputs)
     assert len(taken) == width + ahead
@@ -225,7 +225,7 @@ def test_in_order_sorts_by_sample_and_delays_only_later_samples(lengths: list[in
 
 def test_a_freed_slot_is_reused_by_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long and short requests in three slots: exact tokens, none sampled in excess, and few steps."""
-    source = fakes.make_scheduler(width=3)
+    source = fakes.make_scheduler(batch_size=3)
     steps: list[int] = []
     tokens: list[int] = []
     decode = engine.Engine.decode
@@ -296,10 +296,10 @@ def test_replicas_generate_the_tokens_of_a_single_replica() -> None:
         backends.backend_for("cpu", dataclasses.replace(MODEL, embed_dim=512, ff_hidden_dim=2048), 11, 64).num_replicas
         == 1
     )
-    wide = fakes.make_scheduler(width=16)
+    wide = fakes.make_scheduler(batch_size=16)
     requested = [fakes.request(fakes.prompt(n % 7 + 1), num_tokens=n % 5 + 6, sample=n) for n in range(40)]
     sampled = fakes.tokens_of(wide, requested)
-    assert sampled == fakes.tokens_of(fakes.make_scheduler(width=8), requested)
+    assert sampled == fakes.tokens_of(fakes.make_scheduler(batch_size=8), requested)
     assert sampled == [naive(one, WINDOW, 1) for one in requested]
     events_of = [[(event.index, event.token) for event in wide.run(requested)] for _ in range(2)]
     assert events_of[0] == events_of[1]
@@ -317,7 +317,7 @@ def test_replicas_generate_the_tokens_of_a_single_replica() -> None:
 )
 def test_nothing_compiles_after_the_first_token(width: int, length: int, stride: int, measure: bool) -> None:
     """Neither at the next cache block, nor when the window slides, nor at the length it slides back to."""
-    source = fakes.make_scheduler.__wrapped__(width=width, window_stride=stride)
+    source = fakes.make_scheduler.__wrapped__(batch_size=width, window_stride=stride)
     request = fakes.request(fakes.prompt(length), num_tokens=WINDOW + 9, top_logprobs=3)
     stream = source.run([request], measure=measure)
     next(stream)
@@ -329,7 +329,7 @@ def test_nothing_compiles_after_the_first_token(width: int, length: int, stride:
 @pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_alternatives_compile_once_within_the_window_and_once_past_it(width: int) -> None:
     """A program returns several tokens within the window and one past it, so the shapes differ."""
-    source = fakes.make_scheduler.__wrapped__(width=width)
+    source = fakes.make_scheduler.__wrapped__(batch_size=width)
     for num_tokens, expected in ((4, 1), (WINDOW, 1), (WINDOW, 0)):
         with fakes.compilations() as compiled:
             sampled = source.run([fakes.request((5,), num_tokens=num_tokens + 1, top_logprobs=3)], measure=True)
@@ -340,7 +340,7 @@ def test_alternatives_compile_once_within_the_window_and_once_past_it(width: int
 @pytest.mark.slow
 def test_two_replicas_compile_each_program_once() -> None:
     """In a new scheduler, both replicas prefill prompts of one bucket at the same time."""
-    fresh = scheduler.Scheduler(MODEL, fakes.random_params(MODEL), config.DecodingConfig(width=16))
+    fresh = scheduler.Scheduler(MODEL, fakes.random_params(MODEL), config.DecodingConfig(batch_size=16))
     requested = [fakes.request(fakes.prompt(3), sample=n, num_tokens=4) for n in range(16)]
     with fakes.compilations() as names:
         fakes.tokens_of(fresh, requested)

@@ -143,7 +143,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     for name, other in {"seed": 8, "temperature": 0.5, "stop": ["x"], "prompt": "Not to be"}.items():
         with pytest.raises(ValueError, match=said.format(name)):
             out.check_prompt("p1", {**own, name: other})
-    changes = {"window": 9, "weights": "0" * 64, "decode_width": 2, "environment": ["jax_enable_x64=True"]}
+    changes = {"window": 9, "weights": "0" * 64, "batch_size": 2, "environment": ["jax_enable_x64=True"]}
     for name, other in changes.items():
         with pytest.raises(ValueError, match=said.format(name)):
             out.check_shared({**shared, name: other})

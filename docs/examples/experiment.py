@@ -45,7 +45,7 @@ def distinct_pairs(sample: hipgpt_jax.Record) -> float:
 def main() -> None:
     """Runs the experiment and prints its table."""
     FOLDER.mkdir(exist_ok=True)
-    run = hipgpt_jax.load_run("shakespeare", decoding=hipgpt_jax.DecodingConfig(width=SAMPLES))
+    run = hipgpt_jax.load_run("shakespeare", decoding=hipgpt_jax.DecodingConfig(batch_size=SAMPLES))
     results = {temperature: condition(run, temperature) for temperature in TEMPERATURES}
     for measure in (bits_per_token, distinct_pairs):
         print(f"{measure.__name__}, and its paired difference from temperature {TEMPERATURES[0]} ± standard error")

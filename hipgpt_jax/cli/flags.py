@@ -23,7 +23,7 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
             "Tokens dropped at a time once the window is full; 1 is exact, N recomputes the window every N tokens.",
         ),
         "overflow": ("overflow", "When the window is full: slide it, end the sample, or refuse it as an error."),
-        "width": ("batch_size", "Samples decoded in parallel; part of the numerics."),
+        "batch_size": ("batch_size", "Samples decoded in parallel; part of the numerics."),
         "dtype": ("dtype", "Compute dtype; part of the numerics."),
         "numerics": (
             "numerics",

@@ -84,7 +84,7 @@ def _generate() -> None:
             generation = dataclasses.replace(generation, seed=_draw_seed(records))
         plan = planning.Plan(source, prompts, sampling, generation, records)
         device = program.start_device(_DEVICE.value, decoding.dtype)
-        if device.platform == "cpu" and decoding.width >= _MANY_SLOTS:
+        if device.platform == "cpu" and decoding.batch_size >= _MANY_SLOTS:
             program.keep_freed_memory(verbose=_VERBOSE.value)  # a step of 64 slots of GPT-2 takes 132 ms instead of 163
         parent = checkpoint.directory.parent
         root = "the package" if parent == directory.SHIPPED else f"{parent}/"

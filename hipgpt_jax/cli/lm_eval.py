@@ -68,7 +68,7 @@ class HipGPT(_model.TemplateLM):
         width = config.as_int(int(batch_size) if str(batch_size).isdigit() else batch_size)
         if width is None:
             raise ValueError(f"batch_size must be a number: got {batch_size!r}")
-        decoding = config.DecodingConfig(window=max_length, width=width, dtype=dtype, numerics=numerics)
+        decoding = config.DecodingConfig(window=max_length, batch_size=width, dtype=dtype, numerics=numerics)
         self._run = api.load_run(
             str(run), step, device="auto" if device in (None, "cuda:0") else device, decoding=decoding
         )

@@ -61,7 +61,7 @@ class Scheduler:
         self._decoding = decoding
         platform = platform or jax.default_backend()
         invariant = decoding.numerics == "invariant"
-        backend = backends.backend_for(platform, model, self.window, decoding.width, invariant=invariant)
+        backend = backends.backend_for(platform, model, self.window, decoding.batch_size, invariant=invariant)
         self._programs = executables.Executables(
             model, decoding.dtype, self.window, decoding.window_stride, attention, backend
         )

@@ -133,7 +133,7 @@ class Numerics:
         cores: CPU cores available to the process.
         dtype: Type of the arithmetic.
         attention: Implementation of attention over the prompt, ``xla`` or ``cudnn``.
-        decode_width: Slots of the decode step, ``--batch_size``; None if the arithmetic is invariant to it.
+        batch_size: Slots of the decode step, ``--batch_size``; None if the arithmetic is invariant to it.
         xla_flags: ``XLA_FLAGS``, with paths cut to file names.
         environment: Settings of JAX and of GPU libraries that can change a number, if not at their defaults.
     """
@@ -146,7 +146,7 @@ class Numerics:
     cores: int
     dtype: str
     attention: str
-    decode_width: int | None
+    batch_size: int | None
     xla_flags: str
     environment: tuple[str, ...]
 

@@ -42,7 +42,7 @@ class Recorder:
             cores=numerics.cores(),
             dtype=decoding.dtype,
             attention=device.attention(decoding.dtype, checkpoint.model.head_dim),
-            decode_width=None if decoding.numerics == "invariant" else decoding.width,
+            batch_size=None if decoding.numerics == "invariant" else decoding.batch_size,
             xla_flags=numerics.xla_flags(),
             environment=numerics.environment(),
         )

@@ -7,31 +7,31 @@ from hipgpt_jax.generation import requests
 from hipgpt_jax.records import record
 
 # The engine allocates KV cache for every slot, however few records there are.
-MAX_WIDTH = 4096
-_INVARIANT_WIDTH = 16  # of records whose tokens do not depend on it
+MAX_BATCH_SIZE = 4096
+_INVARIANT_BATCH_SIZE = 16  # of records whose tokens do not depend on it
 
 
-def decoding_config(recorded: record.Record, width: int | None = None) -> config.DecodingConfig:
+def decoding_config(recorded: record.Record, batch_size: int | None = None) -> config.DecodingConfig:
     """Returns the decoding configuration of a record.
 
     Args:
         recorded: The record.
-        width: Batch size that replaces the record's.
+        batch_size: Batch size that replaces the record's.
 
     Raises:
-        ValueError: A value is out of range, or the record's batch size is above ``MAX_WIDTH``.
+        ValueError: A value is out of range, or the record's batch size is above ``MAX_BATCH_SIZE``.
     """
-    recorded_width = recorded.numerics.decode_width
-    if width is None:
-        width = _INVARIANT_WIDTH if recorded_width is None else recorded_width
-        if width > MAX_WIDTH:
+    recorded_size = recorded.numerics.batch_size
+    if batch_size is None:
+        batch_size = _INVARIANT_BATCH_SIZE if recorded_size is None else recorded_size
+        if batch_size > MAX_BATCH_SIZE:
             raise ValueError(
-                f"decode_width must be at most {MAX_WIDTH} to be replayed: got {width}. "
+                f"batch_size must be at most {MAX_BATCH_SIZE} to be replayed: got {batch_size}. "
                 f"Choose another batch_size for the replay"
             )
     decoding, _, _ = recorded.settings.configs()
-    numerics = "invariant" if recorded_width is None else "fast"
-    return dataclasses.replace(decoding, width=width, dtype=recorded.numerics.dtype, numerics=numerics)
+    numerics = "invariant" if recorded_size is None else "fast"
+    return dataclasses.replace(decoding, batch_size=batch_size, dtype=recorded.numerics.dtype, numerics=numerics)
 
 
 def request(recorded: record.Record) -> requests.Request:

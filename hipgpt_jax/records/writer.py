@@ -40,7 +40,7 @@ def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: rec
 
     Versions and the processor are not among them, so that a file may be resumed after an upgrade.
     """
-    names = ("platform", "device_kind", "dtype", "attention", "decode_width", "xla_flags")
+    names = ("platform", "device_kind", "dtype", "attention", "batch_size", "xla_flags")
     return {
         **{name: getattr(settings, name) for name in ("window", "window_stride", "overflow")},
         "weights": run.weights_sha256,

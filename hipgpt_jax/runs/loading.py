@@ -41,7 +41,7 @@ class RunFiles:
     Attributes:
         checkpoint: The step and its files.
         vocabulary: Tokenizer of the run.
-        decoding: Window, stride, overflow rule, width and type of the arithmetic.
+        decoding: Window, stride, overflow rule, batch size and type of the arithmetic.
     """
 
     checkpoint: directory.Checkpoint
@@ -115,7 +115,7 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
     Args:
         name: Name of the run.
         step: Training step, or ``best``; None for the latest.
-        decoding: Window, stride, overflow rule, width and type of the arithmetic.
+        decoding: Window, stride, overflow rule, batch size and type of the arithmetic.
         path: Directory of the run; None finds it by name.
 
     Raises:
@@ -123,7 +123,7 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
         ValueError: A file is not the one named by the config, or ``decoding`` does not fit the model.
     """
     checkpoint = directory.read_checkpoint(name, step, path)
-    _check_memory(decoding.width, decoding.resolve_window(checkpoint.model), checkpoint.model.vocab_size)
+    _check_memory(decoding.batch_size, decoding.resolve_window(checkpoint.model), checkpoint.model.vocab_size)
     checkpoint.verify()
     vocabulary = tokenizer.Tokenizer.load(checkpoint.tokenizer)
     if vocabulary.vocab_size != checkpoint.model.vocab_size:
@@ -158,12 +158,12 @@ def read_initial(init_from: initial.Initial, model: config.ModelConfig) -> dict[
     return params
 
 
-def _check_memory(width: int, window: int, vocab_size: int) -> None:
+def _check_memory(batch_size: int, window: int, vocab_size: int) -> None:
     """Raises ValueError if the smallest part of the decode state exceeds the machine's memory."""
-    needed = width * (12 * vocab_size + 4 * window)  # logits, bias and counts of tokens; ids of the context
+    needed = batch_size * (12 * vocab_size + 4 * window)  # logits, bias and counts of tokens; ids of the context
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise ValueError(
-            f"width must be smaller: {config.shortened(width)} slots need at least {needed / 2**30:.3g} GiB of memory, "
-            f"and this machine has {present / 2**30:.3g}"
+            f"batch_size must be smaller: {config.shortened(batch_size)} slots need at least {needed / 2**30:.3g} GiB "
+            f"of memory, and this machine has {present / 2**30:.3g}"
         )

@@ -117,7 +117,7 @@ def training(
 
 
 def _sampled(model: config.ModelConfig, params: Any, attention: str, width: int, num_tokens: int) -> table.Request:
-    generator = scheduler.Scheduler(model, params, config.DecodingConfig(width=width, dtype=DTYPE), attention)
+    generator = scheduler.Scheduler(model, params, config.DecodingConfig(batch_size=width, dtype=DTYPE), attention)
     generation = config.GenerationConfig(num_tokens=num_tokens)
     prompts = np.random.RandomState(width).randint(0, model.vocab_size, (width, _PROMPT_TOKENS)).tolist()
     batch = [

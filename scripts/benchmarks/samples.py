@@ -30,7 +30,7 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     device = devices.start("cpu", lambda line: None)
     narrow, wide = (
         api.Run(
-            loading.open_run("run", None, config.DecodingConfig(width=width), directory),
+            loading.open_run("run", None, config.DecodingConfig(batch_size=width), directory),
             device,
             provenance.Invocation(),
         )

@@ -26,7 +26,7 @@ def rows_of(model: config.ModelConfig, options: argparse.Namespace, directory: P
     torch, hugging_face = peers.torch(), peers.hugging_face(model, params, directory)
 
     def ours(prompts: np.ndarray) -> table.Request:
-        generator = scheduler.Scheduler(model, params, config.DecodingConfig(width=len(prompts)))
+        generator = scheduler.Scheduler(model, params, config.DecodingConfig(batch_size=len(prompts)))
         generation = config.GenerationConfig(num_tokens=num_tokens)
         batch = [
             requests.Request(
