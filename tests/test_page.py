@@ -143,10 +143,10 @@ def test_colours_go_by_surprise() -> None:
     ]
 
 
-def test_shared_facts_are_in_the_header_and_others_with_the_samples() -> None:
+def test_shared_facts_are_beside_the_text_and_others_with_the_samples() -> None:
     warm = dataclasses.replace(records.SETTINGS, temperature=1.5)
     text = page.render([records.make_record(), records.make_record(sample=1, settings=warm)], "t")
-    head, body = text.split("</header>")
+    head, body = text.split("</aside>")
     for value in ("shakespeare", "abababababab", "ab" * 32, "0.10.2", "hipgpt-generate --prompt"):
         assert value in head
     assert "<dt>temperature</dt><dd>1.0</dd>" not in head
@@ -156,8 +156,8 @@ def test_shared_facts_are_in_the_header_and_others_with_the_samples() -> None:
     assert "<dt>top k</dt>" not in body
 
 
-def test_all_facts_are_in_the_header() -> None:
-    head = page.render([records.make_record()], "t").partition("</header>")[0]
+def test_all_facts_are_beside_the_text() -> None:
+    head = page.render([records.make_record()], "t").partition("</aside>")[0]
     parts = (record.Run, record.Settings, record.Numerics, provenance.Versions)
     names = [field.name.replace("_", " ") for part in parts for field in dataclasses.fields(part)]
     assert [name for name in names if f"<dt>{name}</dt>" not in head] == []

@@ -89,7 +89,7 @@ class Page:
         yield _head(self.title)
         yield f"<header><h1>{escape(self.title)}</h1>"
         yield f'<p class="lede">{count(self.samples, "sample")} of {count(self.prompts, "prompt")}, '
-        yield f"{count(self.tokens, 'token')}</p>{_shared(values)}</header><main>\n"
+        yield f"{count(self.tokens, 'token')}</p></header><aside>{_shared(values)}</aside><main>\n"
         for prompt in self._prompts.values():
             yield f'<section>{prompt.heading}<div class="samples">\n'
             for facts, before, after in prompt.samples:
