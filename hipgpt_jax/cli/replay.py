@@ -151,9 +151,11 @@ def _replay() -> None:
     device = program.start_device(_DEVICE.value)
     tally = _Tally()
     load = functools.lru_cache(maxsize=2)(_load)
-    for key, group in itertools.groupby(_entries(path, chosen), lambda entry: entry.group):
-        for line in _lines(tally, functools.partial(load, *key, device) if key else None, group):
-            print(line, flush=True)
+    with program.spinner("compiling") as stop:
+        for key, group in itertools.groupby(_entries(path, chosen), lambda entry: entry.group):
+            for line in _lines(tally, functools.partial(load, *key, device) if key else None, group):
+                stop()
+                print(line, flush=True)
     for change in sorted(tally.changes):
         print(f"changed    {change}")
     if tally.unused:
