@@ -183,6 +183,7 @@ def test_every_flag_is_classified_as_text_or_not() -> None:
         "unit",
         "tokenizer-path",
         "weights-dtype",
+        "init-from",
         "mesh",
         "coordinator",
     }
