@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from hipgpt_jax.version import __version__ as __version__
 
-__all__ = ["DecodingConfig", "Prompt", "Record", "Run", "SamplingConfig", "__version__", "load_run"]
+__all__ = ["DecodingConfig", "Prompt", "Record", "Run", "SamplingConfig", "__version__", "load_run", "train"]
 
 if TYPE_CHECKING:
     from hipgpt_jax.api import Prompt as Prompt
     from hipgpt_jax.api import Run as Run
     from hipgpt_jax.api import load_run as load_run
+    from hipgpt_jax.cli.train import train as train
     from hipgpt_jax.config import DecodingConfig as DecodingConfig
     from hipgpt_jax.config import SamplingConfig as SamplingConfig
     from hipgpt_jax.records.record import Record as Record
@@ -23,6 +24,7 @@ _HOMES = {
     "Record": "hipgpt_jax.records.record",
     "Run": "hipgpt_jax.api",
     "load_run": "hipgpt_jax.api",
+    "train": "hipgpt_jax.cli.train",
     "DecodingConfig": "hipgpt_jax.config",
     "SamplingConfig": "hipgpt_jax.config",
 }

@@ -9,13 +9,16 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fakes
 import jax
+import numpy as np
 import programs
 import pytest
 import safetensors
 
+import hipgpt_jax
 from hipgpt_jax.cli import train_report
 
 TINY = (
@@ -164,6 +167,41 @@ def test_a_run_killed_between_its_state_and_its_weights_gets_them_when_it_resume
         (directory / name).unlink()
     assert run(*flags, "--resume").code == 0
     assert (directory / "latest_checkpoint.bin").read_bytes() == whole
+
+
+def test_several_seeds_are_several_runs_with_their_mean(run, work: Path) -> None:
+    flags = (*TINY, "--run-name", "r", "--steps", "3", "--ckpt-every", "2")
+    assert run(*flags, "--seeds", "5").code == 0
+    result = run(*flags, "--seeds", "5,6", "--resume")
+    *log, header, first, second, mean = result.out.splitlines()
+    assert not [line for line in log if "Step 1]" in line and "Validation" in line]
+    assert header.split() == ["lowest", "validation", "loss", "step", "nats/token", "nats/byte"]
+    losses = [
+        min(line["validation_nats_per_byte"] for line in metrics(work, f"r_seed{n}") if "validation_loss" in line)
+        for n in (5, 6)
+    ]
+    for name, line, loss in zip(("r_seed5", "r_seed6"), (first, second), losses, strict=True):
+        assert (line.split()[0], line.split()[-1]) == (name, f"{loss:.4f}")
+    assert mean.endswith(f", {np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f} nats per byte")
+    assert run(*TINY, "--run-name", "one", "--steps", "3", "--ckpt-every", "2", "--seed", "5").code == 0
+    assert metrics(work, "one") == metrics(work, "r_seed5")
+
+
+def test_python_trains_the_run_of_the_command_line_and_gets_its_metrics(run, work: Path) -> None:
+    flags = (*TINY, "--run-name", "r", "--steps", "3", "--log-every", "1")
+    assert run(*flags).code == 0
+    lines: list[dict[str, float]] = []
+    settings: dict[str, Any] = {
+        name[2:].replace("-", "_"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)
+    }
+    name = hipgpt_jax.train(**settings, run_name="own", steps=3, log_every=1, on_metrics=lines.append)
+    assert name == "own"
+    clock = ("milliseconds", "tokens_per_second")
+    assert [{key: line[key] for key in line if key not in clock} for line in lines] == metrics(work, "r")
+    with pytest.raises(ValueError, match=r"unknown flag --stepz: did you mean --steps\?"):
+        hipgpt_jax.train(stepz=3)
+    with pytest.raises(ValueError, match="run 'own' exists already: --resume continues it"):
+        hipgpt_jax.train(**settings, run_name="own")
 
 
 def test_a_directory_that_is_no_run_is_left_alone(run, work: Path) -> None:
@@ -351,6 +389,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(run, work: Path) -> None:
         (("--mesh", "rows=2"), "mesh must be such as data=4,model=2"),
         (("--mesh", "model=3"), r"mesh .* divides h_0.attn.c_proj.kernel of shape \(16, 16\) by 3: 16 does not"),
         (("--extend",), "--extend needs --resume"),
+        (("--seeds", "0,0"), "--seeds must be different seeds, at least one: got '0,0'"),
+        (("--seeds", "0,x"), "--seeds must be an integer of at least 0 .*: got 'x'"),
+        (("--seeds", "1", "--seed", "2"), "--seed and --seeds are both given"),
+        (("--patience", "-1"), "--patience must be an integer of at least 0"),
         (("--num_processes", "2"), "--coordinator, --num_processes and --process_id go together"),
         (("--tokenizer-path", "none.json"), "tokenizer not found: none.json"),
     ],

@@ -162,7 +162,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *("stream", "echo", "separator", "output", "overwrite", "html", "title", "metrics", "unit", "smooth", "mean"),
         *("sample-prompt", "weights-dtype", "tensorboard", "verbose"),
     ),
-    "Existing runs": ("reset", "resume", "extend"),
+    "Several and existing runs": ("seeds", "reset", "resume", "extend"),
     "Devices": ("device", "mesh", "distributed", "coordinator", "num_processes", "process_id"),
 }
 

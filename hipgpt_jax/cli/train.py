@@ -8,21 +8,24 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import absl.flags
 
 from hipgpt_jax import config, devices, processes, training_config
-from hipgpt_jax.cli import program, train_flags, train_init, train_report, train_start
+from hipgpt_jax.cli import arguments, program, train_flags, train_init, train_report, train_start
 from hipgpt_jax.runs import initial
 from hipgpt_jax.text import dataset, manifest
 
 if TYPE_CHECKING:
-    from hipgpt_jax.training import mesh
+    from hipgpt_jax.training import loop, mesh
 
 SUMMARY = """Train a GPT-2-style model on a text and save it in checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C,
 SIGTERM or SIGHUP finishes the step, saves, and prints the command that resumes. Examples:
 
   hipgpt-train --data-path data/data.txt --run-name my_run
-  hipgpt-train --flagfile=configs/shakespeare.flags"""
+  hipgpt-train --flagfile=configs/shakespeare.flags
+  hipgpt-train --data-path data/data.txt --run-name my_run --seeds 0,1,2"""
 
 
 def main() -> None:
@@ -30,7 +33,60 @@ def main() -> None:
     for name in ("absl", "asyncio"):  # Orbax logs a traceback there of what it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
-    program.run("train", SUMMARY, train_flags.FLAGS, _train)
+    program.run("train", SUMMARY, train_flags.FLAGS, _train_all)
+
+
+def train(*, on_metrics: Callable[[dict[str, Any]], None] | None = None, **flags: Any) -> str:
+    """Trains a run from Python, as ``hipgpt-train`` does.
+
+    Args:
+        on_metrics: Called with each line of ``metrics.jsonl``, once it is written: the step and its numbers.
+        **flags: Flags of ``hipgpt-train`` with ``_`` for ``-``; a list for a flag that may be repeated.
+
+    Returns:
+        Name of the run, for ``load_run``.
+
+    Raises:
+        ValueError: A flag is unknown or invalid, or the run cannot be trained.
+        OSError: A file cannot be read or written.
+        FloatingPointError: A loss or a gradient is not finite.
+    """
+    words: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no'}{name}")
+        else:
+            words += [f"--{name}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
+    try:
+        arguments.parse(train_flags.FLAGS, words)
+    except absl.flags.Error as error:
+        raise ValueError(str(error)) from error
+    if train_flags.SEEDS.value:
+        raise ValueError("seeds is an option of the command line: call train once per seed, with names of their own")
+    return _train(on_metrics).run
+
+
+class _Trained(NamedTuple):
+    """A run that was trained, and how that ended."""
+
+    run: str
+    result: "loop.TrainResult"
+
+
+def _train_all() -> None:
+    """Trains the run of the flags, or one per seed of ``--seeds``."""
+    seeds = train_flags.seeds()
+    if not seeds:
+        _train()
+        return
+    runs: list[str] = []
+    for seed in seeds:
+        with train_flags.seeded(seed):
+            trained = _train()
+        if not trained.result.completed:
+            return
+        runs.append(trained.run)
+    print("\n".join(train_report.compare(runs)), flush=True)
 
 
 def _show_unraisable(show: Callable[..., Any], unraisable: "sys.UnraisableHookArgs") -> None:
@@ -39,7 +95,7 @@ def _show_unraisable(show: Callable[..., Any], unraisable: "sys.UnraisableHookAr
         show(unraisable)
 
 
-def _train() -> None:
+def _train(on_metrics: Callable[[dict[str, Any]], None] | None = None) -> _Trained:
     train = train_flags.train_config()
     train_start.check_flags(train)
     base = train_init.find_base()
@@ -66,7 +122,7 @@ def _train() -> None:
         layout.shardings_for(train_step.param_shapes(model))  # a mesh that does not fit is an error before any write
         if is_distributed and jax.process_index() == 0:
             start = stack.enter_context(train_start.open_run(base))
-        _run(model, base.init_from if base else None, train, start, device, layout)
+        return _run(model, base.init_from if base else None, train, start, device, layout, on_metrics)
 
 
 def _run(
@@ -76,7 +132,8 @@ def _run(
     start: train_start.Start | None,
     device: devices.Device,
     layout: "mesh.Layout",
-) -> None:
+    on_metrics: Callable[[dict[str, Any]], None] | None,
+) -> _Trained:
     """Trains; ``start`` is None in all processes except the first."""
     import jax
 
@@ -119,6 +176,8 @@ def _run(
     with train_report.stopping() as should_stop, train_report.reporting(job, should_stop, resume_step) as report:
         if start:
             report = dataclasses.replace(report, saved=start.delete_replaced_run)
+        if on_metrics:
+            report = dataclasses.replace(report, metrics=functools.partial(_call_all, report.metrics, on_metrics))
         result = loop.train(job, report, resume_step=resume_step)
     if start:
         if result.stopped_early:
@@ -131,6 +190,13 @@ def _run(
             program.note(f"done: {program.shell_command(words)}")
         else:
             program.note(f"stopped and saved at step {result.step}; to resume: {train_flags.resume_command(run)}")
+    return _Trained(run, result)
+
+
+def _call_all(*arguments: Any) -> None:
+    *functions, line = arguments
+    for function in functions:
+        function(line)
 
 
 def _note_warmup(train: training_config.TrainConfig) -> None:

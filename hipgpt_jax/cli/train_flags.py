@@ -1,13 +1,16 @@
 """The flags of ``hipgpt-train``."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import absl.flags
 
 from hipgpt_jax import config, training_config
 from hipgpt_jax.cli import flags, program
+from hipgpt_jax.runs import directory
 
 FLAGS = absl.flags.FlagValues()
 _string = functools.partial(absl.flags.DEFINE_string, flag_values=FLAGS)
@@ -35,6 +38,12 @@ RUN_NAME = _string(
 )
 flags.define_config(FLAGS, config.ModelConfig)
 flags.define_config(FLAGS, training_config.TrainConfig)
+SEEDS = absl.flags.DEFINE_list(
+    "seeds",
+    None,
+    "Train one run per seed, such as 0,1,2, named by --run-name and _seed0, and print the mean of their losses.",
+    flag_values=FLAGS,
+)
 SAMPLE_PROMPT = _string("sample-prompt", "\n", "Prompt of the text samples.")
 WEIGHTS_DTYPE = absl.flags.DEFINE_enum(
     "weights-dtype", "float32", training_config.WEIGHTS_DTYPES, "Type of the weights on disk.", flag_values=FLAGS
@@ -76,8 +85,54 @@ def train_config() -> training_config.TrainConfig:
     return flags.build(training_config.TrainConfig, FLAGS)
 
 
+def seeds() -> list[int]:
+    """Returns the seeds of ``--seeds``, or none.
+
+    Raises:
+        ValueError: One is not a seed or is given twice, or another flag contradicts ``--seeds``.
+    """
+    if SEEDS.value is None:
+        return []
+    numbers = [
+        config.require_int(
+            "--seeds", int(one) if one.isdigit() else one, 0, "seeds, separated by commas", config.MAX_SEED
+        )
+        for one in SEEDS.value
+    ]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"--seeds must be different seeds, at least one: got {','.join(SEEDS.value)!r}")
+    if FLAGS["seed"].present:
+        raise ValueError("--seed and --seeds are both given: give one of them")
+    if DISTRIBUTED.value or COORDINATOR.value:
+        raise ValueError("--seeds trains one run after the other in this process: start one job per --seed instead")
+    if RUN_NAME.value is None:
+        raise ValueError("--seeds needs --run-name, to which _seed and the seed are added")
+    return numbers
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Gives the flags the seed and the name of one of the runs of ``--seeds``, until the end of the block.
+
+    ``--resume`` resumes those runs that exist.
+    """
+    name, resumes = RUN_NAME.value or "", RESUME.value
+    own = f"{name.rstrip('/')}_seed{seed}"
+    changes = {"seed": seed, "run-name": own, "resume": resumes and directory.new(own, FLAGS.steps).is_dir()}
+    before = {flag: FLAGS[flag].value for flag in changes}
+    try:
+        for flag, value in changes.items():
+            FLAGS[flag].value = value
+        yield
+    finally:
+        for flag, value in before.items():
+            FLAGS[flag].value = value
+
+
 def resume_command(run: str) -> str:
     """Returns the command that resumes a run, with all flags that were given, also in flag files."""
+    if SEEDS.value is not None:
+        run = run.removesuffix(f"_seed{FLAGS.seed}")
     words = [*program.command("train"), "--run-name", run]
     for name in FLAGS:
         flag = FLAGS[name]
@@ -87,5 +142,7 @@ def resume_command(run: str) -> str:
             words.append(f"--{'' if flag.value else 'no'}{name}")
         else:
             values: Any = flag.value if isinstance(flag, absl.flags.MultiFlag) else [flag.value]
+            if name == "seeds":
+                values = [",".join(values[0])]
             words += [word for value in values for word in (f"--{name}", str(value))]
     return program.shell_command([*words, "--resume"])

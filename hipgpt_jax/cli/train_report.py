@@ -3,14 +3,16 @@
 import contextlib
 import functools
 import signal
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hipgpt_jax import config
 from hipgpt_jax.cli import program, train_flags
-from hipgpt_jax.runs import reset
+from hipgpt_jax.report import curves
+from hipgpt_jax.runs import directory, reset
 from hipgpt_jax.text import manifest, tokenizer
 
 if TYPE_CHECKING:
@@ -131,6 +133,26 @@ def reporting(job: "loop.Job", should_stop: Callable[[], bool], resume_step: int
             metrics=events.append if events else lambda line: None,
             sample=_sampling(job, log, events),
             should_stop=should_stop,
+        )
+
+
+def compare(runs: Sequence[str]) -> Iterator[str]:
+    """Yields a table of the lowest validation loss of each run, and their mean and standard deviation."""
+    found = [curves.read(directory.new(run, 0) / directory.METRICS_NAME, run) for run in runs]
+    columns = [(unit, [run.validation("loss", unit) for run in found]) for unit in reversed(curves.UNITS)]
+    width = max(len("lowest validation loss"), *map(len, runs))
+    yield f"{'lowest validation loss':{width}}  {'step':>6}" + "".join(f"  nats/{unit}" for unit, _ in columns)
+    for number, run in enumerate(runs):
+        lowest = [min(each[number].values) for _, each in columns]
+        step = columns[0][1][number].steps[columns[0][1][number].values.index(lowest[0])]
+        yield f"{run:{width}}  {step:>6}" + "".join(
+            f"  {value:>{len(unit) + 5}.4f}" for value, (unit, _) in zip(lowest, columns, strict=True)
+        )
+    if len(runs) > 1:
+        means = [[min(curve.values) for curve in each] for _, each in columns]
+        yield f"mean of {len(runs)} runs ± standard deviation: " + ", ".join(
+            f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} nats per {unit}"
+            for values, (unit, _) in zip(means, columns, strict=True)
         )
 
 
