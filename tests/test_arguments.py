@@ -186,7 +186,6 @@ def test_every_flag_is_classified_as_text_or_not() -> None:
         "init-from",
         "mesh",
         "coordinator",
-        "init-from",
         "seeds",
     }
     strings = {
