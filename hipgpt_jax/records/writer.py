@@ -40,12 +40,13 @@ def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: rec
 
     Versions and the processor are not among them, so that a file may be resumed after an upgrade.
     """
-    names = ("platform", "device_kind", "dtype", "attention", "batch_size", "xla_flags")
+    names = ("platform", "device_kind", "dtype", "attention", "xla_flags")
     return {
         **{name: getattr(settings, name) for name in ("window", "window_stride", "overflow")},
         "weights": run.weights_sha256,
         "tokenizer": run.tokenizer_sha256,
         **{name: getattr(numerics, name) for name in names},
+        "batch_size": "of any size (invariant numerics)" if numerics.batch_size is None else numerics.batch_size,
         "environment": list(numerics.environment),
     }
 
