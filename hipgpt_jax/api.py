@@ -76,6 +76,7 @@ class Run:
         self.recorder = recorder.Recorder(files, device, invocation, self.load_seconds)
         self.rule: str | None = None
         self._ruled: dict[Rule, Run] = {}
+        self._has_generated = False
 
     def __repr__(self) -> str:
         return f"<Run {', '.join(f'{name} {fact}' for name, fact in self._facts().items())}>"
@@ -113,7 +114,7 @@ class Run:
         description = provenance.describe_rule(rule)
         if rule not in self._ruled:
             other = copy.copy(self)
-            other.rule, other._ruled = description, {}
+            other.rule, other._ruled, other._has_generated = description, {}, False
             other._scheduler = self._scheduler.with_rule(rule)
             self._ruled[rule] = other
         return self._ruled[rule]
@@ -146,7 +147,9 @@ class Run:
             ValueError: A prompt is empty, two different ones have one id, or a value is out of range.
         """
         run = self if rule is None else self.with_rule(rule)
-        return notebook.Records(notebook.progress(run.records(prompts, settings, seed, num_samples, **more)))
+        records = run.records(prompts, settings, seed, num_samples, **more)
+        compiles, run._has_generated = not run._has_generated, True
+        return notebook.Records(notebook.progress(records, compiles=compiles))
 
     def records(
         self,

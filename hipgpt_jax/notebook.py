@@ -1,5 +1,6 @@
 """Display of runs and records in notebooks."""
 
+import functools
 import html
 import importlib
 import sys
@@ -46,12 +47,18 @@ def table(facts: Mapping[str, object]) -> str:
     return f"<table>{rows}</table>"
 
 
-def progress(records: Iterable[record.Record]) -> Iterator[record.Record]:
-    """Yields records; in a notebook, shows their number and the speed below the cell."""
+def progress(records: Iterable[record.Record], *, compiles: bool) -> Iterator[record.Record]:
+    """Yields records; in a notebook, shows their number and the speed below the cell unless they take no time.
+
+    Args:
+        records: The records.
+        compiles: Whether the first one takes long.
+    """
     if "ipykernel" not in sys.modules:
         yield from records
         return
-    shown = importlib.import_module("IPython.display").display(_plain("compiling"), raw=True, display_id=True)
+    display = functools.partial(importlib.import_module("IPython.display").display, raw=True, display_id=True)
+    shown = display(_plain("compiling")) if compiles else None
     started = updated = time.monotonic()
     number = tokens = 0
     for each in records:
@@ -59,8 +66,10 @@ def progress(records: Iterable[record.Record]) -> Iterator[record.Record]:
         number, tokens, now = number + 1, tokens + len(each.ids), time.monotonic()
         if now - updated >= _SECONDS_BETWEEN_UPDATES:
             updated = now
+            shown = shown or display(_plain(""))
             shown.update(_plain(f"{number} samples, {tokens / (now - started):.0f} tokens/s"), raw=True)
-    shown.update(_plain(f"{number} samples, {tokens} tokens in {time.monotonic() - started:.1f} s"), raw=True)
+    if shown:
+        shown.update(_plain(f"{number} samples, {tokens} tokens in {time.monotonic() - started:.1f} s"), raw=True)
 
 
 def _plain(text: str) -> dict[str, str]:

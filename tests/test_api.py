@@ -61,10 +61,13 @@ def test_runs_and_records_are_short_in_a_terminal_and_pages_in_a_notebook(
     ipython = mock.Mock()
     monkeypatch.setitem(sys.modules, "IPython.display", ipython)
     monkeypatch.setitem(sys.modules, "ipykernel", ipython)
+    run = hipgpt_jax.load_run("tiny", where=run.files.checkpoint.directory)
     records = run.generate("the king", num_samples=2, num_tokens=5)
     assert ipython.display.call_args.args == ({"text/plain": "compiling"},)
     (last,) = ipython.display.return_value.update.call_args.args
     assert last["text/plain"].startswith("2 samples, 10 tokens in ")
+    run.generate("the king", num_tokens=1)
+    assert ipython.display.call_count == 1  # nothing is shown where nothing takes time
     text = repr(records[0])
     assert text.startswith(f"<Record '{records[0].id}' sample 0, 5 tokens, length: ")
     assert len(repr(run.score(["the king"]))) < 200
