@@ -97,7 +97,7 @@ def test_invariant_records_take_any_batch_size_and_are_replayed_by_any(call: Run
     records = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
     assert [one["numerics"]["batch_size"] for one in records] == [None] * 4
     fast = call(*flags[:-2], "--num_samples", "5", "--output", "a.jsonl")
-    assert "other settings: batch_size of any size (invariant numerics) in sample 0 of" in fast.err
+    assert "other settings: batch_size 'invariant' in sample 0 of" in fast.err
     replayed = call("replay", "a.jsonl", "--batch_size", "1")
     assert replayed.code == 0
     assert replayed.out.splitlines()[-1] == "4 of 4 identical, log-probabilities equal to the bit"

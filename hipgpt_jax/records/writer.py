@@ -46,7 +46,7 @@ def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: rec
         "weights": run.weights_sha256,
         "tokenizer": run.tokenizer_sha256,
         **{name: getattr(numerics, name) for name in names},
-        "batch_size": "of any size (invariant numerics)" if numerics.batch_size is None else numerics.batch_size,
+        "batch_size": "invariant" if numerics.batch_size is None else numerics.batch_size,
         "environment": list(numerics.environment),
     }
 
