@@ -144,7 +144,8 @@ class Run:
 
         Raises:
             TypeError: A prompt is not a text, a keyword is unknown, or ``settings`` is given beside a field of it.
-            ValueError: A prompt is empty, two different ones have one id, or a value is out of range.
+            ValueError: A prompt is empty and the run has no end token, two different ones have one id, or a value is
+                out of range.
         """
         run = self if rule is None else self.with_rule(rule)
         records = run.records(prompts, settings, seed, num_samples, **more)

@@ -15,6 +15,7 @@ import programs
 import pytest
 
 from hipgpt_jax import files
+from hipgpt_jax.records import record
 from hipgpt_jax.text import tokenizer
 
 HI = ("--run-name", "tiny", "--prompt", "the king")
@@ -35,7 +36,15 @@ def run(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         (("--prompt", "hi", "--run-name", "nosuch"), "run 'nosuch' not found .*Runs: .*tiny"),
         ((*HI, "--step", "7"), "no step 7. Steps: 20, 600"),
         (("--prompt", "hi", "--run-name", "../tiny"), "directory of a run not found: ../tiny"),
-        (("--prompt", "", "--run-name", "tiny"), "at least one token"),
+        (("--prompt", "", "--run-name", "tiny"), "the prompt is empty, .* but the run has none, .* at least one token"),
+        ((*HI, "--prompt_ids", "1"), "--prompt and --prompt_ids are both given: give one of them"),
+        (("--run-name", "tiny", "--prompt_ids", "1,x"), "--prompt_ids must be token ids separated by commas.*'1,x'"),
+        (("--run-name", "tiny", "--prompt_ids", ""), "--prompt_ids must be token ids separated by commas"),
+        (("--run-name", "tiny", "--prompt_ids", "-1"), "--prompt_ids must be token ids separated by commas"),
+        (
+            ("--run-name", "tiny", "--prompt_ids", "5,300"),
+            "prompt_ids must be below the vocabulary's size 300: got 300",
+        ),
         ((*HI, "--frobnicate", "3"), "unknown flag --frobnicate: "),
         ((*HI, "--num_token", "3"), "did you mean --num_tokens"),
         ((*HI, "more"), "unexpected argument 'more'"),
@@ -83,6 +92,59 @@ def test_a_mistake_is_one_line_and_exit_code_1(run, arguments: tuple[str, ...], 
     last = result.err.splitlines()[-1]
     assert re.fullmatch(f"generate: error: .*{message}.*", last)
     assert "Traceback" not in result.err
+
+
+@pytest.fixture
+def ended(run, tiny: Path):
+    """Runs ``hipgpt-generate`` with the run ``ended``: ``tiny``, whose last token is an end token instead of ``st``."""
+    folder = tiny / "checkpoints/ended"
+    programs.copy_tiny(folder, name="ended")
+    value = json.loads((folder / "tokenizer.json").read_text())
+    value["model"]["merges"].pop()
+    del value["model"]["vocab"]["st"]
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    vocabulary = tokenizer.Tokenizer.from_value(value, folder, ["<|endoftext|>"])
+    (folder / "tokenizer.json").write_text(vocabulary.to_json())
+    path = folder / "ended_step600_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer"]["sha256"] = files.sha256(folder / "tokenizer.json")
+    config["data"]["eos_id"] = 299
+    path.write_text(json.dumps(config))
+    return lambda *arguments: run("--run-name", "ended", "--num_tokens", "9", *arguments)
+
+
+def test_an_empty_prompt_begins_a_document(
+    ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the end token, whose id and whose text, if parsed, give the same samples; their records replay."""
+    lines = [{"prompt": ""}, {"prompt_ids": [299]}, {"prompt": "<|endoftext|>", "parse_special": True}]
+    path, out = tmp_path / "p.jsonl", str(tmp_path / "out.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):  # the second time, all samples are found
+        assert ended("--prompts_file", str(path), "--output", out).code == 0
+    found = list(record.read(Path(out)))
+    assert len({one.id for one in found}) == len(found) == 3
+    assert {(one.prompt, one.prompt_ids, one.ids) for one in found} == {("<|endoftext|>", (299,), found[0].ids)}
+    replayed = programs.call("replay", out, monkeypatch=monkeypatch, capsys=capsys)
+    assert (replayed.code, "identical" in replayed.out) == (0, True)
+    for given in (("--prompt", ""), ("--prompt_ids", "299"), ("--prompt", "<|endoftext|>", "--parse_special")):
+        assert ended(*given).out.rstrip("\n") == found[0].text
+    assert ended("--prompt_ids", " 77, 78").out == ended("--prompt", "no").out
+
+
+def test_odd_prompts_are_noted(ended) -> None:
+    special = "the prompt spells the special token '<|endoftext|>' and is read as ordinary text: --parse_special"
+    space = "the prompt ends with a space, and tokens mostly begin with theirs"
+    cases = [
+        (("--prompt", "a<|endoftext|>"), True, False),
+        (("--prompt", "<|endoftext|>a "), True, True),
+        (("--prompt", "a<|endoftext|>", "--parse_special"), False, False),
+        (("--prompt", ""), False, False),
+        (("--prompt", "the king"), False, False),
+    ]
+    for given, has_special, has_space in cases:
+        err = ended(*given).err
+        assert (special in err, space in err) == (has_special, has_space), given
 
 
 def test_spelling_and_order_of_flags_do_not_matter(run) -> None:

@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import strategies as st
@@ -56,12 +58,20 @@ def test_a_name_depends_on_the_prompt_and_not_on_its_line(tmp_path: Path) -> Non
     [
         (b"", "has no prompt"),
         (b"\n\n", "has no prompt"),
-        (b"{}", r"line 1: prompt must be a text of at least one character: got None"),
-        (b'\n{"prompt": ""}', r"line 2: prompt must be a text of at least one character: got ''"),
-        (b'{"prompt": "a"}\n{"prompt": 3}', r"line 2: prompt must be a text .*: got 3"),
+        (b"{}", r"line 1: a line needs either prompt, a text, or prompt_ids, a list of token ids"),
+        (b'\n{"prompt": "", "prompt_ids": [1]}', r"line 2: a line needs either prompt, a text, or prompt_ids"),
+        (b'{"prompt": "a", "parse_special": 1}', "line 1: parse_special must be true or false: got 1"),
+        (b'{"prompt_ids": []}', r"line 1: ids must be a list of at least one token id: got \[\]"),
+        (b'{"prompt_ids": "12"}', "line 1: ids must be a list of at least one token id: got '12'"),
+        (b'{"prompt_ids": [1, -1]}', r"line 1: ids must be an integer of at least 0 \(each is a token id\): got -1"),
+        (b'{"prompt_ids": [1.0]}', r"line 1: ids must be an integer of at least 0"),
+        (b'{"prompt": "a"}\n{"prompt": 3}', "line 2: prompt must be a text: got 3"),
         (b'{"prompt": "a"', r"line 1: not JSON: Expecting ',' delimiter at column 15"),
         (b'["a"]', "line 1: must be a JSON object with a prompt: got list"),
-        (b'{"prompt": "a", "heat": 1}', "line 1: unknown key 'heat': the keys are id, prompt, num_tokens"),
+        (
+            b'{"prompt": "a", "heat": 1}',
+            "line 1: unknown key 'heat': the keys are id, prompt, prompt_ids, parse_special, num_tokens",
+        ),
         (
             b'{"prompt": "a", "temp": 1, "temperature": 1}',
             "line 1: temperature is given twice, under two names: temp, temperature",
@@ -189,3 +199,23 @@ def test_any_bytes_give_prompts_or_a_value_error(tmp_path: Path, content: bytes,
     except ValueError:
         return
     assert all((prompt.text and "\n" not in prompt.text) or name == "p.jsonl" for prompt in found)
+
+
+def test_a_prompt_has_a_text_or_ids() -> None:
+    valid: list[Any] = [[1, 2], (1, 2), np.array([1, 2]), np.array([1, 2], np.uint16)]
+    for ids in valid:
+        assert prompts.Prompt(ids=ids).ids == (1, 2)
+    several: list[dict[str, Any]] = [
+        {},
+        {"ids": (1, 2)},
+        {"ids": (12,)},
+        {"text": "1,2"},
+        {"text": "1,2", "parse_special": True},
+    ]
+    assert len({prompts.Prompt(**each).digest for each in several}) == len(several)
+    with pytest.raises(ValueError, match="a prompt has a text or ids, not both"):
+        prompts.Prompt(text="a", ids=(1,))
+    invalid: list[Any] = [(), 3, "12", [True], [1.0], [-1], np.array([[1]]), [None]]
+    for ids in invalid:
+        with pytest.raises(ValueError, match=r"^ids must"):
+            prompts.Prompt(ids=ids)

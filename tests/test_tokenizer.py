@@ -476,3 +476,15 @@ def test_an_end_token_is_found_by_name(name: str) -> None:
     backend = tokenizers.Tokenizer.from_str(MERGED.to_json())
     backend.add_special_tokens(["<pad>", name])
     assert tokenizer.Tokenizer(backend).end_id == 331
+
+
+@SETTINGS
+@given(parts=st.lists(st.sampled_from(["<|end", "<|endoftext|>", "<|end|>", "<|", "|>", "the king", " ", "né", "\n"])))
+def test_special_tokens_are_parsed_as_by_the_library(parts: list[str]) -> None:
+    backend = tokenizers.Tokenizer.from_str(MERGED.to_json())
+    backend.add_special_tokens(["<|endoftext|>", "<|end|>", "<|endoftext|>the"])
+    vocabulary = tokenizer.Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()))
+    text = "".join(parts)
+    assert vocabulary.encode(text, parse_special=True) == backend.encode(text, add_special_tokens=False).ids
+    assert vocabulary.decode(vocabulary.encode(text, parse_special=True)) == text
+    assert MERGED.encode(text, parse_special=True) == MERGED.encode(text)

@@ -161,7 +161,7 @@ def _read_prompts(source: loading.RunFiles) -> list[prompts.Prompt]:
     sampling = flags.build(config.SamplingConfig, FLAGS)
     planning.Plan(source, texts, sampling, config.GenerationConfig())  # checks the settings
     for number, one in enumerate(texts, 1):
-        if len(source.vocabulary.encode(one.text)) < 2:
+        if len(source.encode(one)) < 2:
             name = config.shortened(one.text if one.id is None else one.id)
             raise ValueError(f"{one.location or f'text {number}'} ({name}): a text to score needs at least 2 tokens")
     return texts
@@ -237,7 +237,7 @@ def _score_texts(
     sampling = flags.build(config.SamplingConfig, FLAGS)
     for text in texts:
         settings = dataclasses.replace(sampling, **text.sampling) if _AS_SAMPLED.value else None
-        (scored,) = run.score([text.text], stride=stride, settings=settings)
+        (scored,) = run.score([run.files.encode(text)], stride=stride, settings=settings)
         if out is not None:
             line = _line(run, text, scored, stride) | _sampled(settings, scored.sampled_logprobs)
             out.write(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")

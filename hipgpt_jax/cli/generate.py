@@ -25,12 +25,18 @@ FLAGS = absl.flags.FlagValues()
 _string = functools.partial(absl.flags.DEFINE_string, flag_values=FLAGS)
 _boolean = functools.partial(absl.flags.DEFINE_boolean, flag_values=FLAGS)
 
-_PROMPT = _string("prompt", None, "Text to continue, at least one token; - reads stdin, without one final line break.")
+_PROMPT = _string(
+    "prompt", None, "Text to continue; empty begins a document, and - reads stdin, without one final line break."
+)
+_PROMPT_IDS = _string("prompt_ids", None, "Token ids to continue instead of a text, separated by commas.")
+_PARSE_SPECIAL = _boolean(
+    "parse_special", False, "Read prompts that spell a special token, such as an end token, as that token."
+)
 _PROMPTS_FILE = _string(
     "prompts_file",
     None,
     "File of prompts instead: one per line, or in a .jsonl file one JSON object per line with prompt, id, seed, "
-    "num_samples, num_tokens, stop and other flags of sampling. May be .gz or .zst; - reads stdin.",
+    "prompt_ids, num_samples, num_tokens, stop and other flags of sampling. May be .gz or .zst; - reads stdin.",
 )
 _RUN_NAME = flags.define_shared(FLAGS, "run-name")
 _STEP = flags.define_shared(FLAGS, "step")
@@ -72,7 +78,9 @@ def _generate() -> None:
         seed=0 if FLAGS.seed == -1 else FLAGS.seed,
     )
     _check_flags(generation)
-    prompts = program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
+    prompts = program.read_prompts(
+        _PROMPT.value, _PROMPTS_FILE.value, _PROMPT_IDS.value, parse_special=_PARSE_SPECIAL.value
+    )
     name, path = directory.parse_run(run_name)
     source = loading.open_run(name, directory.parse_step(_STEP.value), decoding, path)
     checkpoint = source.checkpoint

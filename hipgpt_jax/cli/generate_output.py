@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hipgpt_jax.generation import requests
     from hipgpt_jax.records import planning
     from hipgpt_jax.runs import loading
+    from hipgpt_jax.text import tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def write(run: api.Run, plan: "planning.Plan", out: writer.RecordFile | TextIO |
             program.note(f"{plan.repeated} prompts repeat earlier ones: their equal samples are generated once")
     statistics = _Statistics(load=run.load_seconds, programs=compilation.Compilations())
     with _progress(plan.left, shows_text=style is not None and sys.stdout.isatty()) as advance:
-        samples = run.requests_of(_note_long_prompts(plan, run.files.window))
+        samples = run.requests_of(_note_prompts(plan, run.files))
         outputs = _record(run, run.outputs(samples, measure=out is not None), out, statistics, advance)
         if style:
             _print_text(requests.in_order(outputs), style, plan.left)
@@ -67,18 +68,33 @@ def write(run: api.Run, plan: "planning.Plan", out: writer.RecordFile | TextIO |
         )
 
 
-def _note_long_prompts(plan: "planning.Plan", window: int) -> "Iterator[loading.ResolvedPrompt]":
-    """Yields the prompts of a plan, and prints notes about those that are longer than the window."""
-    number = 0
+def _note_prompts(plan: "planning.Plan", files: "loading.RunFiles") -> "Iterator[loading.ResolvedPrompt]":
+    """Yields the prompts of a plan, and prints a note about the first of each kind of unusual ones."""
+    number, window, noted = 0, files.window, set[str]()
     for prompt in plan:
+        name = "the prompt" if plan.prompts == 1 else f"prompt {prompt.id}"
         length = len(prompt.prompt_ids)
         number += length > window
         if length > window and number == 1:
-            name = "the prompt" if plan.prompts == 1 else f"prompt {prompt.id}"
             program.note(f"{name} has {length} tokens: the first {length - window} are beyond the window and not read")
+        for kind, text in _unusual(prompt, files.vocabulary):
+            if kind not in noted:
+                noted.add(kind)
+                program.note(f"{name} {text}")
         yield prompt
     if number > 1:
         program.note(f"{number} of {plan.prompts} prompts are longer than the window: only their ends are read")
+
+
+def _unusual(prompt: "loading.ResolvedPrompt", vocabulary: "tokenizer.Tokenizer") -> Iterator[tuple[str, str]]:
+    """Yields kinds and descriptions of what is unusual about the text of a prompt."""
+    for token, token_id in vocabulary.special_tokens.items():
+        if token in prompt.prompt and token_id not in prompt.prompt_ids:
+            text = f"spells the special token {token!r} and is read as ordinary text: --parse_special reads the token"
+            yield "special", text
+    # Ids of which no text is made may end in a space on purpose.
+    if prompt.prompt.endswith(" ") and list(prompt.prompt_ids) == vocabulary.encode(prompt.prompt):
+        yield "space", "ends with a space, and tokens mostly begin with theirs: the text may be better without it"
 
 
 @dataclasses.dataclass(kw_only=True)

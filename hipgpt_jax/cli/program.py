@@ -165,21 +165,38 @@ def required(holder: absl.flags.FlagHolder[_T | None]) -> _T:
     return holder.value
 
 
-def read_prompts(prompt: str | None, prompts_file: str | None) -> Iterable[prompts.Prompt]:
-    """Returns the prompts of the two flags: one, one from stdin, or those of a file, which is read lazily."""
+def read_prompts(
+    prompt: str | None, prompts_file: str | None, ids: str | None = None, *, parse_special: bool = False
+) -> Iterable[prompts.Prompt]:
+    """Returns the prompts of three flags: one, one from stdin, or those of a file, which is read lazily.
+
+    Args:
+        prompt: Value of ``--prompt``.
+        prompts_file: Value of ``--prompts_file``.
+        ids: Value of ``--prompt_ids``.
+        parse_special: Whether text that spells a special token is read as that token.
+    """
+    flags = {"--prompt": prompt, "--prompts_file": prompts_file, "--prompt_ids": ids}
+    first, second, *_ = [*(flag for flag, value in flags.items() if value is not None), None, None]
+    if second is not None:
+        raise ValueError(f"{first} and {second} are both given: give one of them")
     if prompts_file is not None:
-        if prompt is not None:
-            raise ValueError("--prompt and --prompts_file are both given: give one of them")
-        return _open_prompts(prompts_file)
+        return _open_prompts(prompts_file, parse_special)
+    if ids is not None:
+        try:
+            return [prompts.Prompt(ids=prompts.parse_ids(ids))]
+        except ValueError as error:
+            raise ValueError(f"--prompt_ids {error}") from error
     if prompt is None:
         raise ValueError("--prompt or --prompts_file is required; --help lists every flag")
-    return [prompts.Prompt(text=_read_stdin() if prompt == "-" else prompt)]
+    return [prompts.Prompt(text=_read_stdin() if prompt == "-" else prompt, parse_special=parse_special)]
 
 
-def _open_prompts(name: str) -> prompts.PromptFile:
+def _open_prompts(name: str, parse_special: bool) -> prompts.PromptFile:
     if name == "-" and sys.stdin is None:
         raise ValueError("--prompts_file - reads stdin, which is closed")
-    found = prompts.PromptFile(Path("stdin"), sys.stdin.buffer) if name == "-" else prompts.PromptFile(Path(name))
+    path, stream = (Path("stdin"), sys.stdin.buffer) if name == "-" else (Path(name), None)
+    found = prompts.PromptFile(path, stream, parse_special=parse_special)
     if found.hint:
         note(found.hint)
     return found

@@ -92,9 +92,9 @@ class Plan:
         """Raises the errors of ``RunFiles.resolve``, without tokenizing the prompt where possible."""
         if self._files.decoding.overflow == "error":
             self._files.resolve(prompt, self._sampling, self._generation)
-        elif not prompt.text:
-            raise ValueError(loading.EMPTY_PROMPT)
-        elif _TOKENS & (prompt.sampling.keys() | prompt.generation.keys()) or (
+            return
+        self._files.check_prompt(prompt)
+        if _TOKENS & (prompt.sampling.keys() | prompt.generation.keys()) or (
             self._generation.min_tokens and "num_tokens" in prompt.generation
         ):
             self._files.resolve_settings(prompt, self._sampling, self._generation)
@@ -109,12 +109,19 @@ class Plan:
             generation, sampling = self._files.resolve_settings(prompt, self._sampling, self._generation)
             settings = {**vars(generation), **vars(sampling)}
         text = prompt.text
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # records have U+FFFD in place of a lone surrogate
-            text = self._files.vocabulary.decode(self._files.vocabulary.encode(text))
+        # Records have the text of the ids, with U+FFFD in place of a lone surrogate. It is that of most prompts.
+        if not text or not _is_valid(text):
+            text = self._files.vocabulary.decode(self._files.encode(prompt))
         self._out.check_prompt(name, writer.prompt_fingerprint(text, settings["seed"], settings))
         return self._out.finished.count(name, self._num_samples(prompt))
+
+
+def _is_valid(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sum_of_largest(values: "array.array[int]", order: np.ndarray, starts: np.ndarray) -> int:

@@ -10,7 +10,10 @@ from hipgpt_jax import config
 from hipgpt_jax.runs import directory, initial, weights
 from hipgpt_jax.text import prompts, tokenizer
 
-EMPTY_PROMPT = "the prompt is empty: it must hold at least one token"
+_NO_END = (
+    "the prompt is empty, which begins a document after the run's end token, but the run has none, because it was "
+    "trained on a single document: give at least one token"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +67,10 @@ class RunFiles:
             generation: Defaults, likewise.
 
         Raises:
-            ValueError: The prompt is empty, its end token is not in the vocabulary, or its samples do not fit the
-                window although ``overflow`` is ``error``.
+            ValueError: The prompt is empty and the run has no end token, a token is not in the vocabulary, or its
+                samples do not fit the window although ``overflow`` is ``error``.
         """
-        ids = tuple(self.vocabulary.encode(prompt.text))
-        if not ids:
-            raise ValueError(EMPTY_PROMPT)
+        ids = self.encode(prompt)
         generation, sampling = self.resolve_settings(prompt, sampling, generation)
         self.decoding.check_fits(self.window, len(ids), generation.num_tokens)
         return ResolvedPrompt(
@@ -79,6 +80,26 @@ class RunFiles:
             generation=generation,
             sampling=sampling,
         )
+
+    def encode(self, prompt: prompts.Prompt) -> tuple[int, ...]:
+        """Returns the ids of a prompt: the run's end token for an empty one, which begins a document.
+
+        Raises:
+            ValueError: It is empty and the run has no end token, or an id is not in the vocabulary.
+        """
+        self.check_prompt(prompt)
+        if prompt.ids is not None:
+            return tuple(prompt.ids)
+        ids = self.vocabulary.encode(prompt.text, parse_special=prompt.parse_special)
+        return tuple(ids) or (self.checkpoint.eos_id,)
+
+    def check_prompt(self, prompt: prompts.Prompt) -> None:
+        """Raises the errors of ``encode``, without tokenizing the prompt."""
+        if prompt.ids is not None and max(prompt.ids) >= self.vocabulary.vocab_size:
+            size = self.vocabulary.vocab_size
+            raise ValueError(f"prompt_ids must be below the vocabulary's size {size}: got {max(prompt.ids)}")
+        if prompt.ids is None and not prompt.text and self.checkpoint.eos_id < 0:
+            raise ValueError(_NO_END)
 
     def resolve_settings(
         self, prompt: prompts.Prompt, sampling: config.SamplingConfig, generation: config.GenerationConfig

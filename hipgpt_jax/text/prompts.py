@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,10 +30,12 @@ _ENCODER = json.JSONEncoder(sort_keys=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """Text to continue, and settings that override the defaults.
+    """Text or token ids to continue, and settings that override the defaults.
 
     Attributes:
-        text: The text to continue.
+        text: The text to continue; empty begins a document, after the run's end token.
+        ids: Token ids to continue instead of a text, kept as a tuple; None for none.
+        parse_special: Whether text that spells a special token is read as that token, and not as ordinary text.
         id: Name of the prompt in records; the default is ``digest``.
         generation: Values of fields of ``config.GenerationConfig``.
         sampling: Values of fields of ``config.SamplingConfig``.
@@ -41,10 +43,13 @@ class Prompt:
 
     Raises:
         TypeError: The text is not a string, or a setting is unknown.
-        ValueError: The id is empty or not valid Unicode, or a setting is out of range.
+        ValueError: There are both a text and ids, there are no ids, one is not an integer of at least 0, the id is
+            empty or not valid Unicode, or a setting is out of range.
     """
 
-    text: str
+    text: str = ""
+    ids: Sequence[int] | None = None
+    parse_special: bool = False
     id: str | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,6 +58,10 @@ class Prompt:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise TypeError(f"text must be a string: got {config.shortened(self.text)}")
+        if self.ids is not None:
+            if self.text:
+                raise ValueError("a prompt has a text or ids, not both")
+            object.__setattr__(self, "ids", _valid_ids(self.ids))
         if self.id is not None:
             config.require_text("id", self.id)
         # Most prompts of a large file have no settings, so the common case skips the validation.
@@ -63,18 +72,41 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of a hash of the text and of all settings except the number of samples."""
+        """16 hexadecimal digits of a hash of the text or ids, and of all settings except the number of samples."""
         # The hash of the JSON array. For a prompt without settings, encoding the text alone takes 3 µs instead of 7.
         settings = "{}, {}"
         if self.generation or self.sampling:
             generation = {name: value for name, value in self.generation.items() if name != "num_samples"}
             settings = _ENCODER.encode([generation, dict(self.sampling)])[1:-1]
-        return hashlib.sha256(f"[{_ENCODER.encode(self.text)}, {settings}]".encode()).hexdigest()[:16]
+        text = self.text if self.ids is None else {"ids": self.ids}
+        text = {"parse_special": text} if self.parse_special else text
+        return hashlib.sha256(f"[{_ENCODER.encode(text)}, {settings}]".encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
         """The id, or the digest of a prompt without an id."""
         return self.digest if self.id is None else self.id
+
+
+def parse_ids(text: str) -> tuple[int, ...]:
+    """Returns the ids in a text such as ``1,2,3``.
+
+    Raises:
+        ValueError: It is not a list of integers of at least 0, separated by commas.
+    """
+    try:
+        return _valid_ids([int(word) for word in text.split(",")])
+    except ValueError as error:
+        raise ValueError(
+            f"must be token ids separated by commas, such as 1,2,3: got {config.shortened(text)}"
+        ) from error
+
+
+def _valid_ids(ids: object) -> tuple[int, ...]:
+    values = getattr(ids, "tolist", lambda: ids)()  # of an array
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"ids must be a list of at least one token id: got {config.shortened(values)}")
+    return tuple(config.require_int("ids", value, 0, "each is a token id") for value in values)
 
 
 def _validated(field: str, values: Mapping[str, Any], rules: config.Rules) -> dict[str, Any]:
@@ -88,10 +120,10 @@ def _validated(field: str, values: Mapping[str, Any], rules: config.Rules) -> di
 class PromptFile:
     """Prompts of a file, in order. Each iteration reads the file again, so memory does not grow with it.
 
-    A file whose name ends in ``.jsonl``, ``.ndjson`` or ``.json`` holds one JSON object per line: ``prompt``, and
-    optionally ``id`` and the settings that are flags of ``hipgpt-generate``. Any other file holds one prompt per line;
-    a prompt with a line break needs the JSON form. Blank lines of JSON and empty lines of text are skipped. The name
-    may end in ``.gz`` or ``.zst`` in addition.
+    A file whose name ends in ``.jsonl``, ``.ndjson`` or ``.json`` holds one JSON object per line: ``prompt`` or
+    ``prompt_ids``, and optionally ``id``, ``parse_special`` and the settings that are flags of ``hipgpt-generate``. Any
+    other file holds one prompt per line; a prompt that is empty or has a line break needs the JSON form. Blank lines of
+    JSON and empty lines of text are skipped. The name may end in ``.gz`` or ``.zst`` in addition.
 
     A pipe can be read only once, so it is copied to a temporary file. Without a name to go by, it holds JSON lines if
     its first line is an object with a prompt.
@@ -103,12 +135,13 @@ class PromptFile:
         hint: A sentence for the user if the format may not be the expected one; otherwise None.
     """
 
-    def __init__(self, path: Path, stream: BinaryIO | None = None) -> None:
+    def __init__(self, path: Path, stream: BinaryIO | None = None, *, parse_special: bool = False) -> None:
         """Opens the file and reads its head.
 
         Args:
             path: Path of the file.
             stream: Stream to read, to its end, instead of the file.
+            parse_special: Default of ``Prompt.parse_special``.
 
         Raises:
             FileNotFoundError: The file does not exist.
@@ -116,6 +149,7 @@ class PromptFile:
             ValueError: It is not UTF-8.
         """
         self.path = path
+        self._parse_special = parse_special
         self.hint: str | None = None
         self._copy: BinaryIO | None = None
         if stream is not None:
@@ -147,7 +181,10 @@ class PromptFile:
         is_empty = True
         for location, line in self._lines():
             try:
-                yield _parse(line, location) if self._is_json else Prompt(text=line, location=location)
+                if self._is_json:
+                    yield _parse(line, location, self._parse_special)
+                else:
+                    yield Prompt(text=line, parse_special=self._parse_special, location=location)
             except ValueError as error:
                 raise ValueError(f"{location}: {error}") from error
             is_empty = False
@@ -184,7 +221,7 @@ class PromptFile:
             value = json_files.parse(line)
         except ValueError:
             return False
-        return isinstance(value, dict) and "prompt" in value
+        return isinstance(value, dict) and not value.keys().isdisjoint(("prompt", "prompt_ids"))
 
 
 def _copied(stream: BinaryIO) -> BinaryIO:
@@ -210,8 +247,8 @@ def _check_encoding(head: bytes, path: Path) -> None:
         raise ValueError(f"{path} is UTF-16 text: it must be UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
 
 
-def _parse(line: str, location: str) -> Prompt:
-    """Reads a JSON line."""
+def _parse(line: str, location: str, parse_special: bool) -> Prompt:
+    """Reads a JSON line; ``parse_special`` is a default."""
     try:
         value = json_files.parse(line)
     except ValueError as error:
@@ -221,21 +258,29 @@ def _parse(line: str, location: str) -> Prompt:
         raise ValueError(f"must be a JSON object with a prompt: got {kind}. Each line must be one whole JSON object")
     if "id" in value:
         config.require_text("id", value["id"])
-    text, name = value.pop("prompt", None), value.pop("id", None)
+    text, name, ids = (value.pop(key, None) for key in ("prompt", "id", "prompt_ids"))
+    parse_special = value.pop("parse_special", parse_special)
     settings: dict[str, Any] = {}
     for key, setting in value.items():
         if key not in _SETTINGS:
-            known = ", ".join(["id", "prompt", *_SETTINGS])
+            known = ", ".join(["id", "prompt", "prompt_ids", "parse_special", *_SETTINGS])
             raise ValueError(f"unknown key {config.shortened(key)}: the keys are {known}")
         if _SETTINGS[key] in settings:
             raise ValueError(f"{_SETTINGS[key]} is given twice, under two names: {', '.join(value)}")
         settings[_SETTINGS[key]] = setting
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"prompt must be a text of at least one character: got {config.shortened(text)}")
+    if (text is None) == (ids is None):
+        raise ValueError("a line needs either prompt, a text, or prompt_ids, a list of token ids")
+    if not isinstance(text, str | None):
+        raise ValueError(f"prompt must be a text: got {config.shortened(text)}")
+    if not isinstance(parse_special, bool):
+        raise ValueError(f"parse_special must be true or false: got {config.shortened(parse_special)}")
+    text = text or ""
     if settings.get("seed") == -1:
         raise ValueError("seed must be an integer of at least 0: -1, which draws a seed, is for the flag --seed")
     return Prompt(
         text=text if text.isascii() else documents.without_surrogates(text),
+        ids=ids,
+        parse_special=parse_special,
         id=name,
         generation={name: value for name, value in settings.items() if name in config.GENERATION_RULES},
         sampling={name: value for name, value in settings.items() if name in config.SAMPLING_RULES},

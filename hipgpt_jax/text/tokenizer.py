@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,19 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without special tokens."""
-        return self._backend.encode(config.valid_text(text), add_special_tokens=False).ids
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Returns the ids of a text.
+
+        Args:
+            text: The text.
+            parse_special: Whether text that spells a special token is that token; otherwise it is ordinary text.
+        """
+        if not (parse_special and self.special_tokens):
+            return self._backend.encode(config.valid_text(text), add_special_tokens=False).ids
+        special = self.special_tokens
+        longest_first = sorted(special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", config.valid_text(text))
+        return [token for part in parts for token in ([special[part]] if part in special else self.encode(part))]
 
     def id_of(self, text: str) -> int:
         """Returns the id of a text that is one token; raises ValueError for any other."""
