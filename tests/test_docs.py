@@ -257,7 +257,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _shim(here / "bin" / f"hipgpt-{program}", f'{command} "$@" {own} {ending}')
     for program in ("generate", "train"):
         _shim(here / "scripts" / f"run_{program}.sh", f'exec hipgpt-{program} "$@"')
-    _shim(here / "bin/pip", "")
+    for name in ("docker", "pip"):
+        _shim(here / "bin" / name, "")
+    _shim(here / "bin/uv", '[[ $1 != run ]] || exec "${@:2}"')
     _shim(here / "bin/python", f'exec {sys.executable} "$@"')
     _shim(here / ".venv-peers/bin/python", "[[ -e $1 ]]")
     return here
