@@ -67,8 +67,10 @@ def test_a_hover_shows_the_facts_of_the_token(browser: Any, tmp_path: Path) -> N
         "rank": "4",
         "probability": "6.25 %",
         "surprise, bits": "4.000",
-        "margin": "0.0625",
-        "gap": "0.5000",
+        "sampled probability": "12.5 %",
+        "candidates": "3",
+        "lead": "1.500",
+        "cut": "–",
     }
     assert {name: fact(browser, name) for name in facts} == facts
     assert "--top_logprobs 5" in said
