@@ -42,8 +42,8 @@ _STEP = flags.define_shared(FLAGS, "step")
 _DATA_PATH = absl.flags.DEFINE_multi_string(
     "data-path",
     None,
-    "Text to score: a .txt or .jsonl file, also .gz or .zst, or a directory of such files; may be repeated. The run's "
-    "own data if absent.",
+    "Text to score: a text, .jsonl, .csv or .parquet file, also .gz or .zst, or a directory of such files; may be "
+    "repeated. The run's own data if absent.",
     flag_values=FLAGS,
 )
 _TEXT_FIELD = flags.define_shared(FLAGS, "text-field")

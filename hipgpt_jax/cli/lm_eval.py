@@ -57,7 +57,7 @@ class HipGPT(_model.TemplateLM):
             dtype: Compute dtype.
             numerics: ``fast``, or ``invariant`` to the batch size.
             max_length: Window in tokens; the run's own if absent.
-            max_gen_toks: Tokens to generate if a task does not say.
+            max_gen_toks: Number of new tokens if a task does not set it.
             prefix_token_id: Token that texts without a context follow; the run's end token if absent.
             batch_size: Samples decoded side by side. Scores are computed one by one.
             device: Device, as for ``hipgpt-generate``. ``cuda:0``, the default of the harness, means ``auto``.

@@ -147,7 +147,7 @@ def ban_repeats(
         context_BS: The tokens that the model sees.
         length_B: Their number.
         params: Settings; an n-gram length of 0 is the identity.
-        plan: Says whether a row may ban repeats.
+        plan: Numbers of candidates. The check is skipped unless a row may ban repeats.
     """
     B, S = context_BS.shape
     ngram_B = params.no_repeat_ngram_B
@@ -367,7 +367,7 @@ def _cut_distance(
     below_second_B = jnp.where(rank_B == 0, own_B - second_B if K > 1 else _LARGEST, 0)
     by_min_p_B = (topk.at_rank(scaled_BK, rank_B) - log_min_p_B) * divisor_B + below_second_B
     leaves_B = jnp.minimum(leaves_B, jnp.where(has_min_p_B, by_min_p_B, _LARGEST))
-    # Nothing less than being overtaken by the first that was cut has another effect.
+    # Otherwise the token is cut only if the first candidate that was cut overtakes it.
     is_ordered_B = has_next_B & (has_top_p_B | (kept.num_top_k_B < V))
     leaves_B = jnp.minimum(leaves_B, jnp.where(is_ordered_B, own_B - own_next_B, _LARGEST))
 
@@ -387,7 +387,7 @@ def _log_odds(share: jax.Array) -> jax.Array:
 
 
 def adjust(logits_BV: jax.Array, counts_BV: jax.Array, params: SamplingParams) -> jax.Array:
-    """Returns the logits that order the candidates: with bias, bans and penalties."""
+    """Returns the logits that order the candidates: with penalties. Bias and bans come before, in ``decoding``."""
     logits_BV = penalize(logits_BV.astype(jnp.float32), counts_BV, params)
     return jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from hipgpt_jax import config
 
-# A temperature below this is 0: the most likely token is taken.
+# A temperature below this counts as 0: the most likely token is taken.
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-# A temperature above this is as high. Its inverse, by which XLA multiplies, would be flushed to 0, and 0 times minus
-# infinity, the logit of a banned token, is NaN.
+# A temperature above this is lowered to it. Its inverse, by which XLA multiplies, would be flushed to 0, and 0 times
+# minus infinity, the logit of a banned token, is NaN.
 LARGEST_TEMPERATURE = 2.0**126
 
 # CPU: enough for the default top_k, then for every documented one. V 50257: top_k(128) takes 0.2 ms, a sort 18 ms.
