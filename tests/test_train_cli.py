@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -198,6 +199,11 @@ def test_python_trains_the_run_of_the_command_line_and_gets_its_metrics(run, wor
     assert name == "own"
     clock = ("milliseconds", "tokens_per_second")
     assert [{key: line[key] for key in line if key not in clock} for line in lines] == metrics(work, "r")
+    own = {name: value for name, value in settings.items() if name != "dim"}
+    renamed = hipgpt_jax.train(**own, embed_dim=16, run_name="renamed", steps=3, log_every=1, min_lr=None)
+    assert metrics(work, renamed) == metrics(work, "r")
+    with pytest.raises(KeyboardInterrupt, match="training stopped at step 1"):
+        hipgpt_jax.train(**settings, run_name="stopped", log_every=1, on_metrics=lambda _: os.kill(os.getpid(), 15))
     with pytest.raises(ValueError, match=r"unknown flag --stepz: did you mean --steps\?"):
         hipgpt_jax.train(stepz=3)
     with pytest.raises(ValueError, match="run 'own' exists already: --resume continues it"):

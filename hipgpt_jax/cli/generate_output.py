@@ -97,6 +97,9 @@ def _unusual(prompt: "loading.ResolvedPrompt", vocabulary: "tokenizer.Tokenizer"
         yield "space", "ends with a space, and tokens mostly begin with theirs: the text may be better without it"
 
 
+_SECONDS_OF_ONE_FETCH = 2e-3
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Statistics:
     """Times of a command in seconds, and numbers of samples and tokens.
@@ -108,6 +111,7 @@ class _Statistics:
         first_token: Time from the start to the first token.
         first_programs: Compilations before it.
         last_token: Time from the start to the newest token.
+        first_tokens: Tokens that were fetched together with the first.
         tokens: Tokens.
         samples: Finished samples.
         errors: Samples that ended in an error.
@@ -120,6 +124,7 @@ class _Statistics:
     first_token: float = 0.0
     first_programs: str = ""
     last_token: float = 0.0
+    first_tokens: int = 0
     tokens: int = 0
     samples: int = 0
     errors: int = 0
@@ -131,6 +136,7 @@ class _Statistics:
             if not self.tokens:
                 self.first_token, self.first_programs = self.last_token, str(self.programs)
             self.tokens += 1
+            self.first_tokens += self.last_token - self.first_token < _SECONDS_OF_ONE_FETCH
         self.samples += output.finish_reason is not None
         if output.finish_reason == "error":
             self.errors += 1
@@ -141,8 +147,8 @@ class _Statistics:
         parts = [f"loaded in {self.load:.2f} s"]
         if self.tokens:
             parts.append(f"first token {self.first_token:.2f} s later ({self.first_programs})")
-        if self.tokens > 1:
-            parts.append(f"then {(self.tokens - 1) / (self.last_token - self.first_token):.0f} tokens/s")
+        if later := self.tokens - self.first_tokens:
+            parts.append(f"then {later / (self.last_token - self.first_token):.0f} tokens/s")
         total = self.load + time.perf_counter() - self.start
         return f"{counts}: {', '.join(parts)}, {total:.2f} s in total"
 

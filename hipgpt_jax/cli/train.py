@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import absl.flags
 
 from hipgpt_jax import config, devices, processes, training_config
-from hipgpt_jax.cli import arguments, program, train_flags, train_init, train_report, train_start
+from hipgpt_jax.cli import arguments, flags, program, train_flags, train_init, train_report, train_start
 from hipgpt_jax.runs import initial
 from hipgpt_jax.text import dataset, manifest
 
 if TYPE_CHECKING:
     from hipgpt_jax.training import loop, mesh
+
+_Line = dict[str, Any]
 
 SUMMARY = """Train a GPT-2-style model on a text and save it in checkpoints/[run-name]/. Log lines go to stdout. Ctrl-C,
 SIGTERM or SIGHUP finishes the step, saves, and prints the command that resumes. Examples:
@@ -36,12 +38,13 @@ def main() -> None:
     program.run("train", SUMMARY, train_flags.FLAGS, _train_all)
 
 
-def train(*, on_metrics: Callable[[dict[str, Any]], None] | None = None, **flags: Any) -> str:
+def train(*, on_metrics: Callable[[_Line], None] | None = None, **settings: Any) -> str:
     """Trains a run from Python, as ``hipgpt-train`` does.
 
     Args:
         on_metrics: Called with each line of ``metrics.jsonl``, once it is written: the step and its numbers.
-        **flags: Flags of ``hipgpt-train`` with ``_`` for ``-``; a list for a flag that may be repeated.
+        **settings: Flags of ``hipgpt-train`` with ``_`` for ``-``, or fields of the configs; a list for a flag that may
+            be repeated. None is the default.
 
     Returns:
         Name of the run, for ``load_run``.
@@ -50,20 +53,25 @@ def train(*, on_metrics: Callable[[dict[str, Any]], None] | None = None, **flags
         ValueError: A flag is unknown or invalid, or the run cannot be trained.
         OSError: A file cannot be read or written.
         FloatingPointError: A loss or a gradient is not finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM stopped training; the run is saved and can be resumed.
     """
     words: list[str] = []
-    for name, value in flags.items():
+    for name, value in settings.items():
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no'}{name}")
-        else:
+        elif value is not None:
             words += [f"--{name}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
     try:
-        arguments.parse(train_flags.FLAGS, words)
+        values = train_flags.FLAGS
+        arguments.parse(values, words, aliases=flags.aliases(values), synonyms=flags.synonyms(values))
     except absl.flags.Error as error:
         raise ValueError(str(error)) from error
     if train_flags.SEEDS.value:
         raise ValueError("seeds is an option of the command line: call train once per seed, with names of their own")
-    return _train(on_metrics).run
+    trained = _train(on_metrics)
+    if not trained.result.completed:
+        raise KeyboardInterrupt(f"training stopped at step {trained.result.step}")
+    return trained.run
 
 
 class _Trained(NamedTuple):
@@ -95,7 +103,7 @@ def _show_unraisable(show: Callable[..., Any], unraisable: "sys.UnraisableHookAr
         show(unraisable)
 
 
-def _train(on_metrics: Callable[[dict[str, Any]], None] | None = None) -> _Trained:
+def _train(on_metrics: Callable[[_Line], None] | None = None) -> _Trained:
     train = train_flags.train_config()
     train_start.check_flags(train)
     base = train_init.find_base()
@@ -132,7 +140,7 @@ def _run(
     start: train_start.Start | None,
     device: devices.Device,
     layout: "mesh.Layout",
-    on_metrics: Callable[[dict[str, Any]], None] | None,
+    on_metrics: Callable[[_Line], None] | None,
 ) -> _Trained:
     """Trains; ``start`` is None in all processes except the first."""
     import jax
@@ -177,7 +185,7 @@ def _run(
         if start:
             report = dataclasses.replace(report, saved=start.delete_replaced_run)
         if on_metrics:
-            report = dataclasses.replace(report, metrics=functools.partial(_call_all, report.metrics, on_metrics))
+            report = dataclasses.replace(report, metrics=_both(report.metrics, on_metrics))
         result = loop.train(job, report, resume_step=resume_step)
     if start:
         if result.stopped_early:
@@ -193,10 +201,12 @@ def _run(
     return _Trained(run, result)
 
 
-def _call_all(*arguments: Any) -> None:
-    *functions, line = arguments
-    for function in functions:
-        function(line)
+def _both(first: Callable[[_Line], None], second: Callable[[_Line], None]) -> Callable[[_Line], None]:
+    def call(line: _Line) -> None:
+        first(line)
+        second(line)
+
+    return call
 
 
 def _note_warmup(train: training_config.TrainConfig) -> None:

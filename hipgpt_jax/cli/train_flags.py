@@ -116,9 +116,9 @@ def seeded(seed: int) -> Iterator[None]:
 
     ``--resume`` resumes those runs that exist.
     """
-    name, resumes = RUN_NAME.value or "", RESUME.value
-    own = f"{name.rstrip('/')}_seed{seed}"
-    changes = {"seed": seed, "run-name": own, "resume": resumes and directory.new(own, FLAGS.steps).is_dir()}
+    own = f"{(RUN_NAME.value or '').rstrip('/')}_seed{seed}"
+    resumes = RESUME.value and directory.can_resume(directory.new(own, FLAGS.steps))
+    changes = {"seed": seed, "run-name": own, "resume": resumes, "extend": resumes and EXTEND.value}
     before = {flag: FLAGS[flag].value for flag in changes}
     try:
         for flag, value in changes.items():

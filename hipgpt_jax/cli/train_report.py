@@ -5,6 +5,7 @@ import functools
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -92,7 +93,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
         received.append(number)
         program.note("stopping after this step; repeat to stop at once, without saving")
 
-    numbers = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    is_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    numbers = [number for number in _STOPPING if is_main and signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: bool(received)

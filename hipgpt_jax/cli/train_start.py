@@ -184,7 +184,7 @@ class Start:
     def _check_resumed(self) -> None:
         """Raises an error if the run cannot be resumed; finds the state to resume from and removes leftovers."""
         here = self.directory
-        if not (directory.has_checkpoint(here) or (here / directory.SETTINGS_NAME).is_file()):
+        if not directory.can_resume(here):
             raise FileNotFoundError(f"run {here.name!r} has nothing to resume in {here.parent}/")
         reset.check_writable(here)
         if (here / manifest.MANIFEST_NAME).is_file():

@@ -237,6 +237,11 @@ def has_checkpoint(directory: Path) -> bool:
     return has_state or (directory / LATEST_CONFIG).is_file() or bool(steps(directory))
 
 
+def can_resume(directory: Path) -> bool:
+    """Returns whether a run was started, even if it has no checkpoint yet."""
+    return has_checkpoint(directory) or (directory / SETTINGS_NAME).is_file()
+
+
 def weights_name(run: str, step: int) -> str:
     """Returns the file name of a step's weights."""
     return f"{run}_step{step}.bin"
