@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from hipgpt_jax.version import __version__ as __version__
 
-__all__ = ["DecodingConfig", "Prompt", "Record", "Run", "SamplingConfig", "__version__", "load_run", "train"]
+__all__ = [
+    "DecodingConfig",
+    "Prompt",
+    "Record",
+    "Run",
+    "SamplingConfig",
+    "__version__",
+    "load_run",
+    "read_records",
+    "train",
+]
 
 if TYPE_CHECKING:
     from hipgpt_jax.api import Prompt as Prompt
     from hipgpt_jax.api import Run as Run
     from hipgpt_jax.api import load_run as load_run
+    from hipgpt_jax.api import read_records as read_records
     from hipgpt_jax.cli.train import train as train
     from hipgpt_jax.config import DecodingConfig as DecodingConfig
     from hipgpt_jax.config import SamplingConfig as SamplingConfig
@@ -24,6 +35,7 @@ _HOMES = {
     "Record": "hipgpt_jax.records.record",
     "Run": "hipgpt_jax.api",
     "load_run": "hipgpt_jax.api",
+    "read_records": "hipgpt_jax.api",
     "train": "hipgpt_jax.cli.train",
     "DecodingConfig": "hipgpt_jax.config",
     "SamplingConfig": "hipgpt_jax.config",

@@ -255,6 +255,65 @@ class Run:
             for prompt, one in zip(prompts, scores, strict=True)
         ]
 
+    def score_choices(self, prompt: str | Prompt, choices: Iterable[str]) -> "list[score.ChoiceScore]":
+        """Returns the log-probability of each of several texts after a prompt, as the model would generate it.
+
+        Args:
+            prompt: The text before the choices. Its tokens, and those of each choice, do not depend on one another, so
+                a choice that continues a sentence begins with a space.
+            choices: The texts, of at least one character each.
+
+        Raises:
+            TypeError: ``choices`` is not several texts.
+            ValueError: There are no choices, one is empty, or the prompt is empty and the run has no end token.
+            FloatingPointError: A log-probability is infinite or NaN.
+        """
+        from hipgpt_jax.evaluation import score
+
+        several = [choices] if isinstance(choices, str) or not isinstance(choices, Iterable) else list(choices)
+        if isinstance(choices, str) or not all(isinstance(choice, str) for choice in several):
+            raise TypeError(f"choices must be several texts: got {config.shortened(choices)}")
+        if not several or not all(several):
+            raise ValueError(f"choices must be texts of at least one character: got {config.shortened(several)}")
+        vocabulary = self.files.vocabulary
+        before = self.files.encode(_prompt(prompt, "prompt"))[-self.files.window :]
+        encoded = [tuple(vocabulary.encode(choice)) for choice in several]
+        scored = self.score([(*before, *ids) for ids in encoded])
+        return [
+            score.ChoiceScore(
+                text=choice,
+                ids=ids,
+                logprob=float(one.logprobs[-len(ids) :].sum(dtype="float64")),
+                bytes=len(vocabulary.decode_bytes(ids)),
+            )
+            for choice, ids, one in zip(several, encoded, scored, strict=True)
+        ]
+
+    def next_token(
+        self, prompt: str | Prompt, settings: config.SamplingConfig | None = None, **more: Any
+    ) -> "score.NextToken":
+        """Returns the distribution of the token after a prompt, before and after the sampling settings.
+
+        Args:
+            prompt: The prompt, which may have settings of its own.
+            settings: Sampling settings; the defaults of ``hipgpt-generate`` if absent.
+            **more: Fields of ``config.SamplingConfig`` instead.
+
+        Raises:
+            TypeError: The prompt is not a text, a keyword is unknown, or ``settings`` is given beside one.
+            ValueError: The prompt is empty and the run has no end token, or a value is out of range.
+        """
+        from hipgpt_jax.evaluation import score
+        from hipgpt_jax.records import forced
+
+        if unknown := [name for name in more if name not in _SAMPLING]:
+            raise TypeError(f"unknown keyword {unknown[0]!r}: the keywords are {', '.join(_SAMPLING)}")
+        sampling, generation = self._configs(settings, **more)
+        resolved = self.files.resolve(_prompt(prompt, "prompt"), sampling, generation)
+        drawer = forced.Drawer(self._scheduler, self.files.decoding.window_stride)
+        (request,) = self.requests_of([dataclasses.replace(resolved, samples=[0])])
+        return score.NextToken.of(*drawer.distribution(request), self.files.vocabulary)
+
     def evaluate(self, ids: "np.ndarray", *, text_bytes: int, stride: int) -> "score.Score":
         """Returns the mean score of every token of a long text but the first; see ``score.Windows``.
 
@@ -414,6 +473,16 @@ def load_run(
     started = devices.start(device, _LOG.info)
     compilation.check_cache(_LOG.warning)
     return Run(files, started, invocation)
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[record.Record]:
+    """Yields the records of a file, except a last line that was cut short.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: A line is not a record of this version's schema and contract.
+    """
+    return record.read(Path(path))
 
 
 def _prompt(prompt: object, name: str) -> Prompt:

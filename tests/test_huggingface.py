@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import config
-from hipgpt_jax.generation import sampling, scheduler
+from hipgpt_jax.generation import sampling, scheduler, topk
 from hipgpt_jax.model import transformer
 from hipgpt_jax.runs import weights
 
@@ -141,7 +141,7 @@ def sampled_logprobs(logits_BV: Any, counts_BV: Any, params: sampling.SamplingPa
     logits_BV = logits_BV + params.bias_BV
     choice = sampling.sample(logits_BV, counts_BV, params, jnp.zeros((B, 2), jnp.uint32), jnp.zeros(B, jnp.int32))
     adjusted_BV = sampling.adjust(logits_BV, counts_BV, params)
-    return sampling.sampled_logprob(adjusted_BV, params, choice.kept_B, jnp.arange(B))
+    return topk.at_rank(sampling.sampled_logprobs(adjusted_BV, params, choice.kept_B), jnp.arange(B))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])

@@ -11,7 +11,6 @@ import statistics
 from pathlib import Path
 
 import hipgpt_jax
-from hipgpt_jax.records import record
 
 TEMPERATURES = (1.0, 0.8, 0.6)  # the first is the reference
 PROMPTS = ("ROMEO:", "JULIET:", "First Citizen:", "KING RICHARD III:")
@@ -28,7 +27,7 @@ def condition(run: hipgpt_jax.Run, temperature: float) -> list[hipgpt_jax.Record
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{each.to_json()}\n" for each in made), encoding="utf-8")
         partial.rename(path)
-    return list(record.read(path))
+    return list(hipgpt_jax.read_records(path))
 
 
 def bits_per_token(sample: hipgpt_jax.Record) -> float:

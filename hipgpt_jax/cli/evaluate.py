@@ -15,7 +15,7 @@ import absl.flags
 import numpy as np
 
 from hipgpt_jax import api, config, files, json_files
-from hipgpt_jax.cli import flags, output, program
+from hipgpt_jax.cli import choices, flags, output, program
 from hipgpt_jax.records import planning, provenance
 from hipgpt_jax.runs import directory, loading
 from hipgpt_jax.text import corpus, dataset, manifest, preparation, prompts
@@ -56,11 +56,17 @@ _SPLIT = absl.flags.DEFINE_enum(
 )
 _PROMPT = _string("prompt", None, "Text to score instead; - reads stdin, without one final line break.")
 _PROMPTS_FILE = _string("prompts_file", None, "Texts to score instead: one per line, or the prompts of a .jsonl file.")
+_CHOICES = _string(
+    "choices",
+    None,
+    "Compare texts that may follow a prompt instead: a file of JSON lines with prompt, choices, a list of texts, and "
+    "optionally id.",
+)
 _OUTPUT = _string(
     "output",
     None,
-    "File to write with --prompt or --prompts_file, one JSON line per text: ids, tokens, and the log-probability and "
-    "rank of each. - writes to stdout.",
+    "File to write with --prompt, --prompts_file or --choices, one JSON line per text or list of choices: ids and "
+    "log-probabilities. - writes to stdout.",
 )
 _AS_SAMPLED = absl.flags.DEFINE_boolean(
     "as-sampled",
@@ -104,13 +110,16 @@ def _evaluate() -> None:
             f"--stride must be at least 1 and at most the window of {source.window} tokens: got {_STRIDE.value}"
         )
     texts = _read_prompts(source) if _has_prompts() else None
-    data = None if texts else _read_text(source)
+    questions = None if _CHOICES.value is None else choices.read(Path(_CHOICES.value), source)
+    data = None if texts or questions else _read_text(source)
     with _open(target) as out:
         device = program.start_device(_DEVICE.value, decoding.dtype)
         checkpoint = source.checkpoint
         program.note(f"{checkpoint.run} step {checkpoint.step} on {device}, window {source.window}, stride {stride}")
         run = api.Run(source, device, origin)
-        if texts:
+        if questions:
+            choices.write(run, questions, out, shows_table=not _is_stdout(target))
+        elif texts:
             _score_texts(run, texts, stride, out, shows_table=not _is_stdout(target))
         elif data:
             count = functools.partial(source.vocabulary.count_bytes, end_id=data.end_id)
@@ -125,11 +134,14 @@ def _has_prompts() -> bool:
 
 
 def _check_flags() -> None:
+    for flag in (_PROMPT, _PROMPTS_FILE, _DATA_PATH, _SPLIT, _STRIDE):
+        if _CHOICES.value is not None and flag.value is not None:
+            raise ValueError(f"--{flag.name} excludes --choices: give one of them")
     for flag in (_DATA_PATH, _SPLIT):
         if flag.value is not None and _has_prompts():
             raise ValueError(f"--{flag.name} excludes --prompt and --prompts_file: give one of them")
-    if _OUTPUT.value is not None and not _has_prompts():
-        raise ValueError("--output needs --prompt or --prompts_file")
+    if _OUTPUT.value is not None and not _has_prompts() and _CHOICES.value is None:
+        raise ValueError("--output needs --prompt, --prompts_file or --choices")
     if _AS_SAMPLED.value and not _has_prompts():
         raise ValueError("--as-sampled needs --prompt or --prompts_file")
     if not _AS_SAMPLED.value and (unused := flags.given(config.SamplingConfig, FLAGS)):
@@ -146,7 +158,8 @@ def _check_output() -> Path | None:
     path = output.path_of(_OUTPUT.value)
     if path.is_file() and not files.is_stream(path) and not _OVERWRITE.value:
         raise ValueError(f"--output {path} exists: give another name, or --overwrite")
-    source = None if _PROMPTS_FILE.value is None else Path(_PROMPTS_FILE.value)
+    given = _PROMPTS_FILE.value or _CHOICES.value
+    source = None if given is None else Path(given)
     output.check("output", path, source=source, kind="file of hipgpt-evaluate", is_ours=_is_ours)
     if not _is_stdout(path):
         program.outlive_stdout(matters=True)  # stdout shows the table
@@ -172,13 +185,14 @@ def _is_stdout(path: Path | None) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Returns whether the first line of a file is one that ``_line`` made."""
+    """Returns whether the first line of a file is one that this program made."""
     with path.open("rb") as file:
         try:
             line = json_files.parse(file.readline(_MAX_LINE))
         except ValueError:
             return False
-    return isinstance(line, dict) and line.keys() >= {"id", "text", "ids", "tokens", "logprobs", "ranks", "stride"}
+    kinds = {"id", "text", "ids", "tokens", "logprobs", "ranks", "stride"}, {"id", "prompt_ids", "choices", "best"}
+    return isinstance(line, dict) and any(line.keys() >= kind for kind in kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,7 @@ _TITLES: dict[type, str] = {
 _GROUPS: dict[str, tuple[str, ...]] = {
     "Input": (
         *("run-name", "run-dir", "step", "records", "folder", "ids", "prompt", "prompt_ids", "parse_special"),
-        *("prompts_file", "data-path", "split", "text-field", "tokenizer-path", "init-from"),
+        *("prompts_file", "choices", "data-path", "split", "text-field", "tokenizer-path", "init-from"),
     ),
     "Evaluation": ("as-sampled", "stride"),
     "Replay": ("batch_size", "forced"),

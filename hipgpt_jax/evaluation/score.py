@@ -70,6 +70,62 @@ class TextScore:
         return f"<TextScore {len(self.ids)} tokens, {means}: {config.shortened(''.join(self.tokens))}>"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Distribution of the token after a prompt, from the most likely token to the least.
+
+    Attributes:
+        ids: Every id of the vocabulary; of equally likely ones the lower id is first.
+        tokens: The text of each.
+        logprobs: Log-probability of each in the model's own distribution, in nats, float32.
+        sampled_logprobs: Log-probability of each under the sampling settings; minus infinity if they cut it.
+    """
+
+    ids: np.ndarray
+    tokens: tuple[str, ...]
+    logprobs: np.ndarray
+    sampled_logprobs: np.ndarray
+
+    @classmethod
+    def of(cls, before_V: np.ndarray, after_V: np.ndarray, vocabulary: tokenizer.Tokenizer) -> "NextToken":
+        """Returns the distribution with these log-probabilities, before and after the settings."""
+        ids = np.argsort(-before_V, kind="stable")
+        tokens = tuple(map(vocabulary.show, ids.tolist()))
+        return cls(ids=ids, tokens=tokens, logprobs=before_V[ids], sampled_logprobs=after_V[ids])
+
+    def __repr__(self) -> str:
+        likely = zip(self.tokens[:3], np.exp(self.logprobs[:3]), strict=False)
+        shown = ", ".join(f"{token!r} {probability:.1%}" for token, probability in likely)
+        return f"<NextToken {shown}, {np.isfinite(self.sampled_logprobs).sum()} of {len(self.ids)} kept>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceScore:
+    """Score of one of the texts that may follow a prompt.
+
+    Attributes:
+        text: The text.
+        ids: Its token ids.
+        logprob: Its log-probability after the prompt, in nats.
+        bytes: Its length in UTF-8.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    logprob: float
+    bytes: int
+
+    @property
+    def per_token(self) -> float:
+        """Log-probability per token."""
+        return self.logprob / len(self.ids)
+
+    @property
+    def per_byte(self) -> float:
+        """Log-probability per byte, which favours neither long choices nor those with common words."""
+        return self.logprob / self.bytes
+
+
 def perplexity(loss: float) -> float:
     """Returns the exponential of a loss; infinity beyond float64, from a loss of 709.8 on."""
     try:

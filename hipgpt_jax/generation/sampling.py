@@ -392,20 +392,18 @@ def adjust(logits_BV: jax.Array, counts_BV: jax.Array, params: SamplingParams) -
     return jnp.where(logits_BV == 0, 0, logits_BV)  # to top_k, -0.0 is less than 0.0
 
 
-def sampled_logprob(logits_BV: jax.Array, params: SamplingParams, kept_B: jax.Array, token_B: jax.Array) -> jax.Array:
-    """Returns the log-probability of any tokens under the sampling settings; minus infinity for those that are cut.
+def sampled_logprobs(logits_BV: jax.Array, params: SamplingParams, kept_B: jax.Array) -> jax.Array:
+    """Returns the log-probability of all tokens under the sampling settings; minus infinity for those that are cut.
 
     Args:
         logits_BV: From ``adjust``.
         params: Sampling settings.
         kept_B: Number of candidates that are kept; see ``Choice``.
-        token_B: The tokens.
     """
     scaled_BV = scale(logits_BV, logits_BV.max(axis=-1), params.temperature_B)
     rank_BV = jnp.argsort(jnp.argsort(-logits_BV, axis=-1, stable=True), axis=-1)
     kept_BV = jnp.where(rank_BV < kept_B[:, None], scaled_BV, -jnp.inf)
-    logprob_BV = kept_BV - jnp.log(jnp.exp(kept_BV).sum(axis=-1, keepdims=True))
-    return jnp.minimum(topk.at_rank(logprob_BV, token_B), 0)
+    return jnp.minimum(kept_BV - jnp.log(jnp.exp(kept_BV).sum(axis=-1, keepdims=True)), 0)
 
 
 def sample(

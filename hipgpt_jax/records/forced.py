@@ -76,6 +76,14 @@ class Drawer:
                 found.append(self._map(_sampled_logprob, request, rest))
         return np.concatenate(found)
 
+    def distribution(self, request: requests.Request) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the log-probability of every token after a prompt, before and after its settings, float32 ``[V]``."""
+        length = len(request.prompt_ids)
+        state = decoding.states_at(request, (), [self._start(request, length)], 0, W=self._W, V=self._V)
+        logits_V = next(self._logits(request, request.prompt_ids[:1]))  # those before the first id, whichever it is
+        before_BV, after_BV = _distribution(self._plan, state, logits_V[None])
+        return np.asarray(before_BV)[0], np.asarray(after_BV)[0]
+
     def _map(self, function: Callable[..., Any], request: requests.Request, ids: Sequence[int]) -> Any:
         """Applies a function of states, logits and ids to all tokens of a text, ``_ROWS`` at a time."""
         parts: list[Any] = []
@@ -149,16 +157,25 @@ def _head(size: int, x: jax.Array) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(plan: topk.Plan, state: decoding.DecodeState, logits_BV: jax.Array, given_B: jax.Array) -> Draws:
     _, output = decoding.sample_next(state, logits_BV, plan)
-    shifted_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-    logprob_BV = shifted_BV - jnp.log(jnp.exp(shifted_BV).sum(axis=-1, keepdims=True))
-    logprob_B = jnp.minimum(jnp.take_along_axis(logprob_BV, given_B[:, None], axis=-1)[:, 0], 0)
+    logprob_B = jnp.take_along_axis(_log_softmax(logits_BV), given_B[:, None], axis=-1)[:, 0]
     return Draws(output.token_B, output.stats, logprob_B)
+
+
+def _log_softmax(logits_BV: jax.Array) -> jax.Array:
+    shifted_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    return jnp.minimum(shifted_BV - jnp.log(jnp.exp(shifted_BV).sum(axis=-1, keepdims=True)), 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sampled_logprob(
     plan: topk.Plan, state: decoding.DecodeState, logits_BV: jax.Array, given_B: jax.Array
 ) -> jax.Array:
+    return topk.at_rank(_distribution(plan, state, logits_BV)[1], given_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _distribution(plan: topk.Plan, state: decoding.DecodeState, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-probability of all tokens, before and after the sampling settings."""
     _, output = decoding.sample_next(state, logits_BV, plan)
     adjusted_BV = sampling.adjust(decoding.restrict(state, logits_BV, plan), state.counts_BV, state.params)
-    return sampling.sampled_logprob(adjusted_BV, state.params, output.stats.kept_B, given_B)
+    return _log_softmax(logits_BV), sampling.sampled_logprobs(adjusted_BV, state.params, output.stats.kept_B)
