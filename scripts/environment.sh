@@ -47,20 +47,19 @@ environment_install() (
       [[ ,$extras, == *,$extra,* ]] || extras=${extras:+$extras,}$extra
     done
     environment_say "updating $name from pyproject.toml${extras:+ with extras $extras}"
-    echo unfinished >"$venv/hipgpt-stamp"
-    : >"$venv/install.log"
   else
     environment_say "creating $name with $python and $with: downloads JAX and its libraries once (1 GB, minutes)"
     stamp=unfinished
     mkdir -p "$venv" && echo "$stamp" >"$venv/hipgpt-stamp" || exit 1
     find "$venv/." -mindepth 1 -maxdepth 1 ! -name hipgpt-stamp -exec rm -rf {} +
-    "${create[@]}" "$venv" >"$venv/install.log" 2>&1 || environment_fail "$name"
   fi
+  echo unfinished >"$venv/hipgpt-stamp" && : >"$venv/install.log" || exit 1
 
   if [[ -t 2 ]]; then
     environment_show_progress "$venv/install.log" 9>&- &
     trap "kill $! 2>/dev/null; printf '\r\e[K' >&2" EXIT
   fi
+  [[ -x $venv/bin/python ]] || "${create[@]}" "$venv" >>"$venv/install.log" 2>&1 || environment_fail "$name"
   if ! "${install[@]}" --editable ".${extras:+[$extras]}" >>"$venv/install.log" 2>&1; then
     printf '%s\n' "$stamp" >"$venv/hipgpt-stamp"
     environment_fail "$name"
