@@ -195,7 +195,7 @@ def test_prompts(tmp_path: Path) -> None:
     def read() -> None:
         found = list(prompts.PromptFile(path))
         planning.check_unique(found)
-        assert all(prompt.text for prompt in found)
+        assert all(isinstance(prompt.text, str) for prompt in found)
 
     accepted, refused = read_all(path, mutate, read)
     assert min(accepted, refused) > 50
