@@ -45,7 +45,12 @@ def record_of(found: loading.RunFiles, prompt: prompts.Prompt, sample: int, **ge
     own = {"num_tokens": asked.num_tokens, "eos_id": asked.eos_id, "stop": asked.stop, "top_logprobs": 0}
     values = {**vars(base.settings), **vars(SAMPLING), **own}
     return records.make_record(
-        id=prompt.name, sample=sample, seed=asked.seed, prompt=prompt.text, settings=type(base.settings)(**values)
+        id=prompt.name,
+        sample=sample,
+        seed=asked.seed,
+        prompt=prompt.text,
+        prompt_ids=found.encode(prompt),
+        settings=type(base.settings)(**values),
     )
 
 

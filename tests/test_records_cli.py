@@ -168,6 +168,19 @@ def test_other_settings_are_refused_and_overwriting_replaces(run) -> None:
     assert made.seed == 1
 
 
+def test_other_ids_of_the_same_text_are_refused(run) -> None:
+    first = write_prompts("p.jsonl", [{"id": "x", "prompt": "the"}])
+    assert run("--prompts_file", first, "--output", "a.jsonl").code == 0
+    before = Path("a.jsonl").read_bytes()
+    second = write_prompts("q.jsonl", [{"id": "x", "prompt_ids": [83, 71, 68], "num_samples": 2}])  # letter by letter
+    result = run("--prompts_file", second, "--output", "a.jsonl")
+    assert result.code == 1
+    assert re.search(
+        r"a.jsonl was made by other settings: prompt_ids \(\d+,.* in sample 0 of x, \(83, 71, 68\) now", result.err
+    )
+    assert Path("a.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

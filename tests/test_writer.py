@@ -27,7 +27,7 @@ def fill(path: Path, *made: record.Record, **how: Any) -> writer.RecordFile:
 
 
 def fingerprints(made: record.Record) -> tuple[writer.Fingerprint, writer.Fingerprint]:
-    own = writer.prompt_fingerprint(made.prompt, made.seed, vars(made.settings))
+    own = writer.prompt_fingerprint(made.prompt, made.prompt_ids, made.seed, vars(made.settings))
     return own, writer.shared_fingerprint(made.settings, made.run, made.numerics)
 
 
@@ -140,7 +140,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     out.check_prompt("another", {**own, "seed": 8})
     out.check_shared(shared)
     said = "made by other settings: {} .* in sample 0 of p1, .* now"
-    for name, other in {"seed": 8, "temperature": 0.5, "stop": ["x"], "prompt": "Not to be"}.items():
+    for name, other in {"seed": 8, "temperature": 0.5, "stop": ["x"], "prompt": "Not to be", "prompt_ids": (5,)}.items():
         with pytest.raises(ValueError, match=said.format(name)):
             out.check_prompt("p1", {**own, name: other})
     changes = {"window": 9, "weights": "0" * 64, "batch_size": 2, "environment": ["jax_enable_x64=True"]}

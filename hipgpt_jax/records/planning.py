@@ -19,8 +19,8 @@ _TOKENS = frozenset({"allow", "ban", "eos_id", "logit_bias", "min_tokens"})
 class Plan:
     """Prompts that were checked and counted. Iterating reads and tokenizes them, one at a time.
 
-    The check reads all prompts once and keeps 32 bytes of each. It tokenizes none, unless ``overflow`` is ``error``:
-    then it tokenizes each, to check that it fits the window.
+    The check reads all prompts once and keeps 32 bytes of each. It tokenizes only those that the output has samples of,
+    to compare their ids, and all if ``overflow`` is ``error``, to check that they fit the window.
 
     Attributes:
         prompts: Number of prompts.
@@ -108,20 +108,10 @@ class Plan:
         if _TOKENS & prompt.sampling.keys():
             generation, sampling = self._files.resolve_settings(prompt, self._sampling, self._generation)
             settings = {**vars(generation), **vars(sampling)}
-        text = prompt.text
-        # Records have the text of the ids, with U+FFFD in place of a lone surrogate. It is that of most prompts.
-        if not text or not _is_valid(text):
-            text = self._files.vocabulary.decode(self._files.encode(prompt))
-        self._out.check_prompt(name, writer.prompt_fingerprint(text, settings["seed"], settings))
+        ids = self._files.encode(prompt)
+        text = self._files.vocabulary.decode(ids)  # as in records: U+FFFD replaces a lone surrogate
+        self._out.check_prompt(name, writer.prompt_fingerprint(text, ids, settings["seed"], settings))
         return self._out.finished.count(name, self._num_samples(prompt))
-
-
-def _is_valid(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _sum_of_largest(values: "array.array[int]", order: np.ndarray, starts: np.ndarray) -> int:

@@ -256,6 +256,7 @@ class Header(NamedTuple):
     sample: int
     seed: int
     prompt: str
+    prompt_ids: tuple[int, ...]
     settings: Settings
     run: Run
     numerics: Numerics

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,21 @@ _MAX_FOREIGN_LINE = 1 << 20  # a file of something else may be one line of gigab
 Fingerprint = dict[str, Any]
 
 
-def prompt_fingerprint(prompt: str, seed: int, settings: Mapping[str, Any]) -> Fingerprint:
+def prompt_fingerprint(
+    prompt: str, prompt_ids: Sequence[int], seed: int, settings: Mapping[str, Any]
+) -> Fingerprint:
     """Returns all inputs of a prompt's samples that may differ from those of another prompt in the same file.
 
     Args:
         prompt: Text of the prompt.
+        prompt_ids: Its token ids; the same text may have others.
         seed: Seed.
         settings: Values of ``record.Settings`` by name.
     """
     fields = [*dataclasses.fields(config.GenerationConfig), *dataclasses.fields(config.SamplingConfig)]
     values = {field.name: settings[field.name] for field in fields if field.name not in ("seed", "num_samples")}
     values |= {field.name: float(values[field.name]) for field in fields if field.type is float}
-    return {"prompt": prompt, "seed": seed, "rule": settings.get("rule"), **values}
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "seed": seed, "rule": settings.get("rule"), **values}
 
 
 def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: record.Numerics) -> Fingerprint:
@@ -283,7 +286,7 @@ class RecordFile:
 
 
 def _prompt_fingerprint_of(one: record.Header) -> Fingerprint:
-    return prompt_fingerprint(one.prompt, one.seed, vars(one.settings))
+    return prompt_fingerprint(one.prompt, one.prompt_ids, one.seed, vars(one.settings))
 
 
 def _encode(fingerprint: Fingerprint) -> str:
