@@ -360,6 +360,7 @@ class Run:
             ValueError: This run cannot have made the record.
         """
         request, vocabulary = replay.request(recorded), self.files.vocabulary
+        self._check_made(recorded)
         self._scheduler.check(request)
         if request.rule != self.rule:
             theirs, own = (f"the rule {rule}" if rule else "no rule" for rule in (request.rule, self.rule))
@@ -368,6 +369,27 @@ class Run:
             raise ValueError(f"it has ids beyond the vocabulary's size {vocabulary.vocab_size}")
         prompt = vocabulary.decode(recorded.prompt_ids)
         return dataclasses.replace(replay.shortened(request, recorded), prompt=prompt)
+
+    def _check_made(self, recorded: record.Record) -> None:
+        """Raises ValueError if a record names other files or another context than those of this run."""
+        checkpoint, decoding = self.files.checkpoint, self.files.decoding
+        for kind, old, new in (
+            ("weights", recorded.run.weights_sha256, checkpoint.weights_sha256),
+            ("tokenizer", recorded.run.tokenizer_sha256, checkpoint.tokenizer_sha256),
+        ):
+            if old != new:
+                raise ValueError(f"other {kind}: sha256 {old} in the record, {new} in {checkpoint.directory}")
+        own = {
+            "window": self.files.window,
+            "window_stride": decoding.window_stride,
+            "overflow": decoding.overflow,
+        }
+        for name, new in own.items():
+            if (old := getattr(recorded.settings, name)) != new:
+                raise ValueError(
+                    f"other {name}: {old} in the record, {new} in this run: load the run with "
+                    f"decoding=DecodingConfig({name}={old!r})"
+                )
 
     def compare(self, recorded: record.Record, regenerated: record.Record) -> "comparison.Comparison":
         """Compares a record with the one that ``records_of`` yields for its request."""

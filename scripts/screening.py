@@ -59,8 +59,9 @@ def main(num_tokens: int) -> None:
 
 
 def _row(run: hipgpt_jax.Run, records: Iterable[record.Record]) -> str:
-    """Returns the last cells of a row: the screening of all records."""
-    found = [run.screen(one) for one in records]
+    """Returns the last cells of a row: the screening of all records, as if the run had made them."""
+    own = {"weights_sha256": run.files.checkpoint.weights_sha256}
+    found = [run.screen(dataclasses.replace(one, run=dataclasses.replace(one.run, **own))) for one in records]
     tokens, redrawn, unexplained = (
         sum(numbers) for numbers in zip(*((f.tokens, len(f.redrawn), f.unexplained) for f in found), strict=True)
     )

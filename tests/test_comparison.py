@@ -171,7 +171,7 @@ def test_forgeries_are_detected_whatever_hardware_they_claim(name: str, disguise
         lambda v: v["numerics"].update(platform="rocm", xla_flags="--x"),
         lambda v: v["versions"].update(jax="9.9", git_commit=None),
         lambda v: v.update(argv=[], started="2020-01-01T00:00:00Z"),
-        lambda v: v["settings"].update(window_stride=3, overflow="stop", stop=["qqq"], eos_id=1000),
+        lambda v: v["settings"].update(stop=["qqq"], eos_id=1000),
         lambda v: (cut(v, 10), v["settings"].update(num_tokens=10), v.update(text="".join(v["tokens"][:10]))),
     ],
 )
@@ -179,6 +179,25 @@ def test_changes_that_do_not_concern_the_sample_are_identical(change: Callable[[
     value = json.loads(made())
     change(value)
     assert judged_value(value).is_identical
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "other", "message"),
+    [
+        ("run", "weights_sha256", "0" * 64, "other weights: sha256 000.* in the record, .* in "),
+        ("run", "tokenizer_sha256", "0" * 64, "other tokenizer: sha256 000.* in the record, .* in "),
+        ("settings", "window", 48, r"other window: 48 in the record, 32 in this run: .*DecodingConfig\(window=48\)"),
+        ("settings", "window_stride", 3, "other window_stride: 3 in the record, 8 in this run: load"),
+        ("settings", "overflow", "stop", "other overflow: stop in the record, roll in this run: .*='stop'"),
+    ],
+)
+def test_a_record_of_another_run_or_context_is_refused(part: str, name: str, other: Any, message: str) -> None:
+    value = json.loads(made())
+    value[part][name] = other
+    one = record.parse(json.dumps(value).encode(), "it")
+    for refused in (shipped().request_of, shipped().screen):
+        with pytest.raises(ValueError, match=message):
+            refused(one)
 
 
 @pytest.mark.parametrize("part", ["numerics", "versions"])
@@ -291,7 +310,7 @@ def test_mutated_records_are_refused_in_one_line_or_compared() -> None:
         confirmed += result.is_identical
         assert not result.is_rounding
     assert 200 < len(refused) < 450
-    assert confirmed > 10, "run, numerics, versions, argv, started and timings do not change a sample"
+    assert confirmed > 10, "numerics, versions, argv, started and timings do not change a sample"
     assert [message for message in refused if not re.fullmatch(".{,350}", message)] == []
 
 

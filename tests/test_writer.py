@@ -140,7 +140,13 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     out.check_prompt("another", {**own, "seed": 8})
     out.check_shared(shared)
     said = "made by other settings: {} .* in sample 0 of p1, .* now"
-    for name, other in {"seed": 8, "temperature": 0.5, "stop": ["x"], "prompt": "Not to be", "prompt_ids": (5,)}.items():
+    for name, other in {
+        "seed": 8,
+        "temperature": 0.5,
+        "stop": ["x"],
+        "prompt": "Not to be",
+        "prompt_ids": (5,),
+    }.items():
         with pytest.raises(ValueError, match=said.format(name)):
             out.check_prompt("p1", {**own, name: other})
     changes = {"window": 9, "weights": "0" * 64, "batch_size": 2, "environment": ["jax_enable_x64=True"]}

@@ -21,9 +21,7 @@ _MAX_FOREIGN_LINE = 1 << 20  # a file of something else may be one line of gigab
 Fingerprint = dict[str, Any]
 
 
-def prompt_fingerprint(
-    prompt: str, prompt_ids: Sequence[int], seed: int, settings: Mapping[str, Any]
-) -> Fingerprint:
+def prompt_fingerprint(prompt: str, prompt_ids: Sequence[int], seed: int, settings: Mapping[str, Any]) -> Fingerprint:
     """Returns all inputs of a prompt's samples that may differ from those of another prompt in the same file.
 
     Args:
