@@ -67,6 +67,23 @@ def test_a_changed_token_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert summary.endswith(f"{index + 1} tokens, {index} equal, 1 differ: 1 not explained by rounding")
 
 
+def test_texts_may_have_line_separators_and_a_torn_last_line_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = _records()[0]
+    lines = [json.dumps({**one, "id": each}, ensure_ascii=False) for each in ("\u2028", "\u2029\x85", "ï")]
+    path = tmp_path / "new.jsonl"
+    for whole, end in ((2, ""), (2, "\n"), (2, "\n" + lines[2][:8]), (3, "")):
+        path.write_text("\n".join(lines[:whole]) + end)
+        assert verify.verify(TINY, path) == 0
+        assert capsys.readouterr().out.startswith(f"{path}: {whole * len(one['ids'])} tokens, ")
+    path.write_bytes(f"{lines[0]}\n{lines[2]}".encode().partition("ï".encode())[0] + b"\xc3")
+    assert verify.verify(TINY, path) == 0
+    path.write_text("")
+    with pytest.raises(ValueError, match="line 1: JSONDecodeError"):
+        verify.verify(TINY, path)
+
+
 @pytest.mark.parametrize("field", ["seed", "sample"])
 def test_another_seed_or_sample_is_found(field: str, tmp_path: Path) -> None:
     changed = _records()[0]
