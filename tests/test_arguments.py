@@ -187,6 +187,8 @@ def test_every_flag_is_classified_as_text_or_not() -> None:
         "mesh",
         "coordinator",
         "seeds",
+        "choices",
+        "prompt_ids",
     }
     strings = {
         flag for values in FLAGS.values() for flag in values if "string" in values[flag].flag_type().split("enum")[0]

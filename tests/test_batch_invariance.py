@@ -57,14 +57,16 @@ def bits(model: config.ModelConfig, width: int, number: int, numerics: str = "in
 
 
 def test_every_batch_size_gives_the_same_bits() -> None:
-    alone = bits(SMALL, 1, 18)
-    assert len(set(alone)) == 18
-    assert alone == bits(SMALL, 16, 18)
-    assert alone != bits(SMALL, 16, 18, "fast")
+    alone = bits(SMALL, 1, 5)
+    assert len(set(alone)) == 5
+    assert alone == bits(SMALL, 3, 5)
 
 
 @pytest.mark.slow
-def test_windows_that_slide_by_several_tokens_give_the_same_bits() -> None:
+def test_two_replicas_and_longer_strides_give_the_same_bits() -> None:
+    alone = bits(SMALL, 1, 18)
+    assert alone == bits(SMALL, 16, 18)
+    assert alone != bits(SMALL, 16, 18, "fast")
     assert bits(SMALL, 1, 8, stride=16) == bits(SMALL, 3, 8, stride=16)
 
 

@@ -61,6 +61,7 @@ def test_draws_by_both_rules(script: ModuleType) -> None:
             assert np.all(np.abs(share_TV - probability_TV) <= 5 * deviation_TV)
 
 
+@pytest.mark.slow
 def test_table(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """Other weights change tokens, and every pair has a row per setting."""
     assert script.main([*FLAGS, "--other_step", "20"]) == 0

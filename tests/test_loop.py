@@ -71,6 +71,7 @@ def test_metrics_fetched_late_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_run_stopped_with_a_step_in_flight_resumes_to_the_same_bits(tmp_path: Path) -> None:
     loop.train(job(tmp_path, 0), QUIET)
     stopping = dataclasses.replace(QUIET, should_stop=iter([False, True]).__next__)
@@ -98,6 +99,7 @@ def test_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
         assert not list(run.glob("*_step*")) + list((run / "train_state").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     rising = {"learning_rate": 3.0, "warmup_steps": 1, "eval_every": 1, "ckpt_every": 0, "steps": 30}
     result = loop.train(job(tmp_path, 0, **rising, patience=2), QUIET)

@@ -170,6 +170,7 @@ def test_a_run_killed_between_its_state_and_its_weights_gets_them_when_it_resume
     assert (directory / "latest_checkpoint.bin").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_several_seeds_are_several_runs_with_their_mean(run, work: Path) -> None:
     flags = (*TINY, "--run-name", "r", "--steps", "3", "--ckpt-every", "2")
     assert run(*flags, "--seeds", "5").code == 0
@@ -188,6 +189,7 @@ def test_several_seeds_are_several_runs_with_their_mean(run, work: Path) -> None
     assert metrics(work, "one") == metrics(work, "r_seed5")
 
 
+@pytest.mark.slow
 def test_python_trains_the_run_of_the_command_line_and_gets_its_metrics(run, work: Path) -> None:
     flags = (*TINY, "--run-name", "r", "--steps", "3", "--log-every", "1")
     assert run(*flags).code == 0
