@@ -469,7 +469,7 @@ def load_run(
 
     Args:
         name: Name of the run, or the path of its directory.
-        step: Training step, or ``best``; the latest if absent.
+        step: Training step, ``best`` or ``latest``; the latest if absent.
         device: One of ``devices.DEVICES``. JAX must not have started on another one already.
         decoding: Window, stride, overflow rule, batch size and dtype; the defaults of ``hipgpt-generate`` if absent.
         where: Directory of the run, if it is not in ``checkpoints/``.
@@ -487,8 +487,10 @@ def load_run(
     ):
         if not isinstance(value, kinds):
             raise TypeError(f"{argument} is of the wrong type: got {config.shortened(value)}")
-    if step is not None and not isinstance(step, str):
-        step = config.require_int("step", step, 0, "a training step, or best")
+    if isinstance(step, str):
+        step = directory.parse_step(step)
+    elif step is not None:
+        step = config.require_int("step", step, 0, "a training step, best or latest")
     invocation = provenance.Invocation()
     name, path = directory.parse_run(name) if where is None else (name, Path(where))
     files = loading.open_run(name, step, decoding or config.DecodingConfig(), path)

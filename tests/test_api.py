@@ -212,6 +212,11 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "none": (lambda run: run.score(None), TypeError, "texts must be a text or a list"),
     "name": (lambda run: PACKAGE.load_run(3), TypeError, "name is of the wrong type: got 3"),
     "step": (lambda run: PACKAGE.load_run("shakespeare", step=1.5), ValueError, "step must be an integer"),
+    "step text": (
+        lambda run: PACKAGE.load_run("shakespeare", step="x"),
+        ValueError,
+        "step must be a number, best or latest: got 'x'",
+    ),
     "prompt": (lambda run: PACKAGE.Prompt(text=b"a"), TypeError, "text must be a string: got b'a'"),
     "generation": (
         lambda run: PACKAGE.Prompt(text="a", generation={"nums": 3}),
@@ -258,6 +263,11 @@ def test_an_iterator_of_prompts_is_consumed_as_needed(run: hipgpt_jax.Run) -> No
     made = run.records(prompts(), num_tokens=1)
     assert [next(made).prompt for _ in range(2)] == ["the king 0", "the king 1"]
     assert len(taken) < 80
+
+
+def test_a_step_may_be_given_as_text(tiny: Path) -> None:
+    for given, step in (("20", 20), ("latest", 600), (20, 20), (None, 600)):
+        assert hipgpt_jax.load_run("tiny", step=given, where=tiny / "checkpoints/tiny").files.checkpoint.step == step
 
 
 def test_a_device_other_than_that_of_jax_is_refused() -> None:
