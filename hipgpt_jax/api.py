@@ -158,6 +158,7 @@ class Run:
         settings: config.SamplingConfig | None = None,
         seed: int = 0,
         num_samples: int = 1,
+        rule: "Rule | None" = None,
         **more: Any,
     ) -> Iterator[record.Record]:
         """Yields the records of ``generate`` as samples end, for more samples than memory holds.
@@ -165,6 +166,8 @@ class Run:
         Arguments and errors are those of ``generate``. An iterator of prompts is consumed as prompts are needed, so an
         error in one of them is raised when its turn comes.
         """
+        if rule is not None:
+            return self.with_rule(rule).records(prompts, settings, seed, num_samples, **more)
         sampling, generation = self._configs(settings, seed=seed, num_samples=num_samples, **more)
         if isinstance(prompts, (str, Prompt)):
             prompts = [prompts]
@@ -183,6 +186,7 @@ class Run:
         settings: config.SamplingConfig | None = None,
         seed: int = 0,
         sample: int = 0,
+        rule: "Rule | None" = None,
         **more: Any,
     ) -> Stream:
         """Generates one of the samples of ``generate`` and returns its text piece by piece.
@@ -192,6 +196,7 @@ class Run:
             settings: As for ``generate``.
             seed: As for ``generate``.
             sample: Index of the sample among those of its prompt, in ``[0, 2**32)``.
+            rule: As for ``generate``.
             **more: As for ``generate``, except ``num_samples``.
 
         Raises:
@@ -203,7 +208,8 @@ class Run:
             raise TypeError("a stream is of one sample: give its index as sample, not num_samples")
         defaults = self._configs(settings, seed=seed, **more)
         (resolved,) = planning.Plan(self.files, [_prompt(prompt, "prompt")], *defaults)
-        return Stream(self, next(self.requests_of([dataclasses.replace(resolved, samples=[sample])])))
+        run = self if rule is None else self.with_rule(rule)
+        return Stream(run, next(run.requests_of([dataclasses.replace(resolved, samples=[sample])])))
 
     def score(
         self,
@@ -221,7 +227,7 @@ class Run:
                 prompt of a record, is the prompt whose tokens the penalties count.
 
         Raises:
-            TypeError: ``texts`` is neither a text nor several.
+            TypeError: ``texts`` is neither a text nor several, or ``settings`` is not a ``SamplingConfig``.
             ValueError: A text has fewer than two tokens, an id is not an integer or not in the vocabulary, or the
                 stride is not an integer or out of range.
             FloatingPointError: A log-probability is infinite or NaN.
@@ -230,6 +236,8 @@ class Run:
 
         if not isinstance(texts, Iterable) or isinstance(texts, (bytes, bytearray, Mapping)):
             raise TypeError(f"texts must be a text or a list of texts or of ids: got {config.shortened(texts)}")
+        if settings is not None:
+            _require_sampling(settings)
         vocabulary, window = self.files.vocabulary, self.files.window
         several = [texts] if isinstance(texts, str) else list(texts)
         ids = [score.check_ids(self._ids_of(text), vocabulary.vocab_size) for text in several]
@@ -444,10 +452,10 @@ class Run:
         sampling = {name: values.pop(name) for name in _SAMPLING if name in values}
         if settings is None:
             settings = config.SamplingConfig(**sampling)
-        elif not isinstance(settings, config.SamplingConfig):
-            raise TypeError(f"settings must be a SamplingConfig: got {config.shortened(settings)}")
-        elif sampling:
-            raise TypeError(f"settings and {next(iter(sampling))} are both given: give one of them")
+        else:
+            _require_sampling(settings)
+            if sampling:
+                raise TypeError(f"settings and {next(iter(sampling))} are both given: give one of them")
         return settings, config.GenerationConfig(**{"eos_id": self.files.checkpoint.eos_id, **values})
 
     def _ids_of(self, text: Any) -> Any:
@@ -507,6 +515,11 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[record.Record]:
         ValueError: A line is not a record of this version's schema and contract.
     """
     return record.read(Path(path))
+
+
+def _require_sampling(settings: object) -> None:
+    if not isinstance(settings, config.SamplingConfig):
+        raise TypeError(f"settings must be a SamplingConfig: got {config.shortened(settings)}")
 
 
 def _prompt(prompt: object, name: str) -> Prompt:

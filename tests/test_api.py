@@ -193,6 +193,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "settings and top_k are both given",
     ),
     "settings": (lambda run: run.generate("a", {"top_k": 3}), TypeError, "settings must be a SamplingConfig"),
+    "settings of a score": (lambda run: run.score("the king", settings={}), TypeError, "settings must be a Sampling"),
     "text": (
         lambda run: run.generate("a", temperature="0.5"),
         ValueError,

@@ -53,6 +53,15 @@ def test_a_rule_acts_before_all_settings(run: hipgpt_jax.Run) -> None:
     assert plain.settings.rule is None
 
 
+def test_records_and_streams_take_a_rule(run: hipgpt_jax.Run) -> None:
+    (one,) = run.generate("the king", rule=copying, num_tokens=9)
+    (again,) = run.records("the king", rule=copying, num_tokens=9)
+    stream = run.stream("the king", rule=copying, num_tokens=9)
+    assert "".join(stream) == one.text
+    assert stream.record is not None
+    assert [(made.ids, made.settings) for made in (again, stream.record)] == [(one.ids, one.settings)] * 2
+
+
 def test_log_probabilities_are_the_models_own(run: hipgpt_jax.Run) -> None:
     records = run.generate("the king", rule=green, num_tokens=25, num_samples=2)
     for one, scored in zip(records, run.score(records), strict=True):
