@@ -244,6 +244,7 @@ def test_another_config_is_listed_as_a_change(call: Run, made: list[dict[str, An
     result = call("replay", write("b.jsonl", [other]))
     assert result.code == 0
     assert f"changed    config_sha256: {'0' * 64} in the record" in result.out
+    assert f"changed    config_sha256: {'0' * 64} in the record" in call("replay", "b.jsonl", "--forced").out
 
 
 def test_a_torn_last_line_is_noted(call: Run, made: list[dict[str, Any]]) -> None:
@@ -319,6 +320,8 @@ def test_a_record_that_cannot_be_replayed_is_skipped(call: Run, made: list[dict[
         (("empty.jsonl",), "empty.jsonl has no records"),
         (("a.jsonl", "--frob", "x"), "unknown flag --frob: "),
         (("a.jsonl", "--device", "tpu"), "--device must be one of"),
+        (("a.jsonl", "--batch_size", "0"), "--batch_size must be a positive integer: got '0'"),
+        (("a.jsonl", "--batch_size", "2", "--forced"), "--forced generates nothing, so --batch_size does not affect"),
     ],
 )
 def test_a_mistake_is_exit_code_2(
@@ -349,7 +352,11 @@ def test_forced_replay_draws_every_token_again(call: Run, made: list[dict[str, A
     code, lines, (unexplained, tokens, _, limit, error, skipped) = screened(call, "a.jsonl")
     total = sum(len(one["ids"]) for one in made)
     assert lines == [
-        f"agrees     {one['id']} sample {one['sample']}: {len(one['ids'])} of {len(one['ids'])} tokens" for one in made
+        *(
+            f"agrees     {one['id']} sample {one['sample']}: {len(one['ids'])} of {len(one['ids'])} tokens"
+            for one in made
+        ),
+        "not exercised: seed, top_k, top_p (2 records), stop (1 record)",
     ]
     assert (code, unexplained, int(tokens), skipped) == (0, "0", total, None)
     assert float(limit) == pytest.approx(100_000 * (1 - 0.05 ** (1 / total)), rel=1e-2)
@@ -408,10 +415,11 @@ def test_forced_replay_skips_what_it_cannot_replay(call: Run, made: list[dict[st
         "skipped    first sample 0: it ended with an error, which only an exact replay repeats",
         "skipped    first sample 0: the prompt is empty: it must hold at least one token",
         "agrees     first sample 1: 40 of 40 tokens",
+        "not exercised: window, window_stride, overflow (1 record)",
     ]
     assert groups[-1] == "; 4 records skipped"
     code, lines, _ = screened(call, write("b.jsonl", [*values, made[0] | {"text": "x"}]))
-    assert (code, lines[-1].split(" ")[0]) == (1, "differs")
+    assert (code, lines[-2].split(" ")[0]) == (1, "differs")
     exact = call("replay", write("b.jsonl", [ruled, made[1]]))
     assert exact.code == 2
     assert exact.out.splitlines()[0] == lines[2]
@@ -437,6 +445,7 @@ def test_the_largest_share_is_the_one_of_clopper_and_pearson(seen: int, number: 
     if seen == number:
         assert share == 1
         return
+    assert replay._largest_share(1000 * seen, 1000 * number) < share  # within a moment
     tail = sum(math.comb(number, k) * share**k * (1 - share) ** (number - k) for k in range(seen + 1))
     assert tail == pytest.approx(0.05, rel=1e-6)
 

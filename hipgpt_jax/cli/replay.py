@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import absl.flags
+import numpy as np
 
 from hipgpt_jax import api, config, devices
 from hipgpt_jax.cli import flags, program
@@ -45,6 +46,7 @@ _BATCH_SIZE = absl.flags.DEFINE_integer(
     "batch_size",
     None,
     "Batch size; the record's own if absent, or 16. Another one rounds differently, except with invariant numerics.",
+    lower_bound=1,
     flag_values=FLAGS,
 )
 _FORCED = absl.flags.DEFINE_boolean(
@@ -71,9 +73,9 @@ class _Tally:
     Attributes:
         counts: Records per verdict: identical, agrees, differs, skipped; those that differ only by rounding; and tokens
             that are drawn otherwise by rounding.
-        logprob_error: Largest difference of a log-probability in identical records.
+        logprob_error: Largest difference of a log-probability in identical records, or with --forced in all.
         changes: Lines about software and numerics that differ between records and replay.
-        unused: Identical records per setting that had no effect on them.
+        unused: Records that are identical or agree per setting that had no effect on them.
         tokens: Tokens that were drawn again.
         unexplained: Those that rounding does not explain.
     """
@@ -100,7 +102,7 @@ class _Tally:
         )
 
     def unused_settings(self) -> str:
-        """Returns the settings that identical records do not verify, grouped by their number of records."""
+        """Returns the settings that ``unused`` records do not verify, grouped by their number of records."""
         names: dict[int, list[str]] = {}
         for name, count in self.unused.items():
             names.setdefault(count, []).append(name)
@@ -147,6 +149,8 @@ def _replay() -> None:
     chosen = None if _IDS.value is None else set(_IDS.value)
     if chosen is not None and not chosen:
         raise ValueError("--ids is empty: give at least one id")
+    if _FORCED.value and _BATCH_SIZE.value is not None:
+        raise ValueError("--forced generates nothing, so --batch_size does not affect it: give one of them")
     _check(path, chosen)
     device = program.start_device(_DEVICE.value)
     tally = _Tally()
@@ -243,6 +247,7 @@ def _lines(tally: _Tally, load: Callable[[], api.Run] | None, entries: Iterator[
             skipped.clear()
             entry = waiting.popleft()
             assert entry.recorded is not None
+            tally.changes |= _changes(entry.recorded, run)
             yield _verdict(tally, entry.name, run.compare(entry.recorded, found), run.files.vocabulary)
     except (ArithmeticError, MemoryError, RuntimeError) as error:
         skipped += [tally.skip(entry.name, error) for entry in (*waiting, *entries)]
@@ -261,7 +266,6 @@ def _load(named: record.Run, decoding: config.DecodingConfig, device: devices.De
 def _verdict(tally: _Tally, name: str, result: "comparison.Comparison", vocabulary: tokenizer.Tokenizer) -> str:
     """Counts a comparison and returns its line."""
     old, new = result.recorded, result.regenerated
-    tally.changes |= _changes(old, new)
     if result.is_identical:
         tally.counts["identical"] += 1
         tally.logprob_error = max(tally.logprob_error, result.logprob_error)
@@ -283,11 +287,14 @@ def _verdict(tally: _Tally, name: str, result: "comparison.Comparison", vocabula
 def _screen(tally: _Tally, name: str, recorded: record.Record, run: api.Run) -> str:
     """Draws the tokens of a record again and returns its line."""
     found = run.screen(recorded)
+    tally.changes |= _changes(recorded, run)
     tally.tokens += found.tokens
     tally.unexplained += found.unexplained
     tally.logprob_error = max(tally.logprob_error, found.logprob_error)
     tally.counts["redrawn"] += sum(one.is_rounding for one in found.redrawn)
     tally.counts["agrees" if found.is_explained else "differs"] += 1
+    if found.is_explained:
+        tally.unused.update(replay.unused_settings(recorded))
     line = f"{'agrees' if found.is_explained else 'differs':9}  {name}: "
     line += f"{found.tokens - len(found.redrawn)} of {found.tokens} tokens"
     for one in found.redrawn[:_MOST_SHOWN]:
@@ -308,20 +315,14 @@ def _largest_share(seen: int, number: int) -> float:
     >>> round(_largest_share(0, 50_000) * 50_000, 2), round(_largest_share(1, 50_000) * 50_000, 2)
     (3.0, 4.74)
     """
-
-    def tail(share: float) -> float:  # the probability of at most as many
-        terms = (
-            math.lgamma(number + 1)
-            - math.lgamma(k + 1)
-            - math.lgamma(number - k + 1)
-            + k * math.log(share)
-            + (number - k) * math.log1p(-share)
-            for k in range(seen + 1)
-        )
-        return math.fsum(math.exp(term) for term in terms)
-
     if seen >= number:
         return 1.0
+    k = np.arange(seen + 1.0)
+    log_ways = np.append(0, np.cumsum(np.log((number - k[:-1]) / k[1:])))  # of choosing k of the number
+
+    def tail(share: float) -> float:  # the probability of at most as many
+        return float(np.exp(log_ways + k * math.log(share) + (number - k) * math.log1p(-share)).sum())
+
     low, high = seen / number, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -350,18 +351,15 @@ def _mismatch(one: "comparison.Mismatch") -> str:
     return f"{one.field} (at token {one.index}{values})"
 
 
-def _changes(old: record.Record, new: record.Record) -> set[str]:
+def _changes(old: record.Record, run: api.Run) -> set[str]:
     """Returns the differences in software and numerics between a record and this replay."""
-    pairs = [
-        (name, before, getattr(group, name))
-        for part, group in ((old.numerics, new.numerics), (old.versions, new.versions))
-        for name, before in vars(part).items()
-    ]
-    pairs.append(("config_sha256", old.run.config_sha256, new.run.config_sha256))
+    new = run.recorder.common_fields()
+    before = {**vars(old.numerics), **vars(old.versions), "config_sha256": old.run.config_sha256}
+    now = {**new["numerics"], **new["versions"], "config_sha256": new["run"]["config_sha256"]}
     return {
-        f"{name}: {_shown(str(before))} in the record, {_shown(str(now))} now"
-        for name, before, now in pairs
-        if before != now
+        f"{name}: {_shown(str(before[name]))} in the record, {_shown(str(now[name]))} now"
+        for name in before
+        if before[name] != now[name]
     }
 
 
