@@ -235,7 +235,7 @@ def test_a_repeated_error_is_identical(call: Run, made: list[dict[str, Any]]) ->
     result = call("replay", write("b.jsonl", [one, other]))
     assert result.code == 1
     first, second = result.out.splitlines()[:2]
-    assert first.startswith(f"identical  {one['id']} sample 0: 0 tokens, then the same error: the model's numbers are")
+    assert first.startswith(f"identical  {one['id']} sample 0: 0 tokens, then the same error: the model's logits are")
     assert second.endswith("its ids are the same, but not its error: was it changed?")
 
 

@@ -93,7 +93,7 @@ def test_non_finite_weights_give_an_error_and_no_text() -> None:
     broken = scheduler.Scheduler(fakes.MODEL, params, config.DecodingConfig(window=11))
     (output,) = broken.run(make_requests(1), fakes.SHIFTED, measure=True)
     assert (output.finish_reason, output.text, output.token) == ("error", "", None)
-    assert output.sequence.error == "the model's numbers are not finite at token 0: its weights are no good"
+    assert output.sequence.error == "the model's logits are not finite at token 0: the weights are damaged"
 
 
 @pytest.mark.parametrize("width", [1, 3])

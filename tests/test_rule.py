@@ -62,6 +62,19 @@ def test_records_and_streams_take_a_rule(run: hipgpt_jax.Run) -> None:
     assert [(made.ids, made.settings) for made in (again, stream.record)] == [(one.ids, one.settings)] * 2
 
 
+def test_a_rule_that_bans_every_token_is_named_in_the_error(run: hipgpt_jax.Run) -> None:
+    def banning(logits_V: jax.Array, context_W: jax.Array, length: jax.Array) -> jax.Array:
+        del context_W, length
+        return jnp.full_like(logits_V, -jnp.inf)
+
+    (one,) = run.generate("the king", rule=banning, num_tokens=3)
+    assert one.error == (
+        "the logits after the rule are not finite at token 0: the rule must return finite numbers, or minus infinity "
+        "for a part of the tokens"
+    )
+    assert replayed(run.with_rule(banning), [one]) == [True]
+
+
 def test_log_probabilities_are_the_models_own(run: hipgpt_jax.Run) -> None:
     records = run.generate("the king", rule=green, num_tokens=25, num_samples=2)
     for one, scored in zip(records, run.score(records), strict=True):

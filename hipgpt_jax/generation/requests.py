@@ -184,7 +184,12 @@ class Sequence:
         self.stop = self._stops.found
         self.finish_reason = reason if self.stop is None else "stop"
         if self.finish_reason == "error":
-            self.error = f"the model's numbers are not finite at token {self._num_tokens}: its weights are no good"
+            self.error = f"the model's logits are not finite at token {self._num_tokens}: the weights are damaged"
+            if self.request.rule is not None:
+                self.error = (
+                    f"the logits after the rule are not finite at token {self._num_tokens}: the rule must return "
+                    f"finite numbers, or minus infinity for a part of the tokens"
+                )
         self.total = time.perf_counter() - self._started
         output = self._output(token, text, stats)
         self.text = "".join(self._pieces)
