@@ -238,6 +238,7 @@ def test_sampled_log_probabilities_are_those_of_the_settings(run: Run) -> None:
         (("--step", "7"), "no step 7. Steps: 20, 40"),
         (("--prompt", "a", "--data-path", "text.txt"), "--data-path excludes --prompt"),
         (("--prompt", "a", "--prompts_file", "text.txt"), "are both given"),
+        (("--text-field", "body"), "--text-field needs --data-path"),
         (("--output", "-"), "--output needs --prompt, --prompts_file or --choices"),
         (("--as-sampled",), "--as-sampled needs --prompt or --prompts_file"),
         (("--prompt", "the king", "--temp", "0.5"), "--temp needs --as-sampled: the model's own probabilities"),

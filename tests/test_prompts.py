@@ -213,6 +213,7 @@ def test_a_prompt_has_a_text_or_ids() -> None:
         {"text": "1,2", "parse_special": True},
     ]
     assert len({prompts.Prompt(**each).digest for each in several}) == len(several)
+    assert prompts.Prompt(ids=(1,), parse_special=True).name == prompts.Prompt(ids=(1,)).name
     with pytest.raises(ValueError, match="a prompt has a text or ids, not both"):
         prompts.Prompt(text="a", ids=(1,))
     invalid: list[Any] = [(), 3, "12", [True], [1.0], [-1], np.array([[1]]), [None]]

@@ -88,6 +88,13 @@ def test_prompts_of_a_file_without_records_are_written_as_text(run) -> None:
     assert result.out == "".join(alone)
 
 
+def test_alternatives_that_are_not_recorded_are_noted(run) -> None:
+    name = write_prompts("p.jsonl", [{"id": "x", "prompt": "the", "num_tokens": 1, "top_logprobs": 2}])
+    note = "prompt has top_logprobs, which are only recorded: --output writes records"
+    assert note in run("--prompts_file", name).err
+    assert note not in run("--prompts_file", name, "--output", "o.jsonl").err
+
+
 def test_a_short_line_fits_where_the_default_would_not(run) -> None:
     name = write_prompts("p.jsonl", [{"prompt": "the", "num_tokens": 5}])
     flags = ("--prompts_file", name, "--overflow", "error", "--max_seq_len", "12", "--num_tokens", "50")
@@ -206,6 +213,9 @@ def test_other_ids_of_the_same_text_are_refused(run) -> None:
         (("--prompt", "a", "--top_logprobs", "21", "--output", "-"), "--top_logprobs must be at most 20 .*got 21"),
         (("--prompt", "a", "--top_logprobs", "2"), "--top_logprobs needs --output"),
         (("--prompt", "a", "--overwrite"), "--overwrite needs --output FILE"),
+        (("--prompt", "a", "--echo", "--output", "-"), "--echo needs text on stdout, and the records are written"),
+        (("--prompts_file", "p.txt", "--separator", "", "--output", "o.jsonl"), "--separator needs text on stdout"),
+        (("--prompt_ids", "3", "--parse_special"), "--parse_special needs a text, and --prompt_ids has none"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments: tuple[str, ...], message: str) -> None:

@@ -98,14 +98,16 @@ def _generate() -> None:
         root = "the package" if parent == directory.SHIPPED else f"{parent}/"
         program.note(f"{checkpoint.run} step {checkpoint.step} of {root} on {device}, seed {generation.seed}")
         run = api.Run(source, device, origin)
-        shows_text = out is None or (out is not sys.stdout and not _PROMPTS_FILE.value)
-        if _SEPARATOR.value is not None and not shows_text:
-            raise ValueError("--separator needs text on stdout, and the records are written instead of it")
         if records:
             records.check_shared(run.recorder.shared_fingerprint())
-            program.outlive_stdout(matters=shows_text)
+            program.outlive_stdout(matters=_shows_text())
         style = generate_output.Style(stream=_STREAM.value, echo=_ECHO.value, separator=_SEPARATOR.value)
-        generate_output.write(run, plan, out, style if shows_text else None)
+        generate_output.write(run, plan, out, style if _shows_text() else None)
+
+
+def _shows_text() -> bool:
+    """Returns whether text goes to stdout, and not records instead of it."""
+    return _OUTPUT.value is None or not (_PROMPTS_FILE.value or output.is_stdout(_OUTPUT.value))
 
 
 def _check_flags(generation: config.GenerationConfig) -> None:
@@ -115,6 +117,11 @@ def _check_flags(generation: config.GenerationConfig) -> None:
         raise ValueError("--top_logprobs needs --output: alternatives are only recorded")
     if _OVERWRITE.value and (_OUTPUT.value is None or output.is_stdout(_OUTPUT.value)):
         raise ValueError("--overwrite needs --output FILE, the record file to replace")
+    if _PARSE_SPECIAL.value and _PROMPT_IDS.value is not None:
+        raise ValueError("--parse_special needs a text, and --prompt_ids has none")
+    for flag in (_SEPARATOR, _ECHO):
+        if flag.value not in (None, False) and not _shows_text():
+            raise ValueError(f"--{flag.name} needs text on stdout, and the records are written instead of it")
     if _OUTPUT.value in (None, "-"):
         program.require_stdout("the text")
 

@@ -54,7 +54,7 @@ def write(run: api.Run, plan: "planning.Plan", out: writer.RecordFile | TextIO |
             program.note(f"{plan.repeated} prompts repeat earlier ones: their equal samples are generated once")
     statistics = _Statistics(load=run.load_seconds, programs=compilation.Compilations())
     with _progress(plan.left, shows_text=style is not None and sys.stdout.isatty()) as advance:
-        samples = run.requests_of(_note_prompts(plan, run.files))
+        samples = run.requests_of(_note_prompts(plan, run.files, has_records=out is not None))
         outputs = _record(run, run.outputs(samples, measure=out is not None), out, statistics, advance)
         if style:
             _print_text(requests.in_order(outputs), style, plan.left)
@@ -68,7 +68,9 @@ def write(run: api.Run, plan: "planning.Plan", out: writer.RecordFile | TextIO |
         )
 
 
-def _note_prompts(plan: "planning.Plan", files: "loading.RunFiles") -> "Iterator[loading.ResolvedPrompt]":
+def _note_prompts(
+    plan: "planning.Plan", files: "loading.RunFiles", *, has_records: bool
+) -> "Iterator[loading.ResolvedPrompt]":
     """Yields the prompts of a plan, and prints a note about the first of each kind of unusual ones."""
     number, window, noted = 0, files.window, set[str]()
     for prompt in plan:
@@ -77,7 +79,7 @@ def _note_prompts(plan: "planning.Plan", files: "loading.RunFiles") -> "Iterator
         number += length > window
         if length > window and number == 1:
             program.note(f"{name} has {length} tokens: the first {length - window} are beyond the window and not read")
-        for kind, text in _unusual(prompt, files.vocabulary):
+        for kind, text in _unusual(prompt, files.vocabulary, has_records=has_records):
             if kind not in noted:
                 noted.add(kind)
                 program.note(f"{name} {text}")
@@ -86,8 +88,12 @@ def _note_prompts(plan: "planning.Plan", files: "loading.RunFiles") -> "Iterator
         program.note(f"{number} of {plan.prompts} prompts are longer than the window: only their ends are read")
 
 
-def _unusual(prompt: "loading.ResolvedPrompt", vocabulary: "tokenizer.Tokenizer") -> Iterator[tuple[str, str]]:
-    """Yields kinds and descriptions of what is unusual about the text of a prompt."""
+def _unusual(
+    prompt: "loading.ResolvedPrompt", vocabulary: "tokenizer.Tokenizer", *, has_records: bool
+) -> Iterator[tuple[str, str]]:
+    """Yields kinds and descriptions of what is unusual about a prompt."""
+    if prompt.generation.top_logprobs and not has_records:
+        yield "top_logprobs", "has top_logprobs, which are only recorded: --output writes records"
     for token, token_id in vocabulary.special_tokens.items():
         if token in prompt.prompt and token_id not in prompt.prompt_ids:
             text = f"spells the special token {token!r} and is read as ordinary text: --parse_special reads the token"

@@ -79,7 +79,7 @@ class Prompt:
             generation = {name: value for name, value in self.generation.items() if name != "num_samples"}
             settings = _ENCODER.encode([generation, dict(self.sampling)])[1:-1]
         text = self.text if self.ids is None else {"ids": self.ids}
-        text = {"parse_special": text} if self.parse_special else text
+        text = {"parse_special": text} if self.parse_special and self.ids is None else text
         return hashlib.sha256(f"[{_ENCODER.encode(text)}, {settings}]".encode()).hexdigest()[:16]
 
     @property
