@@ -147,7 +147,7 @@ def test_sampled_log_probabilities_of_a_text(name: str, prompt_length: int, stri
             counted = text[len(scored) : index]
         context = text[start:index]
         padded_1T = np.array([[*context, *[0] * (W - len(context))]], np.int32)
-        logits_V = np.asarray(forced._all_logits(source.module, source.params, padded_1T))[0, len(context) - 1]
+        logits_V = np.asarray(forced.all_logits(source.module, source.params, padded_1T))[0, len(context) - 1]
         expected = logprob_by_definition(logits_V, counted, context, text[index], settings)
         assert found[index - 1] == pytest.approx(expected, abs=2e-4), (index, text[index])
     is_cut = np.isneginf(found)

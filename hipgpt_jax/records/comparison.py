@@ -294,7 +294,7 @@ class Judge:
             length = min(self._scheduler.window, 1 << (len(ids) - 1).bit_length())
             padded_1T = np.zeros((1, length), np.int32)
             padded_1T[0, : len(ids)] = ids
-            logits_1TV = _forward(self._scheduler.module, self._scheduler.params, padded_1T)
+            logits_1TV = forced.all_logits(self._scheduler.module, self._scheduler.params, padded_1T)
             self._last_logits = ids, np.asarray(logits_1TV)[0]
         return self._last_logits[1]
 
@@ -319,11 +319,6 @@ def _bias_and_noise(
     plan = topk.plan_for(V, "cpu")._replace(rule=rule)
     bias_BV = decoding.restrict(state, logits_BV, plan) - logits_BV
     return bias_BV[0], sampling.noise(state.key_B2, state.num_sampled_B, jax.numpy.arange(V)[None])[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    return model.bind({"params": params})(tokens_BT, dropout=0.0)
 
 
 def _find_fork(recorded: record.Record, regenerated: record.Record) -> Fork | None:

@@ -126,7 +126,7 @@ class Drawer:
                 if is_single:
                     yield from np.asarray(_last_logits(self._module, self._params, tokens_BT, length_B))[: len(group)]
                 else:
-                    logits_TV = np.asarray(_all_logits(self._module, self._params, tokens_BT))[0]
+                    logits_TV = np.asarray(all_logits(self._module, self._params, tokens_BT))[0]
                     yield from (logits_TV[count - 1] for count in group[0][1])
 
 
@@ -141,7 +141,8 @@ def _grouped(windows: Iterable[_Window], size: int) -> Iterator[list[_Window]]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _all_logits(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
+def all_logits(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """Returns the logits ``[B, T, V]`` after each token."""
     return model.bind({"params": params})(tokens_BT, dropout=0.0)
 
 
