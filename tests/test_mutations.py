@@ -194,7 +194,10 @@ def test_prompts(tmp_path: Path) -> None:
 
     def read() -> None:
         found = list(prompts.PromptFile(path))
-        planning.check_unique(found)
+        names = planning.NameIndex()
+        for prompt in found:
+            names.add(prompt)
+        names.check_unique(found)
         assert all(isinstance(prompt.text, str) for prompt in found)
 
     accepted, refused = read_all(path, mutate, read)

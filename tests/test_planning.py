@@ -136,14 +136,14 @@ def test_a_name_takes_a_few_bytes() -> None:
     assert (len(order), len(starts)) == (20_000, 19_000)
 
 
-def test_one_id_for_two_prompts_is_refused() -> None:
+def test_one_id_for_two_prompts_is_refused(found: loading.RunFiles) -> None:
     one, other = prompts.Prompt(text="a", id="x"), prompts.Prompt(text="b", id="x")
-    planning.check_unique([one, one])
+    plan_of(found, [one, one])
     with pytest.raises(ValueError, match="prompt 2: id 'x' is that of prompt 1 too"):
-        planning.check_unique([one, other])
+        plan_of(found, [one, other])
 
 
-def test_an_id_occurs_once_in_a_file(tmp_path: Path) -> None:
+def test_an_id_occurs_once_in_a_file(found: loading.RunFiles, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "x"}\n\n{"prompt": "a", "id": "x"}')
     with pytest.raises(ValueError, match=r"p\.jsonl line 3: id 'x' is that of line 1 too"):
-        planning.check_unique(list(prompts.PromptFile(tmp_path / "p.jsonl")))
+        plan_of(found, prompts.PromptFile(tmp_path / "p.jsonl"))

@@ -170,7 +170,6 @@ def _check_output() -> Path | None:
 
 def _read_prompts(source: loading.RunFiles) -> list[prompts.Prompt]:
     texts = list(program.read_prompts(_PROMPT.value, _PROMPTS_FILE.value))
-    planning.check_unique(texts)
     if any(one.generation or (one.sampling and not _AS_SAMPLED.value) for one in texts):
         program.note("generation settings in the prompts file are ignored: they do not affect the score of a text")
     sampling = flags.build(config.SamplingConfig, FLAGS)

@@ -160,11 +160,3 @@ class NameIndex:
                 earlier = f"prompt {i + 1}" if first.location is None else f"line {first.location.rpartition(' ')[2]}"
                 later = second.location or f"prompt {j + 1}"
                 raise ValueError(f"{later}: id {config.shortened(second.name)} is that of {earlier} too")
-
-
-def check_unique(several: Iterable[prompts.Prompt]) -> None:
-    """Raises ValueError if prompts have one id, as ``NameIndex.check_unique``."""
-    index = NameIndex()
-    for prompt in several:
-        index.add(prompt)
-    index.check_unique(several)
