@@ -221,6 +221,9 @@ def test_sampled_log_probabilities_are_those_of_the_settings(run: Run) -> None:
     greedy = json.loads(run(*flags.split(), "--temp", "0").out)
     assert greedy["sampled_logprobs"][1:] == [0.0 if rank == 1 else None for rank in greedy["ranks"][1:]]
     assert greedy["sampling"]["temperature"] == 0.0
+    own = json.loads(run(*flags.split(), "--ban", "k", "--logit_bias", "q=1").out)["sampling"]
+    vocabulary = tokenizer.Tokenizer.load(Path("checkpoints/tiny/tokenizer.json"))
+    assert (own["ban"], own["logit_bias"]) == ([vocabulary.id_of("k")], [[vocabulary.id_of("q"), 1.0]])
     table = run("--prompt", "the king and a queen", "--as-sampled", "--temp", "0", "--rep-penalty", "1").out
     assert re.search(r"cut +\d+ of the tokens by the sampling settings", table)
 

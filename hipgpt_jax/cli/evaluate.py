@@ -251,7 +251,8 @@ def _score_texts(
     """Scores texts one by one, and writes a line of JSON, rows of a table, or both for each."""
     sampling = flags.build(config.SamplingConfig, FLAGS)
     for text in texts:
-        settings = dataclasses.replace(sampling, **text.sampling) if _AS_SAMPLED.value else None
+        _, settings = run.files.resolve_settings(text, sampling, config.GenerationConfig())
+        settings = settings if _AS_SAMPLED.value else None
         (scored,) = run.score([run.files.encode(text)], stride=stride, settings=settings)
         if out is not None:
             line = _line(run, text, scored, stride) | _sampled(settings, scored.sampled_logprobs)
