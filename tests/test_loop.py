@@ -110,5 +110,9 @@ def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "0/latest_config.json").read_text())
     assert (config["checkpoint"]["step"], config["training"]["patience"]) == (best + 2, 2)
     assert loop.train(job(tmp_path, 0, **rising, patience=2), QUIET, resume_step=best + 2) == result, "nothing is left"
-    more = loop.train(job(tmp_path, 0, **rising, patience=4), QUIET, resume_step=best + 2)
+    logged: list[str] = []
+    other = dataclasses.replace(job(tmp_path, 0, **rising, patience=4), weights_dtype="bfloat16")
+    more = loop.train(other, dataclasses.replace(QUIET, log=logged.append), resume_step=best + 2)
     assert more.step > best + 2
+    assert logged[0] == f"weights_dtype is bfloat16: the weights of step {best + 2} are on disk in float32"
+    assert [line for line in logged if "weights_dtype" in line] == logged[:1]

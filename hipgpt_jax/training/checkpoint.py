@@ -87,6 +87,10 @@ class CheckpointWriter:
         path = directory.config_path(self.directory, step)
         return path.is_file() and directory.weights_beside(path).is_file()
 
+    def dtype_of(self, step: int) -> str | None:
+        """Returns the type of a step's weights on disk; None if its config lacks it."""
+        return json_files.read(directory.config_path(self.directory, step)).get("checkpoint", {}).get("dtype")
+
     def _link(self, step: int, names: tuple[str, str]) -> None:
         path = directory.config_path(self.directory, step)
         # The config last, because a run with ``latest_config.json`` counts as complete.

@@ -208,6 +208,9 @@ class _Trainer:
         if step and not self._writer.has(step):  # killed between its state and its weights
             self._write_weights(state, step, best=False)
         if step and self._is_main_process:
+            dtype, before = self._job.weights_dtype, self._writer.dtype_of(step)
+            if before not in (None, dtype):
+                self._report.log(f"weights_dtype is {dtype}: the weights of step {step} are on disk in {before}")
             self._writer.rewind(step, metrics.best_step(self._metrics_path, step))
         return state
 
