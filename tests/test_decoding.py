@@ -185,7 +185,7 @@ def test_penalties_count_tokens_outside_the_window() -> None:
     assert tokens == [10, 11]
 
 
-@pytest.mark.parametrize("shape", [{}, pytest.param({"width": 3, "window_stride": 4}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [{}, pytest.param({"batch_size": 3, "window_stride": 4}, marks=pytest.mark.slow)])
 def test_no_n_gram_of_the_window_is_repeated(shape: dict[str, Any]) -> None:
     """While the window slides, an n-gram that has left it is allowed again."""
     stride = shape.get("window_stride", 1)

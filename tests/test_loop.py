@@ -63,7 +63,7 @@ def test_metrics_fetched_late_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     report = dataclasses.replace(QUIET, progress=lambda step, loss, rate: order.append(f"loss {step}"))
     for steps_in_flight in (0, 1):
         order.clear()
-        assert loop.train(job(tmp_path, steps_in_flight), report) == (8, True)
+        assert loop.train(job(tmp_path, steps_in_flight), report) == (8, True, False)
     assert order[:6] == ["step 1", "step 2", "loss 1", "step 3", "loss 2", "loss 3"]
     assert lines(tmp_path / "0") == lines(tmp_path / "1")
     assert [line["step"] for line in lines(tmp_path / "1")] == [1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 8, 8]
