@@ -147,7 +147,7 @@ def _check_flags() -> None:
     if not _AS_SAMPLED.value and (unused := flags.given(config.SamplingConfig, FLAGS)):
         raise ValueError(f"{next(iter(unused))} needs --as-sampled: the model's own probabilities do not depend on it")
     if _TEXT_FIELD.present and _DATA_PATH.value is None:
-        raise ValueError("--text-field needs --data-path, whose .jsonl files have fields")
+        raise ValueError("--text-field needs --data-path, the files with that field")
     if _OVERWRITE.value and _OUTPUT.value in (None, "-"):
         raise ValueError("--overwrite needs --output FILE, the file to replace")
 
