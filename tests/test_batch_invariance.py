@@ -24,7 +24,7 @@ SHIPPED = config.ModelConfig(
     vocab_size=1024, max_seq_len=128, embed_dim=192, num_heads=6, ff_hidden_dim=768, num_layers=5
 )
 WIDE = config.ModelConfig(vocab_size=2000, max_seq_len=96, embed_dim=384, num_heads=6, ff_hidden_dim=1536, num_layers=2)
-SIZES = {"SHIPPED": (1, 2, 17, 64), "WIDE": (1, 3, 16)}
+SIZES = {"SHIPPED": (1, 2, 17), "WIDE": (1, 16)}
 TOKENS = 3
 
 
@@ -88,8 +88,7 @@ def test_cores_do_not_change_the_bits_either(name: str) -> None:
     assert len(set(expected)) == len(expected)
     for size, found in zip(SIZES[name][1:], by_size, strict=True):
         assert found == expected, f"batch size {size}"
-    for found in _in_process(name, SIZES[name][1:3], cores[:1]):
-        assert found == expected, "on one core"
+    assert _in_process(name, SIZES[name][:1], cores[:1]) == [expected], "on one core"
 
 
 def _in_process(name: str, sizes: Sequence[int], cores: Sequence[int]) -> list[list[str]]:
