@@ -162,7 +162,7 @@ def test_without_matplotlib_the_error_has_the_command_that_installs_it(
     monkeypatch.delattr("hipgpt_jax.report.plots", raising=False)
     result = call("own", "--output", "b.svg")
     assert result.code == 1
-    assert re.fullmatch(r"plot: error: figures need matplotlib \(.*\): pip install '\.\[plots\]'\n", result.err)
+    assert re.fullmatch(r"plot: error: figures need matplotlib \(.*\): pip install -e '\.\[plots\]'\n", result.err)
 
 
 def test_help_shows_that_several_runs_may_be_given(call: Run) -> None:

@@ -201,7 +201,7 @@ def test_other_sources_fields_and_tokenizers_are_refused(sources: list[Path], re
         ({"tokenizer_path": sources[0]}, r"the tokenizer .*poem.txt \(sha256 .{12}…\) is not its tokenizer"),
     ):
         asked: dict[str, Any] = {"sources": sources, "text_field": "body", "tokenizer_path": ready} | settings_
-        with pytest.raises(ValueError, match=f"the run has other data: .*{message}.*--reset"):
+        with pytest.raises(ValueError, match=f"the run has other data: .*{message}.*--run-name"):
             preparation.check_same_data(tmp_path, vocab_size=400, **asked)
     with pytest.raises(FileNotFoundError, match=r"tokenizer not found: .*none\.json"):
         preparation.check_same_data(tmp_path, sources, 400, text_field="body", tokenizer_path=tmp_path / "none.json")
@@ -331,7 +331,7 @@ def test_other_text_and_vocabularies_are_refused(tmp_path: Path, text: str, voca
     before = {name: (directory / name).read_bytes() for name in NAMES}
     with pytest.raises(ValueError, match="the run has other data") as caught:
         preparation.prepare(directory, write_text(tmp_path, text, "other.txt"), vocab_size)
-    assert all(part in str(caught.value) for part in [*parts, "--reset"])
+    assert all(part in str(caught.value) for part in [*parts, "--run-name"])
     assert ("--vocab-size" in str(caught.value)) == (vocab_size != 300)
     assert ("--data-path" in str(caught.value)) == (text != TEXT)
     assert {name: (directory / name).read_bytes() for name in NAMES} == before

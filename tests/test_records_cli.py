@@ -112,7 +112,9 @@ def test_equal_prompts_with_different_numbers_of_samples_are_merged(run) -> None
     name = write_prompts("p.jsonl", [{"prompt": "a", "num_samples": 5}, {"prompt": "a", "num_samples": 2}])
     assert run("--prompts_file", name, "--output", "o.jsonl").code == 0
     assert len(lines_of("o.jsonl")) == 5
-    assert "o.jsonl has 5 of the samples: 0 are left" in run("--prompts_file", name, "--output", "o.jsonl").err
+    assert (
+        "o.jsonl has 5 of the samples: nothing is left to do" in run("--prompts_file", name, "--output", "o.jsonl").err
+    )
 
 
 def test_a_line_may_have_its_own_settings(run) -> None:

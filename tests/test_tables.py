@@ -125,7 +125,7 @@ def test_a_packed_parquet_file_is_refused(tmp_path: Path) -> None:
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow .*: pip install '\.\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow .*: pip install -e '\.\[parquet\]'"):
         read(tmp_path)
 
 

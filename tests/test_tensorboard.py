@@ -115,7 +115,7 @@ def test_missing_tensorboardx_is_an_error_with_the_command_that_installs_it(
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    message = r"--tensorboard needs tensorboardX \(No module named .*\): pip install '\.\[tensorboard\]'"
+    message = r"--tensorboard needs tensorboardX \(No module named .*\): pip install -e '\.\[tensorboard\]'"
     with pytest.raises(ValueError, match=message):
         tensorboard.require()
     with pytest.raises(ValueError, match=message):

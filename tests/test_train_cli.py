@@ -420,7 +420,7 @@ def test_an_existing_run_is_neither_overwritten_nor_given_other_data(run, work: 
     before = (work / "checkpoints/mine/mine_step2.bin").read_bytes()
     assert "--resume continues it, --reset replaces it" in run(*flags).err
     assert (
-        "was started with --steps 2, where its schedule ends: 3 need --extend"
+        "was started with --steps 2, and --steps is 3 now: repeat --steps 2, or give --extend"
         in run(*flags, "--resume", "--steps", "3").err
     )
     assert "was started with --steps 2: 1 cannot cut it short" in run(*flags, "--resume", "--steps", "1").err

@@ -32,6 +32,7 @@ for token, logprob, rank in list(zip(first.tokens, first.logprobs, first.ranks, 
 # %%
 for piece in run.stream("ROMEO:", seed=7, num_tokens=60):
     print(piece, end="", flush=True)
+print()
 (again,) = run.generate("ROMEO:", seed=7, num_tokens=60)
 assert again.ids == first.ids
 

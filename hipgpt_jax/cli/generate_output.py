@@ -49,7 +49,8 @@ def write(run: api.Run, plan: "planning.Plan", out: writer.RecordFile | TextIO |
 
     if isinstance(out, writer.RecordFile):
         if plan.left < plan.samples:
-            program.note(f"{out.path} has {plan.samples - plan.left} of the samples: {plan.left} are left")
+            left = f"{plan.left} are left" if plan.left else "nothing is left to do"
+            program.note(f"{out.path} has {plan.samples - plan.left} of the samples: {left}")
         if plan.repeated:
             program.note(f"{plan.repeated} prompts repeat earlier ones: their equal samples are generated once")
     statistics = _Statistics(load=run.load_seconds, programs=compilation.Compilations())

@@ -23,7 +23,7 @@ try:
         for name in ("__main__", "utils", "models.utils", "api.model", "api.registry")
     )
 except ImportError as error:
-    sys.exit(f"lm_eval: error: {error}. lm-evaluation-harness is an extra: pip install '.[lm-eval]'")
+    sys.exit(f"lm_eval: error: {error}. lm-evaluation-harness is an extra: pip install -e '.[lm-eval]'")
 
 _Instance = Any
 _Request = tuple[tuple[str, str], list[int], list[int]]

@@ -60,7 +60,7 @@ def _plot() -> None:
     try:
         from hipgpt_jax.report import plots
     except ImportError as error:
-        raise ValueError(f"figures need matplotlib ({error}): pip install '.[plots]'") from error
+        raise ValueError(f"figures need matplotlib ({error}): pip install -e '.[plots]'") from error
     if target.suffix.lower() not in plots.SUFFIXES and not (files.is_stream(target) and not target.suffix):
         raise ValueError(f"--output must end in {' or '.join(plots.SUFFIXES)}: got {str(target)!r}")
     output.check(

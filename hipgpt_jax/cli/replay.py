@@ -97,8 +97,8 @@ class _Tally:
         skipped = f"; {self.counts['skipped']} records skipped" if self.counts["skipped"] else ""
         return (
             f"{self.unexplained} of {self.tokens:,} tokens unexplained, {self.counts['redrawn']} differ within "
-            f"floating-point error: at 95 % confidence, fewer than {limit:,.3g} in 100,000 are unexplained; largest "
-            f"log-probability error {self.logprob_error:.0e}{skipped}"
+            f"floating-point error: at 95 % confidence, fewer than {_rounded(limit)} in 100,000 are unexplained; "
+            f"largest log-probability error {self.logprob_error:.0e}{skipped}"
         )
 
     def unused_settings(self) -> str:
@@ -361,6 +361,10 @@ def _changes(old: record.Record, run: api.Run) -> set[str]:
         for name in before
         if before[name] != now[name]
     }
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _shown(text: str, limit: int = 80) -> str:

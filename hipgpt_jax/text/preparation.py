@@ -131,8 +131,8 @@ def check_same_data(
         differences += _compare_tokenizer(directory, old, vocab_size, tokenizer_path)
     if differences:
         raise ValueError(
-            f"the run has other data: {'; '.join(differences)}. Use --reset to start the run again, or another "
-            f"--run-name"
+            f"the run has other data: {'; '.join(differences)}. Repeat the flags that it was started with, or give "
+            f"another --run-name"
         )
 
 

@@ -51,7 +51,7 @@ def read_parquet(path: Path, field: str) -> Iterator[bytes]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow ({error}): pip install '.[parquet]'") from error
+        raise ValueError(f"{path} needs pyarrow ({error}): pip install -e '.[parquet]'") from error
     row = 0
     try:
         with parquet.ParquetFile(path) as file:

@@ -57,7 +57,7 @@ def check_settings(
     if differences:
         raise ValueError(
             f"cannot resume run {run_directory.name!r} with other settings: {', '.join(differences)}. "
-            f"Give the run's own, or --reset to start again"
+            f"Repeat the flags that the run was started with, such as its --flagfile"
         )
     notes = _note_numerics(saved["numerics"])
     if saved["training"]["remat"] != train.remat:
@@ -80,8 +80,8 @@ def check_settings(
         )
     if not extend:
         raise ValueError(
-            f"run {run_directory.name!r} was started with --steps {steps}, where its schedule ends: {train.steps} need "
-            f"--extend, which stretches the schedule, and so changes the learning rate of every step to come"
+            f"run {run_directory.name!r} was started with --steps {steps}, and --steps is {train.steps} now: repeat "
+            f"--steps {steps}, or give --extend, which stretches the schedule and changes every learning rate to come"
         )
     # Its next checkpoint would replace one that this version may not be able to read.
     if (run_directory / directory.LATEST_CONFIG).is_file():

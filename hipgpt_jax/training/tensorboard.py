@@ -67,7 +67,7 @@ def _library() -> tuple[Any, Any, Any]:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
     except ImportError as error:
-        raise ValueError(f"--tensorboard needs tensorboardX ({error}): pip install '.[tensorboard]'") from error
+        raise ValueError(f"--tensorboard needs tensorboardX ({error}): pip install -e '.[tensorboard]'") from error
     return event_file_writer, summary, event_pb2
 
 

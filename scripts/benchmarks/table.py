@@ -22,7 +22,7 @@ Rows = dict[str, list[Request]]
 CORES = os.cpu_count() or 1
 # In seconds: CTranslate2's threads spin for 0.2 s after a request.
 _PAUSE = 0.3
-ABSENT = "not installed: pip install '.[peers]'"
+ABSENT = "not installed: pip install -e '.[peers]'"
 
 
 def shape_of(D: int, L: int, N: int, F: int, V: int, W: int) -> config.ModelConfig:
