@@ -63,7 +63,7 @@ def test_text_that_stdout_cannot_encode_is_escaped(shell: Shell, tmp_path: Path)
     assert (ascii_locale.code, ascii_locale.out) == (0, "\\xe9\\U0001f642\n"), ascii_locale.err
     assert json.loads((tmp_path / "a.jsonl").read_text())["prompt"] == "é\U0001f642"
     assert json.loads((tmp_path / "a.jsonl").read_text())["settings"]["stop"] == ["é"]
-    made = shell("generate", *words, "-", PYTHONIOENCODING="latin-1")
+    made = shell("generate", *words, "-", "--noecho", PYTHONIOENCODING="latin-1")
     assert '"prompt":"é\U0001f642"' in made.out, "a record is UTF-8"
 
 
