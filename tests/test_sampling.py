@@ -214,17 +214,17 @@ def test_the_smallest_noise_occurs_at_the_rate_of_an_exponential(chunks: int) ->
 
     ``P(e < x) = 1 - exp(-x)``. A token of probability 1e-7 beats one other if its noise is below 1e-7 of the other's.
     """
-    size, key_12, bounds = 2**24, key_of(5)[None], (1e-3, 1e-5, 1e-6, 1e-7, 1e-8)
-    id_1K = np.arange(size, dtype=np.int32)[None]
+    size, key_12, bounds = 2**24, jnp.asarray(key_of(5)[None]), (1e-3, 1e-5, 1e-6, 1e-7, 1e-8)
+    id_1K = jnp.arange(size, dtype=jnp.int32)[None]
 
     @jax.jit
-    def count(index_1: np.ndarray) -> tuple[jax.Array, ...]:
+    def statistics(index_1: jax.Array) -> tuple[jax.Array, ...]:
         noise_K = sampling.noise(key_12, index_1, id_1K)[0]
         numbers = jnp.stack([(noise_K < bound).sum() for bound in bounds])
         wins = (noise_K[: size // 2] / 1e-5 < noise_K[size // 2 :] / (1 - 1e-5)).sum()
         return numbers, wins, noise_K.min(), noise_K.max()
 
-    found = [count(np.array([chunk], np.int32)) for chunk in range(chunks)]
+    found = [statistics(jnp.array([chunk], jnp.int32)) for chunk in range(chunks)]
     numbers, wins_of, smallest_of, largest_of = (np.array(values) for values in zip(*found, strict=True))
     below = dict(zip(bounds, numbers.sum(axis=0).tolist(), strict=True))
     wins, smallest, largest = int(wins_of.sum()), float(smallest_of.min()), float(largest_of.max())
