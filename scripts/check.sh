@@ -7,5 +7,6 @@ environment .venv dev
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/pyright --pythonpath .venv/bin/python
-.venv/bin/python -m pytest -q --doctest-modules hipgpt_jax || [[ $? == 5 ]] # 5: no examples found
+# cli/lm_eval.py exits when it is imported without the lm-eval extra.
+.venv/bin/python -m pytest -q --doctest-modules hipgpt_jax --ignore=hipgpt_jax/cli/lm_eval.py
 echo "check.sh: format, lint, types and docstrings are clean"
