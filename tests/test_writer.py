@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import records
@@ -41,7 +42,7 @@ def test_appended_samples_are_found_when_the_file_is_opened_again(tmp_path: Path
     assert len(fill(path, *first).finished) == 0
     again = fill(path, records.make_record(sample=2, id="q"))
     found = again.finished
-    assert (len(found), list(found.missing("p1", 3)), list(found.missing("q", 2))) == (2, [2], [0, 1])
+    assert (len(found), list(found.missing("p1", range(3))), list(found.missing("q", range(2)))) == (2, [2], [0, 1])
     assert list(record.read(path)) == [*first, records.make_record(sample=2, id="q")]
 
 
@@ -88,7 +89,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
     for cut in range(start + 1, len(whole), 97):
         path.write_bytes(whole[:cut])
         out = fill(path, records.make_record(sample=1))
-        assert (len(out.finished), list(out.finished.missing("p1", 2)), out.dropped) == (1, [1], cut - start)
+        assert (len(out.finished), list(out.finished.missing("p1", range(2))), out.dropped) == (1, [1], cut - start)
         assert path.read_bytes() == whole
 
 
@@ -174,16 +175,42 @@ def test_a_prompt_with_records_of_several_settings_is_refused(tmp_path: Path) ->
     out.close()
 
 
-@given(st.lists(st.integers(0, 3000), unique=True, max_size=60), st.integers(0, 3200), st.integers(0, 3200))
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 300)), unique=True, max_size=60),
+    st.integers(0, 320),
+    st.integers(0, 320),
+    st.integers(1, 7),
+    st.integers(1, 20),
+)
 @settings(deadline=None, derandomize=True, database=None, max_examples=200)
-def test_samples_are_a_set_in_any_order(added: list[int], number: int, first: int) -> None:
-    found = writer.Samples()
-    assert all(found.add("a", sample, "basis") for sample in added)
-    assert not any(found.add("a", sample, "basis") for sample in added)
-    assert (len(found), "a" in found, "b" in found) == (len(added), bool(added), False)
-    assert list(found.missing("a", number, first)) == sorted(set(range(first, number)) - set(added))
-    assert found.count("a", number) == sum(sample < number for sample in added)
-    assert not found.differs("a", "basis")
+def test_samples_are_a_set_in_any_order(
+    added: list[tuple[str, int]], first: int, end: int, step: int, unsorted: int
+) -> None:
+    with mock.patch.object(writer, "_UNSORTED", unsorted):
+        found, wanted = writer.Samples(), range(first, end, step)
+        for name, sample in added:
+            found.add(name, sample, "basis")
+    assert (len(found), found.repeated()) == (len(added), None)
+    for name in "abc":
+        own = {sample for one, sample in added if one == name}
+        assert (name in found) == bool(own)
+        assert list(found.missing(name, wanted)) == [sample for sample in wanted if sample not in own]
+        assert found.count(name, wanted) == len(own & set(wanted))
+        assert not found.differs(name, "basis")
+        assert found.differs(name, "another") == bool(own)
+
+
+@given(st.lists(st.integers(0, 9), min_size=11, max_size=30), st.integers(1, 20))
+@settings(deadline=None, derandomize=True, database=None, max_examples=100)
+def test_a_sample_added_twice_is_found(added: list[int], unsorted: int) -> None:
+    with mock.patch.object(writer, "_UNSORTED", unsorted):
+        found = writer.Samples()
+        for sample in added:
+            found.add("a", sample, "basis")
+    repeated = found.repeated()
+    assert repeated is not None
+    assert repeated[0] == hash("a")
+    assert added.count(repeated[1]) > 1
 
 
 @pytest.mark.slow
@@ -194,10 +221,13 @@ def test_finished_samples_take_little_memory() -> None:
         found.add("in order", sample, "basis")
     for sample in range(99_999, -1, -1):
         found.add("backwards", sample, "basis")
-    size, _ = tracemalloc.get_traced_memory()
+    assert next(found.missing("in order", range(10**9))) == 100_000  # by arithmetic, not by counting
+    assert tracemalloc.get_traced_memory()[0] < 100_000  # a set of the keys alone took 156 bytes per sample
+    for prompt in range(100_000):
+        found.add(str(prompt), 0, "basis")
+    assert "7" in found
+    assert tracemalloc.get_traced_memory()[0] < 4_000_000  # a list of ranges per prompt took 300 bytes per prompt
     tracemalloc.stop()
-    assert size < 100_000  # a set of the keys alone took 156 bytes per sample
-    assert next(found.missing("in order", 10**9)) == 100_000  # by arithmetic, not by counting
 
 
 def test_overwriting_refuses_other_files(tmp_path: Path) -> None:

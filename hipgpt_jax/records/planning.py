@@ -75,7 +75,7 @@ class Plan:
             samples = None
             if self._out is not None:
                 name, number = prompt.name, self._num_samples(prompt)
-                samples = self._out.finished.missing(name, number, planned.get(name, 0))
+                samples = self._out.finished.missing(name, range(planned.get(name, 0), number))
                 if self.repeated:
                     planned[name] = max(number, planned.get(name, 0))
                 first = next(samples, None)
@@ -111,7 +111,7 @@ class Plan:
         ids = self._files.encode(prompt)
         text = self._files.vocabulary.decode(ids)  # as in records: U+FFFD replaces a lone surrogate
         self._out.check_prompt(name, writer.prompt_fingerprint(text, ids, settings["seed"], settings))
-        return self._out.finished.count(name, self._num_samples(prompt))
+        return self._out.finished.count(name, range(self._num_samples(prompt)))
 
 
 def _sum_of_largest(values: "array.array[int]", order: np.ndarray, starts: np.ndarray) -> int:

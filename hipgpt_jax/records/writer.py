@@ -1,14 +1,17 @@
 """The file that records are appended to: resumable, and consistent in its settings."""
 
-import bisect
+import array
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hipgpt_jax import config, files, json_files
 from hipgpt_jax.records import record
@@ -17,6 +20,7 @@ from hipgpt_jax.records import record
 _BEGINNING = re.compile(rb'(?:\xef\xbb\xbf)?\{\s*"schema"\s*:\s*\d+\s*,\s*"contract"\s*:')
 _PREFIX = b'{"schema":'
 _MAX_FOREIGN_LINE = 1 << 20  # a file of something else may be one line of gigabytes
+_UNSORTED = 1 << 16  # samples that are sorted together; one by one would take quadratic time
 
 Fingerprint = dict[str, Any]
 
@@ -52,73 +56,94 @@ def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: rec
     }
 
 
-@dataclasses.dataclass(slots=True)
-class _Finished:
-    """Finished samples of one prompt.
-
-    Attributes:
-        fingerprint: Hash of the prompt's fingerprint.
-        edges: Ascending starts and ends, in turn, of the ranges of finished samples.
-        is_mixed: Whether the samples have different fingerprints.
-    """
-
-    fingerprint: int
-    edges: list[int] = dataclasses.field(default_factory=list)
-    is_mixed: bool = False
-
-
 class Samples:
-    """Set of finished samples, in about 300 bytes per prompt and 70 per gap.
+    """Set of finished samples, in 32 bytes per range of consecutive samples of a prompt.
 
     Ids and fingerprints are compared by 64-bit hashes. Among 10^6 ids two are confused with probability 3e-8.
     """
 
+    # A dictionary with a list of ranges per prompt took 300 bytes per prompt.
+
     def __init__(self) -> None:
-        self._prompts: dict[int, _Finished] = {}
+        # Added samples, not sorted yet: hash of the id, index, hash of the fingerprint.
+        self._new = (array.array("q"), array.array("q"), array.array("q"))
+        # Ranges sorted by id and start: hash of the id, start, end, hash of the fingerprint.
+        self._ranges = np.zeros((4, 0), np.int64)
         self._size = 0
+        self._repeated: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self._size
 
     def __contains__(self, prompt_id: str) -> bool:
         """Returns whether the set has a sample of the prompt."""
-        return hash(prompt_id) in self._prompts
+        return self._of(prompt_id).size > 0
 
-    def add(self, prompt_id: str, sample: int, fingerprint: str) -> bool:
-        """Adds a sample and returns whether it is new."""
-        finished = self._prompts.setdefault(hash(prompt_id), _Finished(hash(fingerprint)))
-        finished.is_mixed |= finished.fingerprint != hash(fingerprint)
-        edges = finished.edges
-        place = bisect.bisect_right(edges, sample)
-        if place % 2:
-            return False
-        # The new range [sample, sample + 1) is merged with a range that ends or begins beside it.
-        before = place > 0 and edges[place - 1] == sample
-        after = place < len(edges) and edges[place] == sample + 1
-        edges[place - before : place + after] = [sample] * (not before) + [sample + 1] * (not after)
+    def add(self, prompt_id: str, sample: int, fingerprint: str) -> None:
+        """Adds a sample."""
+        ids, samples, fingerprints = self._new
+        ids.append(hash(prompt_id))
+        samples.append(sample)
+        fingerprints.append(hash(fingerprint))
         self._size += 1
-        return True
+        if len(samples) >= max(_UNSORTED, self._ranges.shape[1] // 2):
+            self._sort()
 
-    def missing(self, prompt_id: str, number: int, first: int = 0) -> Iterator[int]:
-        """Yields the samples from ``first`` to ``number - 1`` of a prompt that are not in the set."""
-        for start, end in self._ranges(prompt_id):
-            yield from range(first, min(start, number))
-            first = max(first, end)
-        yield from range(first, number)
+    def repeated(self) -> tuple[int, int] | None:
+        """Returns the hash of the id and the index of a sample that was added twice; None if there is none."""
+        self._sort()
+        return self._repeated
 
-    def count(self, prompt_id: str, number: int) -> int:
-        """Returns how many of the first ``number`` samples of a prompt are in the set."""
-        return sum(max(0, min(end, number) - start) for start, end in self._ranges(prompt_id))
+    def missing(self, prompt_id: str, wanted: range) -> Iterator[int]:
+        """Yields those of the wanted samples of a prompt that are not in the set."""
+        _, starts, ends, _ = self._of(prompt_id)
+        for start, end in zip(starts, ends, strict=True):
+            yield from _below(int(start), wanted)
+            wanted = wanted[len(_below(int(end), wanted)) :]
+        yield from wanted
+
+    def count(self, prompt_id: str, wanted: range) -> int:
+        """Returns how many of the wanted samples of a prompt are in the set."""
+        _, starts, ends, _ = self._of(prompt_id).tolist()
+        pairs = zip(starts, ends, strict=True)
+        return sum(len(_below(end, wanted)) - len(_below(start, wanted)) for start, end in pairs)
 
     def differs(self, prompt_id: str, fingerprint: str) -> bool:
         """Returns whether the set has samples of a prompt with another fingerprint."""
-        finished = self._prompts.get(hash(prompt_id))
-        return finished is not None and (finished.is_mixed or finished.fingerprint != hash(fingerprint))
+        *_, fingerprints = self._of(prompt_id)
+        return bool((fingerprints != hash(fingerprint)).any())
 
-    def _ranges(self, prompt_id: str) -> list[tuple[int, int]]:
-        finished = self._prompts.get(hash(prompt_id))
-        edges = finished.edges if finished else []
-        return list(zip(edges[::2], edges[1::2], strict=True))
+    def _of(self, prompt_id: str) -> np.ndarray:
+        """Returns the ranges of a prompt."""
+        self._sort()
+        ids, key = self._ranges[0], np.int64(hash(prompt_id))
+        return self._ranges[:, ids.searchsorted(key) : ids.searchsorted(key, "right")]
+
+    def _sort(self) -> None:
+        """Sorts the added samples into the ranges, and joins adjacent ranges with equal fingerprints."""
+        if not self._new[0]:
+            return
+        new_ids, samples, new_fingerprints = (np.array(each, np.int64) for each in self._new)
+        for each in self._new:
+            del each[:]
+        added = np.stack([new_ids, samples, samples + 1, new_fingerprints])
+        ranges = np.concatenate([self._ranges, added], axis=1)
+        ranges = ranges[:, np.lexsort((ranges[1], ranges[0]))]
+        ids, starts, ends, fingerprints = ranges
+        is_same = ids[1:] == ids[:-1]
+        overlaps = np.flatnonzero(is_same & (starts[1:] < ends[:-1]))
+        if overlaps.size and self._repeated is None:
+            place = overlaps[0] + 1
+            self._repeated = int(ids[place]), int(starts[place])
+        is_joined = is_same & (starts[1:] == ends[:-1]) & (fingerprints[1:] == fingerprints[:-1])
+        firsts = np.flatnonzero(np.append(True, ~is_joined))
+        self._ranges = ranges[:, firsts]
+        self._ranges[2] = ends[np.append(firsts[1:], len(ids)) - 1]
+
+
+def _below(limit: int, wanted: range) -> range:
+    """Returns the part of a range of positive step that is below a limit."""
+    return range(wanted.start, min(limit, wanted.stop), wanted.step)
 
 
 class RecordFile:
@@ -257,13 +282,20 @@ class RecordFile:
             )
 
     def _read(self) -> None:
-        for source, one in self._records():
+        for _, one in self._records():
             sample = f"sample {one.sample} of {one.id}"
-            if not self.finished.add(one.id, one.sample, _encode(_prompt_fingerprint_of(one))):
-                raise ValueError(f"{source} repeats {sample}: use another --output, or --overwrite")
+            self.finished.add(one.id, one.sample, _encode(_prompt_fingerprint_of(one)))
             self._shared.setdefault(_encode(shared_fingerprint(one.settings, one.run, one.numerics)), sample)
             if len(self.seeds) < 2:
                 self.seeds.add(one.seed)
+        if (repeated := self.finished.repeated()) is not None:
+            self._refuse_repeated(*repeated)
+
+    def _refuse_repeated(self, prompt: int, sample: int) -> None:
+        """Raises ValueError for a sample that is in the file twice, of a prompt with a hash."""
+        found = ((source, one) for source, one in self._records() if (hash(one.id), one.sample) == (prompt, sample))
+        source, one = next(itertools.islice(found, 1, None))
+        raise ValueError(f"{source} repeats sample {sample} of {one.id}: use another --output, or --overwrite")
 
     def _records(self) -> Iterator[tuple[str, record.Header]]:
         """Yields each line's name and record, drops a torn last line and adds a missing line feed."""
