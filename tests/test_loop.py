@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from hipgpt_jax import training_config
+from hipgpt_jax.model import mesh
 from hipgpt_jax.text import dataset
-from hipgpt_jax.training import loop, mesh
+from hipgpt_jax.training import loop
 
 TRAIN = training_config.TrainConfig(
     steps=8, warmup_steps=2, dropout=0.1, ckpt_every=4, eval_every=3, eval_batches=2, log_every=1

@@ -12,8 +12,8 @@ import pytest
 
 from hipgpt_jax import training_config
 from hipgpt_jax.generation import backends, executables
-from hipgpt_jax.model import transformer
-from hipgpt_jax.training import mesh, optimizer, train_step
+from hipgpt_jax.model import mesh, transformer
+from hipgpt_jax.training import optimizer, train_step
 
 # JAX guarantees compatibility of few custom calls. This one is an annotation that XLA itself removes; any other needs
 # a kernel in the plugin.

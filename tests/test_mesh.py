@@ -16,9 +16,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from hipgpt_jax import config, training_config
-from hipgpt_jax.model import transformer
+from hipgpt_jax.model import mesh, transformer
 from hipgpt_jax.runs import states, weights
-from hipgpt_jax.training import checkpoint, mesh, optimizer, train_step
+from hipgpt_jax.training import checkpoint, optimizer, train_step
 
 MODEL = config.ModelConfig(vocab_size=301, max_seq_len=16, embed_dim=32, num_heads=4, ff_hidden_dim=64, num_layers=2)
 TRAIN = training_config.TrainConfig(batch_size=8, steps=20, warmup_steps=2, learning_rate=3e-3)

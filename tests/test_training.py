@@ -16,9 +16,9 @@ import pytest
 
 from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import loss, score
-from hipgpt_jax.model import transformer
+from hipgpt_jax.model import mesh, transformer
 from hipgpt_jax.runs import directory
-from hipgpt_jax.training import mesh, metrics, optimizer, resume, train_step
+from hipgpt_jax.training import metrics, optimizer, resume, train_step
 
 MODEL = config.ModelConfig(vocab_size=40, max_seq_len=8, embed_dim=16, num_heads=2, ff_hidden_dim=32, num_layers=2)
 

@@ -18,7 +18,8 @@ from hipgpt_jax.runs import initial
 from hipgpt_jax.text import dataset, manifest
 
 if TYPE_CHECKING:
-    from hipgpt_jax.training import loop, mesh
+    from hipgpt_jax.model import mesh
+    from hipgpt_jax.training import loop
 
 _Line = dict[str, Any]
 
@@ -122,7 +123,8 @@ def _train(on_metrics: Callable[[_Line], None] | None = None) -> _Trained:
 
         import jax
 
-        from hipgpt_jax.training import mesh, train_step
+        from hipgpt_jax.model import mesh
+        from hipgpt_jax.training import train_step
 
         rows = train.batch_size // train.grad_accum
         sizes = mesh.parse(train_flags.MESH.value, batch_size=rows, available=jax.device_count())

@@ -13,9 +13,10 @@ import orbax.checkpoint as ocp
 import safetensors
 
 from hipgpt_jax import config, files, json_files, training_config, version
+from hipgpt_jax.model import mesh
 from hipgpt_jax.runs import directory, initial, states, weights
 from hipgpt_jax.text import manifest
-from hipgpt_jax.training import mesh, train_step
+from hipgpt_jax.training import train_step
 
 KEPT_STATES = 2
 

@@ -18,10 +18,10 @@ from jax.experimental import multihost_utils
 
 from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import score
-from hipgpt_jax.model import transformer
+from hipgpt_jax.model import mesh, transformer
 from hipgpt_jax.runs import directory, initial, loading
 from hipgpt_jax.text import dataset
-from hipgpt_jax.training import checkpoint, mesh, metrics, optimizer, train_step
+from hipgpt_jax.training import checkpoint, metrics, optimizer, train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,7 @@ import optax
 
 from hipgpt_jax import config, numerics, training_config
 from hipgpt_jax.evaluation import loss
-from hipgpt_jax.model import transformer
-from hipgpt_jax.training import mesh
+from hipgpt_jax.model import mesh, transformer
 
 _INIT_STREAM, _DROPOUT_STREAM = 0, 1
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks import peers, plain, table
 from hipgpt_jax import config, devices, training_config
-from hipgpt_jax.model import transformer
-from hipgpt_jax.training import mesh, optimizer, train_step
+from hipgpt_jax.model import mesh, transformer
+from hipgpt_jax.training import optimizer, train_step
 
 OURS, PEER = "hipgpt_jax", "PyTorch"
 RATIOS_TO = (PEER,)
