@@ -138,9 +138,9 @@ class Run:
             seed: Seed in ``[0, 2**32)``.
             num_samples: Samples per prompt, from 1 to 2**32.
             rule: A function of the logits; see ``with_rule``.
-            **more: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``min_tokens``, ``eos_id``, ``stop``,
-                ``top_logprobs``. Instead of ``settings`` also those of ``config.SamplingConfig``: ``temperature``,
-                ``top_k``, ``top_p``, ``repetition_penalty`` and so on.
+            **more: Other fields of ``config.GenerationConfig``: ``num_tokens``, ``first_sample``, ``min_tokens``,
+                ``eos_id``, ``stop``, ``top_logprobs``. Instead of ``settings`` also those of
+                ``config.SamplingConfig``: ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty`` and so on.
 
         Raises:
             TypeError: A prompt is not a text, a keyword is unknown, or ``settings`` is given beside a field of it.
@@ -197,15 +197,15 @@ class Run:
             seed: As for ``generate``.
             sample: Index of the sample among those of its prompt, in ``[0, 2**32)``.
             rule: As for ``generate``.
-            **more: As for ``generate``, except ``num_samples``.
+            **more: As for ``generate``, except ``num_samples`` and ``first_sample``.
 
         Raises:
             TypeError: As for ``generate``.
             ValueError: As for ``generate``, or ``sample`` is out of range.
         """
         sample = config.require_int("sample", sample, 0, "index among the samples of a prompt", config.MAX_SAMPLES - 1)
-        if "num_samples" in more:
-            raise TypeError("a stream is of one sample: give its index as sample, not num_samples")
+        if numbering := config.NUMBERING & more.keys():
+            raise TypeError(f"a stream is of one sample: give its index as sample, not {min(numbering)}")
         defaults = self._configs(settings, seed=seed, **more)
         (resolved,) = planning.Plan(self.files, [_prompt(prompt, "prompt")], *defaults)
         run = self if rule is None else self.with_rule(rule)
@@ -350,7 +350,7 @@ class Run:
     def requests_of(self, prompts: Iterable[loading.ResolvedPrompt]) -> Iterator[requests.Request]:
         """Yields the requests of the samples of each prompt, prompt by prompt."""
         for prompt in prompts:
-            for sample in range(prompt.generation.num_samples) if prompt.samples is None else prompt.samples:
+            for sample in prompt.generation.samples if prompt.samples is None else prompt.samples:
                 yield requests.Request(
                     id=prompt.id,
                     prompt=prompt.prompt,

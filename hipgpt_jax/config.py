@@ -20,6 +20,7 @@ PENALTY_SCOPES = ("all", "output")
 MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 2**32  # a sample's index is one 32-bit word of its random key
 MAX_ALTERNATIVES = 20
+NUMBERING = frozenset({"num_samples", "first_sample"})  # which samples there are; the only settings that affect none
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 _T = TypeVar("_T")
@@ -426,6 +427,7 @@ class GenerationConfig:
     Attributes:
         num_tokens: Maximum number of new tokens per sample; at least 0.
         num_samples: Samples per prompt; from 1 to 2**32.
+        first_sample: Index of the first of them. Their indices must be below 2**32.
         seed: Seed in ``[0, 2**32)``. The random numbers depend on it, on the prompt's ids, and on the indices of the
             sample and the token.
         eos_id: Token that ends a sample and is not part of its text; -1 for none.
@@ -435,11 +437,12 @@ class GenerationConfig:
         top_logprobs: Number of most likely alternatives recorded per token; at most 20.
 
     Raises:
-        ValueError: A value is out of range, or ``min_tokens`` is above ``num_tokens``.
+        ValueError: A value is out of range, ``min_tokens`` is above ``num_tokens``, or an index is too large.
     """
 
     num_tokens: int = _field(50, _integer(0, "new tokens to generate"))
     num_samples: int = _field(1, _integer(1, "samples per prompt", MAX_SAMPLES))
+    first_sample: int = _field(0, _integer(0, "index of the first sample", MAX_SAMPLES - 1))
     seed: int = _field(0, _integer(0, "a 32-bit number", MAX_SEED))
     eos_id: int = _field(-1, _integer(-1, "-1 disables it"))
     stop: tuple[str, ...] = _field((), _texts)
@@ -450,6 +453,16 @@ class GenerationConfig:
         _validate(self)
         if self.min_tokens > self.num_tokens:
             raise ValueError(f"min_tokens must be at most num_tokens: got {self.min_tokens} and {self.num_tokens}")
+        if self.first_sample + self.num_samples > MAX_SAMPLES:
+            raise ValueError(
+                f"first_sample and num_samples must add up to at most {MAX_SAMPLES}: got {self.first_sample} and "
+                f"{self.num_samples}"
+            )
+
+    @property
+    def samples(self) -> range:
+        """Indices of the samples of a prompt."""
+        return range(self.first_sample, self.first_sample + self.num_samples)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError if ``eos_id`` is not in a vocabulary of ``vocab_size``."""

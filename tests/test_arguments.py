@@ -189,6 +189,8 @@ def test_every_flag_is_classified_as_text_or_not() -> None:
         "seeds",
         "choices",
         "prompt_ids",
+        "shard",
+        "only",
     }
     strings = {
         flag for values in FLAGS.values() for flag in values if "string" in values[flag].flag_type().split("enum")[0]

@@ -286,6 +286,6 @@ def test_the_documented_defaults() -> None:
     assert dataclasses.astuple(config.ModelConfig()) == (5000, 32, 128, 4, 256, 2)
     sampling = (1.0, 5, 0.9, 1.1, 0.0, 0.0, 0.0, "all", 0, (), (), ())
     assert dataclasses.astuple(config.SamplingConfig()) == sampling
-    assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, -1, (), 0, 0)
+    assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, 0, -1, (), 0, 0)
     assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1, "float32", "fast")
     assert training_config.TrainConfig().batch_size == 4

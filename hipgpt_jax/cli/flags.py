@@ -60,6 +60,7 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
     config.GenerationConfig: {
         "num_tokens": ("num_tokens", "Tokens to generate after the prompt."),
         "num_samples": ("num_samples", "Samples to generate per prompt."),
+        "first_sample": ("first_sample", "Index of the first of them; more samples continue earlier ones."),
         "seed": ("seed", "Random seed; -1 draws one and prints it."),
         "eos_id": (
             "eos_id",
@@ -163,6 +164,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *("sample-prompt", "weights-dtype", "tensorboard", "verbose"),
     ),
     "Several and existing runs": ("seeds", "reset", "resume", "extend"),
+    "Parts of the samples": ("shard", "only"),
     "Devices": ("device", "mesh", "distributed", "coordinator", "num_processes", "process_id"),
 }
 
@@ -184,7 +186,7 @@ _SYNONYMS = {
 }
 
 # Arguments of the package's functions whose flags have the same name.
-_ARGUMENTS = ("device", "step")
+_ARGUMENTS = ("device", "shard", "step")
 
 # A name in an error message is translated, but not in explanations in parentheses, in quoted values or in choices.
 _NAME = re.compile(r"\([^)]*\)|'[^']*'|one of [^:]*|(?P<name>\b[a-z_0-9]+\b)")

@@ -5,12 +5,13 @@ import functools
 import re
 import secrets
 import sys
+from pathlib import Path
 
 import absl.flags
 
 from hipgpt_jax import api, config
 from hipgpt_jax.cli import flags, generate_output, output, program
-from hipgpt_jax.records import planning, provenance, writer
+from hipgpt_jax.records import planning, provenance, shards, writer
 from hipgpt_jax.runs import directory, loading
 
 SUMMARY = """Generate text from a trained run. The text goes to stdout token by token, diagnostics to stderr.
@@ -53,6 +54,13 @@ _OUTPUT = _string(
     "records to stdout instead of the text. Records of a --prompts_file are written instead of the text, too.",
 )
 _OVERWRITE = _boolean("overwrite", False, "Replace the records in --output.")
+_SHARD = _string(
+    "shard",
+    None,
+    "I/N: generate only part I, from 0 to N-1, of the samples of all prompts; auto takes I and N from a job of Slurm "
+    "or Open MPI. hipgpt-records merge joins the record files.",
+)
+_ONLY = _string("only", None, "Generate only the samples listed in this file, as hipgpt-records merge writes it.")
 _VERBOSE = _boolean("verbose", False, flags.VERBOSE_HELP)
 _DEVICE = flags.define_shared(FLAGS, "device")
 
@@ -78,6 +86,8 @@ def _generate() -> None:
         seed=0 if FLAGS.seed == -1 else FLAGS.seed,
     )
     _check_flags(generation)
+    shard = None if _SHARD.value is None else shards.Shard.parse(_SHARD.value)
+    cells = None if _ONLY.value is None else shards.Cells(Path(_ONLY.value))
     prompts = program.read_prompts(
         _PROMPT.value, _PROMPTS_FILE.value, _PROMPT_IDS.value, parse_special=_PARSE_SPECIAL.value
     )
@@ -86,11 +96,14 @@ def _generate() -> None:
     checkpoint = source.checkpoint
     if FLAGS.eos_id is None:
         generation = dataclasses.replace(generation, eos_id=checkpoint.eos_id)
-    with output.open_records(_OUTPUT.value, overwrite=_OVERWRITE.value, inputs=[_PROMPTS_FILE.value]) as out:
+    inputs = [_PROMPTS_FILE.value, _ONLY.value]
+    with output.open_records(_OUTPUT.value, overwrite=_OVERWRITE.value, inputs=inputs) as out:
         records = out if isinstance(out, writer.RecordFile) else None
         if FLAGS.seed == -1:
             generation = dataclasses.replace(generation, seed=_draw_seed(records))
-        plan = planning.Plan(source, prompts, sampling, generation, records)
+        plan = planning.Plan(source, prompts, sampling, generation, records, shard=shard, cells=cells)
+        if shard:
+            program.note(f"shard {shard}: {plan.samples} samples")
         device = program.start_device(_DEVICE.value, decoding.dtype)
         if device.platform == "cpu" and decoding.batch_size >= _MANY_SLOTS:
             program.keep_freed_memory(verbose=_VERBOSE.value)  # a step of 64 slots of GPT-2 takes 132 ms instead of 163

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from hipgpt_jax import config
-from hipgpt_jax.records import writer
+from hipgpt_jax.records import shards, writer
 from hipgpt_jax.runs import loading
 from hipgpt_jax.text import prompts
 
 # Settings that can contradict the vocabulary or one another. The others are checked when a prompt is read.
-_TOKENS = frozenset({"allow", "ban", "eos_id", "logit_bias", "min_tokens"})
+_TOKENS = frozenset({"allow", "ban", "eos_id", "logit_bias", "min_tokens", "first_sample"})
 
 
 class Plan:
@@ -36,6 +36,9 @@ class Plan:
         sampling: config.SamplingConfig,
         generation: config.GenerationConfig,
         out: writer.RecordFile | None = None,
+        *,
+        shard: shards.Shard | None = None,
+        cells: shards.Cells | None = None,
     ) -> None:
         """Checks the prompts.
 
@@ -45,48 +48,79 @@ class Plan:
             sampling: Defaults of settings that a prompt does not have.
             generation: Defaults, likewise.
             out: Output of the samples. With an output, samples that are in it are skipped, and so are repeated ones.
+            shard: The part of the samples to generate; all if absent.
+            cells: The only samples to generate; all if absent.
 
         Raises:
-            ValueError: A prompt is invalid, two different ones have one id, or ``out`` has a sample of one with other
-                settings. The message names the prompt.
+            ValueError: A prompt is invalid, two different ones have one id, ``out`` has a sample of one with other
+                settings, or ``cells`` lists a sample that no prompt has. The message names the prompt.
         """
         self._files, self._prompts, self._out = files, requested, out
+        self._shard, self._cells = shard or shards.Shard(), cells
         self._generation, self._sampling = files.resolve_settings(prompts.Prompt(text=""), sampling, generation)
         is_alone = isinstance(requested, list) and len(requested) == 1
-        names, wanted, finished = NameIndex(), array.array("Q"), array.array("Q")
+        names, listed = NameIndex(), dict[str, range]()
+        self.samples = self.left = 0
         for number, prompt in enumerate(requested, 1):
             try:
                 self._check(prompt)
             except ValueError as error:
                 raise error if is_alone else ValueError(f"{loading.describe(prompt, number)}: {error}") from error
             names.add(prompt)
-            wanted.append(self._num_samples(prompt))
-            finished.append(self._count_finished(prompt))
+            self._count(prompt, self._wanted(prompt))
+            if cells and prompt.name in cells:
+                samples = self._samples(prompt)
+                listed[prompt.name] = max(samples, listed.get(prompt.name, samples), key=len)
         names.check_unique(requested)
-        order, starts = names.groups()
-        self.prompts = len(wanted)
-        self.repeated = len(wanted) - len(starts)
-        self.samples = _sum_of_largest(wanted, order, starts) if out else sum(wanted)
-        self.left = self.samples - _sum_of_largest(finished, order, starts)
+        if cells:
+            cells.check_all_in(listed)
+        self.prompts = len(names)
+        self.repeated, self._repeated_names = names.repeated()
+        if out and self.repeated:
+            self.samples = self.left = 0
+            for prompt, wanted in self._grid():
+                self._count(prompt, wanted)
 
     def __iter__(self) -> Iterator[loading.ResolvedPrompt]:
-        planned: dict[str, int] = {}  # samples planned so far, of prompts that may be repeated
-        for prompt in self._prompts:
-            samples = None
+        for prompt, wanted in self._grid():
+            samples = itertools.chain.from_iterable(wanted)
             if self._out is not None:
-                name, number = prompt.name, self._num_samples(prompt)
-                samples = self._out.finished.missing(name, range(planned.get(name, 0), number))
-                if self.repeated:
-                    planned[name] = max(number, planned.get(name, 0))
-                first = next(samples, None)
-                if first is None:
-                    continue  # before tokenizing the prompt
-                samples = itertools.chain([first], samples)
+                name, finished = prompt.name, self._out.finished
+                samples = itertools.chain.from_iterable(finished.missing(name, part) for part in wanted)
+            first = next(samples, None)
+            if first is None:
+                continue  # before tokenizing the prompt
             resolved = self._files.resolve(prompt, self._sampling, self._generation)
-            yield dataclasses.replace(resolved, samples=samples)
+            yield dataclasses.replace(resolved, samples=itertools.chain([first], samples))
 
-    def _num_samples(self, prompt: prompts.Prompt) -> int:
-        return prompt.generation.get("num_samples", self._generation.num_samples)
+    def _grid(self) -> Iterator[tuple[prompts.Prompt, list[range]]]:
+        """Yields each prompt with its samples; with an output, without those of an equal prompt before it."""
+        planned: dict[str, list[range]] = {}
+        for prompt in self._prompts:
+            wanted = self._wanted(prompt)
+            if self._out is not None and self.repeated and hash(prompt.name) in self._repeated_names:
+                earlier = planned.setdefault(prompt.name, [])
+                for other in earlier:
+                    wanted = [rest for part in wanted for rest in _without(part, other)]
+                earlier += wanted
+            yield prompt, wanted
+
+    def _wanted(self, prompt: prompts.Prompt) -> list[range]:
+        """Returns the samples of a prompt that are in the shard and in the list of cells."""
+        samples = self._samples(prompt)
+        if self._shard.count == 1 and self._cells is None:
+            return [samples]  # before computing the prompt's name
+        name = prompt.name
+        parts = [samples] if self._cells is None else self._cells.part(name, samples)
+        return [part for one in parts if (part := self._shard.part(name, one))]
+
+    def _samples(self, prompt: prompts.Prompt) -> range:
+        if not config.NUMBERING & prompt.generation.keys():
+            return self._generation.samples
+        first, number = (
+            prompt.generation.get(name, getattr(self._generation, name)) for name in ("first_sample", "num_samples")
+        )
+        return range(first, first + number)
 
     def _check(self, prompt: prompts.Prompt) -> None:
         """Raises the errors of ``RunFiles.resolve``, without tokenizing the prompt where possible."""
@@ -95,11 +129,18 @@ class Plan:
             return
         self._files.check_prompt(prompt)
         if _TOKENS & (prompt.sampling.keys() | prompt.generation.keys()) or (
-            self._generation.min_tokens and "num_tokens" in prompt.generation
+            (self._generation.min_tokens and "num_tokens" in prompt.generation)
+            or (self._generation.first_sample and "num_samples" in prompt.generation)
         ):
             self._files.resolve_settings(prompt, self._sampling, self._generation)
 
-    def _count_finished(self, prompt: prompts.Prompt) -> int:
+    def _count(self, prompt: prompts.Prompt, wanted: list[range]) -> None:
+        """Counts samples of a prompt, and those that are not in the output yet."""
+        number = sum(map(len, wanted))
+        self.samples += number
+        self.left += number - self._count_finished(prompt, wanted)
+
+    def _count_finished(self, prompt: prompts.Prompt, wanted: list[range]) -> int:
         """Returns how many samples of a prompt are in the output; raises ValueError if they have other settings."""
         name = prompt.name if self._out is not None and len(self._out.finished) else None
         if self._out is None or name is None or name not in self._out.finished:
@@ -111,12 +152,14 @@ class Plan:
         ids = self._files.encode(prompt)
         text = self._files.vocabulary.decode(ids)  # as in records: U+FFFD replaces a lone surrogate
         self._out.check_prompt(name, writer.prompt_fingerprint(text, ids, settings["seed"], settings))
-        return self._out.finished.count(name, range(self._num_samples(prompt)))
+        return sum(self._out.finished.count(name, part) for part in wanted)
 
 
-def _sum_of_largest(values: "array.array[int]", order: np.ndarray, starts: np.ndarray) -> int:
-    """Returns the sum of the largest value of each group of ``NameIndex.groups``."""
-    return int(np.maximum.reduceat(np.array(values, np.uint64)[order], starts).sum()) if len(starts) else 0
+def _without(samples: range, others: range) -> list[range]:
+    """Returns the samples that are not among others. Both are of one shard, so they have one step and one phase."""
+    below = range(samples.start, min(samples.stop, others.start), samples.step)
+    above = range(max(samples.start, others[-1] + samples.step), samples.stop, samples.step)
+    return [part for part in (below, above) if part]
 
 
 class NameIndex:
@@ -133,12 +176,13 @@ class NameIndex:
         self._has_id.append(prompt.id is not None)
         self._hashes.append(hash(prompt.name))
 
-    def groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices of the prompts, grouped by name and otherwise in order, and the start of each group."""
-        hashes = np.array(self._hashes, np.int64)
-        order = np.argsort(hashes, kind="stable")
-        is_start = np.append(True, hashes[order[1:]] != hashes[order[:-1]])[: len(hashes)]
-        return order, np.flatnonzero(is_start)
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def repeated(self) -> tuple[int, frozenset[int]]:
+        """Returns the number of prompts whose name an earlier one has, and the hashes of such names."""
+        hashes, counts = np.unique(np.array(self._hashes, np.int64), return_counts=True)
+        return len(self) - len(hashes), frozenset(hashes[counts > 1].tolist())
 
     def check_unique(self, several: Iterable[prompts.Prompt]) -> None:
         """Raises ValueError if two different prompts have one id, or an id occurs twice in a file.
@@ -146,8 +190,9 @@ class NameIndex:
         Args:
             several: The prompts that were added. They are read again only if a name is repeated.
         """
-        order, _ = self.groups()
-        hashes, has_id = np.array(self._hashes, np.int64)[order], np.frombuffer(self._has_id, bool)[order]
+        hashes = np.array(self._hashes, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        hashes, has_id = hashes[order], np.frombuffer(self._has_id, bool)[order]
         is_suspect = (hashes[1:] == hashes[:-1]) & (has_id[1:] | has_id[:-1])
         pairs = [(int(order[i]), int(order[i + 1])) for i in np.flatnonzero(is_suspect)]
         indices = {index for pair in pairs for index in pair}

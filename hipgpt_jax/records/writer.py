@@ -35,7 +35,8 @@ def prompt_fingerprint(prompt: str, prompt_ids: Sequence[int], seed: int, settin
         settings: Values of ``record.Settings`` by name.
     """
     fields = [*dataclasses.fields(config.GenerationConfig), *dataclasses.fields(config.SamplingConfig)]
-    values = {field.name: settings[field.name] for field in fields if field.name not in ("seed", "num_samples")}
+    names = [field.name for field in fields if field.name != "seed" and field.name not in config.NUMBERING]
+    values = {name: settings[name] for name in names}
     values |= {field.name: float(values[field.name]) for field in fields if field.type is float}
     return {"prompt": prompt, "prompt_ids": prompt_ids, "seed": seed, "rule": settings.get("rule"), **values}
 

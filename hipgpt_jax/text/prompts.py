@@ -72,11 +72,11 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of a hash of the text or ids, and of all settings except the number of samples."""
+        """16 hexadecimal digits of a hash of the text or ids, and of all settings except the numbering of samples."""
         # The hash of the JSON array. For a prompt without settings, encoding the text alone takes 3 µs instead of 7.
         settings = "{}, {}"
         if self.generation or self.sampling:
-            generation = {name: value for name, value in self.generation.items() if name != "num_samples"}
+            generation = {name: value for name, value in self.generation.items() if name not in config.NUMBERING}
             settings = _ENCODER.encode([generation, dict(self.sampling)])[1:-1]
         text = self.text if self.ids is None else {"ids": self.ids}
         text = {"parse_special": text} if self.parse_special and self.ids is None else text
