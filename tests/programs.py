@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from hipgpt_jax import files
-from hipgpt_jax.cli import doctor, evaluate, export, generate, import_, inspect, plot, replay, train
+from hipgpt_jax.cli import doctor, evaluate, export, generate, import_, inspect, plot, records, replay, train
 
 # The model sizes of the committed run, so the programs of all runs named ``tiny`` are compiled once.
 TINY_SIZES = "--vocab-size 300 --dim 24 --heads 2 --ff 48 --layers 2 --seq 32"
@@ -28,6 +28,7 @@ MAINS: dict[str, Callable[[], None]] = {
     "generate": generate.main,
     "import": import_.main,
     "inspect": inspect.main,
+    "records": records.main,
     "plot": plot.main,
     "replay": replay.main,
     "train": train.main,
@@ -77,7 +78,7 @@ def spawn(name: str, *arguments: str, cwd: Path, cache: Path | None = None, plat
 def call(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Result:
     """Runs a program in this process; compiled programs are cached between test runs."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    if name not in ("doctor", "export", "import", "inspect", "plot"):
+    if name not in ("doctor", "export", "import", "inspect", "plot", "records"):
         monkeypatch.setenv(CACHE, str(compiled.DIRECTORY))
     code = 0
     try:

@@ -21,6 +21,7 @@ from hipgpt_jax.cli import (
     import_,
     inspect,
     plot,
+    records,
     replay,
     train_flags,
 )
@@ -35,6 +36,7 @@ FLAGS = {
     "import": import_.FLAGS,
     "inspect": inspect.FLAGS,
     "plot": plot.FLAGS,
+    "records": records.FLAGS,
     "replay": replay.FLAGS,
     "train": train_flags.FLAGS,
 }
@@ -191,6 +193,8 @@ def test_every_flag_is_classified_as_text_or_not() -> None:
         "prompt_ids",
         "shard",
         "only",
+        "command",
+        "missing",
     }
     strings = {
         flag for values in FLAGS.values() for flag in values if "string" in values[flag].flag_type().split("enum")[0]

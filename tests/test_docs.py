@@ -151,6 +151,7 @@ TABLES = [
     ("docs/generate.md", "generate"),
     ("docs/records.md", "replay"),
     ("docs/records.md", "inspect"),
+    ("docs/records.md", "records"),
     ("docs/training.md", "train"),
     ("docs/training.md", "evaluate"),
     ("docs/training.md", "plot"),

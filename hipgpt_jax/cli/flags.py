@@ -154,17 +154,30 @@ _TITLES: dict[type, str] = {
 _GROUPS: dict[str, tuple[str, ...]] = {
     "Input": (
         *("run-name", "run-dir", "step", "records", "folder", "ids", "prompt", "prompt_ids", "parse_special"),
-        *("prompts_file", "choices", "data-path", "split", "text-field", "tokenizer-path", "init-from"),
+        *("command", "prompts_file", "choices", "data-path", "split", "text-field", "tokenizer-path", "init-from"),
     ),
     "Evaluation": ("as-sampled", "stride"),
     "Replay": ("batch_size", "forced"),
     "Checks": ("verify", "deep"),
     "Output": (
-        *("stream", "echo", "separator", "output", "overwrite", "html", "title", "metrics", "unit", "smooth", "mean"),
+        *(
+            "stream",
+            "echo",
+            "separator",
+            "output",
+            "overwrite",
+            "missing",
+            "html",
+            "title",
+            "metrics",
+            "unit",
+            "smooth",
+            "mean",
+        ),
         *("sample-prompt", "weights-dtype", "tensorboard", "verbose"),
     ),
     "Several and existing runs": ("seeds", "reset", "resume", "extend"),
-    "Parts of the samples": ("shard", "only"),
+    "Parts of the samples": ("shard", "only", "num_samples", "first_sample"),
     "Devices": ("device", "mesh", "distributed", "coordinator", "num_processes", "process_id"),
 }
 

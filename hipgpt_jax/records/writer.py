@@ -1,6 +1,7 @@
 """The file that records are appended to: resumable, and consistent in its settings."""
 
 import array
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -9,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -89,6 +90,12 @@ class Samples:
         self._size += 1
         if len(samples) >= max(_UNSORTED, self._ranges.shape[1] // 2):
             self._sort()
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts with a sample in the set."""
+        self._sort()
+        return len(np.unique(self._ranges[0]))
 
     def repeated(self) -> tuple[int, int] | None:
         """Returns the hash of the id and the index of a sample that was added twice; None if there is none."""
@@ -314,6 +321,22 @@ class RecordFile:
             is_ours = True
         if line is not None and not line.text.endswith(b"\n"):
             os.write(self._file, b"\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file for lines of records, which becomes or replaces a record file if the block does not raise.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: Another process writes it, or it holds something other than records.
+    """
+    with (
+        files.replacing(files.destination(path)) as temporary,
+        contextlib.closing(RecordFile(path, overwrite=True)),  # for its checks and its lock
+        temporary.open("wb") as file,
+    ):
+        yield file
 
 
 def _prompt_fingerprint_of(one: record.Header) -> Fingerprint:
