@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import programs
@@ -139,7 +140,7 @@ def run(
     return lambda *arguments: programs.call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
-def values(path: str) -> list[dict[str, object]]:
+def values(path: str) -> list[dict[str, Any]]:
     """Returns records without times and command line, in order."""
     found = [vars(one) | {"started": "", "timings": "", "argv": ""} for one in record.read(Path(path))]
     return sorted(found, key=lambda one: (json.dumps(one["id"]), one["sample"]))
