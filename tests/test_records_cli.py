@@ -214,6 +214,7 @@ def test_other_ids_of_the_same_text_are_refused(run) -> None:
         (("--prompt", "a", "--stop", ""), "stop must be a text of at least one character"),
         (("--prompt", "a", "--top_logprobs", "21", "--output", "-"), "--top_logprobs must be at most 20 .*got 21"),
         (("--prompt", "a", "--top_logprobs", "2"), "--top_logprobs needs --output"),
+        (("--prompt", "a", "--window_stride", "4", "--overflow", "stop"), "--window_stride needs --overflow roll"),
         (("--prompt", "a", "--overwrite"), "--overwrite needs --output FILE"),
         (("--prompt", "a", "--echo", "--output", "-"), "--echo needs text on stdout, and the records are written"),
         (("--prompts_file", "p.txt", "--separator", "", "--output", "o.jsonl"), "--separator needs text on stdout"),

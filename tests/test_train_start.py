@@ -63,6 +63,8 @@ def damage(path: Path) -> None:
     [
         (None, ("--run-name", "mine"), "run 'mine' exists already: --resume continues it, --reset replaces it"),
         (None, ("--reset", "--sample-every", "1", "--sample-prompt", ""), "--sample-prompt must be a text of at least"),
+        (None, ("--reset", "--sample-prompt", "the"), "--sample-prompt needs --sample-every"),
+        (None, ("--reset", "--text-field", "body"), "--text-field names a field of .jsonl.* --data-path has none"),
         (None, ("--reset", "--data-path", "checkpoints/mine/metrics.jsonl"), "lies in the directory of the run"),
         (None, ("--reset", "--tokenizer-path", "checkpoints/mine/tokenizer.json"), "lies in the directory of the run"),
         (None, ("--reset", "--data-path", "checkpoints/mine"), "lies in the directory of the run"),

@@ -128,6 +128,8 @@ def _check_flags(generation: config.GenerationConfig) -> None:
         program.note(f"--stop {program.printable(text)!r} has a backslash and a letter: a line break is $'\\n' in bash")
     if generation.top_logprobs and _OUTPUT.value is None:
         raise ValueError("--top_logprobs needs --output: alternatives are only recorded")
+    if FLAGS.window_stride > 1 and FLAGS.overflow != "roll":
+        raise ValueError(f"--window_stride needs --overflow roll: with {FLAGS.overflow}, the window never slides")
     if _OVERWRITE.value and (_OUTPUT.value is None or output.is_stdout(_OUTPUT.value)):
         raise ValueError("--overwrite needs --output FILE, the record file to replace")
     if _PARSE_SPECIAL.value and _PROMPT_IDS.value is not None:

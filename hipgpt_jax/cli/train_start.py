@@ -27,6 +27,8 @@ def check_flags(train: training_config.TrainConfig) -> None:
         raise ValueError("--resume needs --run-name, the run to continue")
     if train_flags.RUN_NAME.value is not None:
         directory.new(train_flags.RUN_NAME.value, train.steps)
+    if train_flags.FLAGS["sample-prompt"].present and not train.sample_every:
+        raise ValueError("--sample-prompt needs --sample-every, the steps between the samples")
     if train.sample_every:
         config.require_text("--sample-prompt", train_flags.SAMPLE_PROMPT.value)
     if train_flags.TENSORBOARD.value:
@@ -179,6 +181,9 @@ class Start:
             reset.check_writable(here)
         if os.path.lexists(old := directory.beside(here, "old")):
             raise ValueError(f"{old} exists, where --reset keeps the old run until the new one is saved: move it away")
+        found = documents.find(self._sources()["sources"])
+        if train_flags.FLAGS["text-field"].present and not any(file.format.has_fields for file in found):
+            raise ValueError("--text-field names a field of .jsonl, .csv and .parquet files: --data-path has none")
         reset.check_outside(here, self._files())
 
     def _check_resumed(self) -> None:
