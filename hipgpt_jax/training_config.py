@@ -80,8 +80,9 @@ class TrainConfig:
         config.require_finite("learning_rate", self.learning_rate, "the peak learning rate")
         config.require_finite("weight_decay", self.weight_decay, "0 is none")
         config.require_finite("clip", self.clip, "the gradient's largest norm")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(f"learning_rate and clip must be above 0: got {self.learning_rate} and {self.clip}")
+        for name in ("learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0: got {getattr(self, name)}")
         config.require_dtype(self.dtype)
         if self.batch_size % self.grad_accum:
             raise ValueError(f"grad_accum must divide the batch of {self.batch_size}: got {self.grad_accum}")

@@ -199,6 +199,13 @@ def test_other_models_are_refused_by_name(name: str, value: Any, program: Progra
     _refused(program("import", "folder", "--run-name", "again"), "folder", shown)
 
 
+def test_a_folder_without_a_config_is_refused(program: Program) -> None:
+    Path("folder/config.json").unlink()
+    result = program("import", "folder", "--run-name", "again")
+    assert (result.code, result.out) == (1, "")
+    assert "folder has no config.json: give a folder that transformers saved a GPT-2 in" in result.err
+
+
 def test_other_weights_are_refused(program: Program) -> None:
     tensors = _tensors()
     untied = tensors["wte.weight"] + 1

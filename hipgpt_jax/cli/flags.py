@@ -199,7 +199,7 @@ _SYNONYMS = {
 }
 
 # Arguments of the package's functions whose flags have the same name.
-_ARGUMENTS = ("device", "shard", "step")
+_ARGUMENTS = ("device", "mesh", "shard", "step")
 
 # A name in an error message is translated, but not in explanations in parentheses, in quoted values or in choices.
 _NAME = re.compile(r"\([^)]*\)|'[^']*'|one of [^:]*|(?P<name>\b[a-z_0-9]+\b)")

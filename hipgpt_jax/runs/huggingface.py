@@ -118,6 +118,8 @@ def read(folder: Path) -> Source:
             f"{folder} is not a folder. A model of the Hugging Face Hub must be downloaded first: "
             f"hf download {shlex.quote(str(folder))} --local-dir FOLDER"
         )
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: give a folder that transformers saved a GPT-2 in")
     value = json_files.read(folder / CONFIG)
     model = _read_model(folder / CONFIG, value)
     weight_files = _find_weights(folder)
