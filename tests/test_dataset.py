@@ -93,6 +93,31 @@ def test_every_window_of_the_training_split_is_drawn(tmp_path: Path) -> None:
     assert set(data.batch_at(0, seed=0, batch_size=20, length=8)[:, 0]) == {0}
 
 
+class _Recorded:
+    """Ids that record the positions at which they are read."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self._ids, self.starts = ids, []
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        self.starts.append(key.start)
+        return self._ids[key]
+
+
+def test_rows_of_a_batch_are_read_alone(counting: dataset.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = counting.batch_at(5, seed=1, batch_size=8, length=4)
+    for rows in (slice(2, 4), slice(6, None), slice(None)):
+        recorded = _Recorded(counting.train)
+        monkeypatch.setattr(counting, "train", recorded)
+        found = counting.batch_at(5, seed=1, batch_size=8, length=4, rows=rows)
+        monkeypatch.undo()
+        np.testing.assert_array_equal(found, whole[rows])
+        assert recorded.starts == whole[rows, 0].tolist(), "of ids that count, the first is the position"
+
+
 def test_a_larger_batch_extends_a_smaller_one(counting: dataset.Dataset) -> None:
     few = counting.batch_at(3, seed=0, batch_size=3, length=4)
     np.testing.assert_array_equal(counting.batch_at(3, seed=0, batch_size=9, length=4)[:3], few)

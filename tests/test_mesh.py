@@ -1,9 +1,6 @@
-"""Several devices: equal losses on every mesh, states restored on another one, and several processes."""
+"""Several devices: equal losses on every mesh, and states restored on another one."""
 
 import dataclasses
-import json
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +8,12 @@ from typing import Any
 import fakes
 import jax
 import numpy as np
-import programs
 import pytest
 from jax.sharding import PartitionSpec
 
 from hipgpt_jax import config, training_config
 from hipgpt_jax.model import mesh, transformer
-from hipgpt_jax.runs import states, weights
+from hipgpt_jax.runs import weights
 from hipgpt_jax.training import checkpoint, optimizer, train_step
 
 MODEL = config.ModelConfig(vocab_size=301, max_seq_len=16, embed_dim=32, num_heads=4, ff_hidden_dim=64, num_layers=2)
@@ -40,6 +36,11 @@ def layout_of(text: str, train: training_config.TrainConfig = TRAIN) -> mesh.Lay
 
 def batch_at(number: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 301, (8, 17)).astype(np.int32)
+
+
+def shard(layout: mesh.Layout, number: int) -> jax.Array:
+    batch = batch_at(number)
+    return layout.shard_batch(batch.shape, batch.__getitem__)
 
 
 def parts_of(train: training_config.TrainConfig) -> tuple[transformer.Transformer, Any]:
@@ -67,7 +68,7 @@ def run(text: str, **changes: Any) -> tuple[np.ndarray, train_step.TrainState]:
     take_step = train_step.make_train_step(model, tx, train, KEY, layout)
     losses = []
     for number in range(20):
-        state, measured = take_step(state, layout.shard_batch(batch_at(number % 2)))
+        state, measured = take_step(state, shard(layout, number % 2))
         losses.append(float(measured.loss))
     return np.asarray(losses), state
 
@@ -106,7 +107,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(text: str, alone: 
     for parts in (1, 2, 4):
         train = dataclasses.replace(TRAIN, grad_accum=parts, clip=1e9)
         state = train_step.init_sharded(layout, model, tx, KEY)
-        _, measured = train_step.make_train_step(model, tx, train, KEY, layout)(state, layout.shard_batch(batch_at(0)))
+        _, measured = train_step.make_train_step(model, tx, train, KEY, layout)(state, shard(layout, 0))
         found.append((float(measured.loss), float(measured.accuracy), float(measured.gradient_norm)))
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-6)
 
@@ -194,79 +195,3 @@ def test_invalid_mesh_is_an_error(text: str, message: str) -> None:
 def test_default_mesh_uses_as_many_devices_as_divide_the_batch() -> None:
     for batch, available, used in ((8, 8, 8), (6, 8, 2), (5, 8, 1), (12, 8, 4), (4, 1, 1)):
         assert mesh.parse(None, batch_size=batch, available=available)["data"] == used
-
-
-def processes(work: Path, *each: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """Runs ``hipgpt-train`` in as many processes at once, joined over loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = [
-        subprocess.Popen(
-            programs.command(
-                "train",
-                *flags,
-                "--coordinator",
-                address,
-                "--num_processes",
-                str(len(each)),
-                "--process_id",
-                str(number),
-            ),
-            cwd=work,
-            env={**programs.environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number, flags in enumerate(each)
-    ]
-    outputs = [process.communicate(timeout=240) for process in started]
-    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
-
-
-TINY = (
-    *("--data-path", "text.txt", "--vocab-size", "300", "--warmup-steps", "2", "--steps", "20", "--ckpt-every", "10"),
-    *("--dim", "16", "--heads", "2", "--ff", "32", "--layers", "1", "--seq", "16", "--log-every", "1", "--batch", "4"),
-    *("--device", "cpu"),
-)
-
-
-def losses_of(work: Path, name: str) -> dict[int, float]:
-    lines = map(json.loads, (work / "checkpoints" / name / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_resume_each_others_checkpoints(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(programs.TEXT)
-    one = programs.spawn("train", *TINY, "--run-name", "one", cwd=tmp_path)
-    assert one.code == 0, one.err
-    for name, shape in (("two", "data=4"), ("parts", "data=2,fsdp=2")):
-        ended = processes(tmp_path, *[(*TINY, "--run-name", name, "--mesh", shape)] * 2)
-        assert [code for code, _, _ in ended] == [0, 0], ended
-        found = states.verify_states(tmp_path / "checkpoints" / name)
-        assert [(state.step, state.fault) for state in found] == [(10, None), (20, None)]
-        first, second = (out for _, out, _ in ended)
-        assert all(line.startswith("[Step ") for line in first.splitlines()), "gloo's lines are not text"
-        assert first.count("Loss") == 20
-        assert second == "", "of many processes the first alone tells"
-        expected = losses_of(tmp_path, "one")
-        assert losses_of(tmp_path, name).keys() == expected.keys()
-        np.testing.assert_allclose([*losses_of(tmp_path, name).values()], [*expected.values()], atol=1e-5)
-    more = ("--resume", "--extend", "--steps", "24")
-    alone = programs.spawn("train", *TINY, "--run-name", "parts", *more, cwd=tmp_path)
-    assert alone.code == 0, alone.err
-    ended = processes(tmp_path, *[(*TINY, "--run-name", "one", *more)] * 2)
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    assert max(losses_of(tmp_path, "one")) == max(losses_of(tmp_path, "parts")) == 24
-
-
-@pytest.mark.slow
-def test_processes_with_different_flags_fail(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(programs.TEXT)
-    flags = (*TINY, "--run-name", "two")
-    ended = processes(tmp_path, flags, (*flags, "--lr", "0.5"))
-    assert all(code == 1 for code, _, _ in ended)
-    assert all("the flags of processes 0 and 1 differ: lr 0.001 and 0.5" in err for _, _, err in ended)
-    assert not (tmp_path / "checkpoints").exists()

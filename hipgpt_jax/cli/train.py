@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import absl.flags
 
 from hipgpt_jax import config, devices, processes, training_config
-from hipgpt_jax.cli import arguments, flags, program, train_flags, train_init, train_report, train_start
+from hipgpt_jax.cli import arguments, flags, program, streams, train_flags, train_init, train_report, train_start
 from hipgpt_jax.runs import initial
 from hipgpt_jax.text import dataset, manifest
 
@@ -110,9 +110,11 @@ def _train(on_metrics: Callable[[_Line], None] | None = None) -> _Trained:
     base = train_init.find_base()
     model = train_flags.model_config(base.model if base else None)
     _note_warmup(train)
-    is_distributed = _join()
-    program.outlive_stdout(matters=False)  # metrics.jsonl has all that is printed
+    is_distributed = _is_distributed()
     with contextlib.ExitStack() as stack:
+        if is_distributed:
+            stack.enter_context(_joined())
+        program.outlive_stdout(matters=False)  # metrics.jsonl has all that is printed
         start = None if is_distributed else stack.enter_context(train_start.open_run(base))
         device = _start_device()
         if is_distributed:
@@ -156,7 +158,8 @@ def _run(
     )
     run_directory = Path(folder)
     run = train_flags.RUN_NAME.value or run_directory.name
-    data = dataset.Dataset(run_directory)
+    # Process 0 reads the whole file for its digest; the others wait for it before the first step.
+    data = dataset.Dataset(run_directory, verify=start is not None)
     requested, model = model.vocab_size, dataclasses.replace(model, vocab_size=data.manifest.vocab_size)
     size = flops.size(train_step.param_shapes(model))
     cost = flops.per_token(model, size)
@@ -245,16 +248,24 @@ def _utilisation(cost: float, device: devices.Device, number: int, dtype: str, r
     return flops.mfu(cost, rate, device.kind, number, precision)
 
 
-def _join() -> bool:
-    """Joins the other processes of a distributed job; returns whether there is one."""
+def _is_distributed() -> bool:
+    """Returns whether this is one process of several."""
     given = (train_flags.COORDINATOR.value, train_flags.NUM_PROCESSES.value, train_flags.PROCESS_ID.value)
     if any(value is not None for value in given) and None in given:
         raise ValueError("--coordinator, --num_processes and --process_id go together: give all three")
-    if not (train_flags.DISTRIBUTED.value or given[0]):
-        return False
+    return train_flags.DISTRIBUTED.value or given[0] is not None
+
+
+def _joined() -> contextlib.AbstractContextManager[None]:
     program.keep_stdout_for_text()
-    processes.join(*given, device=train_flags.DEVICE.value, log=program.note)
-    return True
+    return processes.joined(
+        train_flags.COORDINATOR.value,
+        train_flags.NUM_PROCESSES.value,
+        train_flags.PROCESS_ID.value,
+        device=train_flags.DEVICE.value,
+        log=program.note,
+        report=functools.partial(streams.report, "train", "error"),
+    )
 
 
 if __name__ == "__main__":

@@ -211,6 +211,16 @@ class Windows(NamedTuple):
             yield np.minimum(start_B1 + T, self.targets - 1), counts_BT
 
 
+def _put_whole(shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
+    del shape
+    return jnp.asarray(read(slice(None)))
+
+
+def _reader(ids: np.ndarray, position_BT: np.ndarray) -> Callable[[slice], np.ndarray]:
+    """Returns a function that reads the ids of a range of rows."""
+    return lambda rows: ids[position_BT[rows]].astype(np.int32)
+
+
 def evaluate(
     model: transformer.Transformer,
     params: Any,
@@ -221,7 +231,7 @@ def evaluate(
     length: int,
     stride: int | None = None,
     max_batches: int = 0,
-    put: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+    put: Callable[[tuple[int, ...], Callable[[slice], np.ndarray]], jax.Array] = _put_whole,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Returns the mean scores of every token but the first; ``Windows`` defines the context of each.
@@ -235,7 +245,7 @@ def evaluate(
         length: Inputs per window, at most the model's ``max_seq_len``.
         stride: Tokens from one window to the next, in ``[1, length]``; None is ``length``, without overlap.
         max_batches: Batches to score, evenly spread over the text; 0 scores all.
-        put: Puts a batch of rows on the devices of the parameters.
+        put: Puts a batch on the devices of the parameters, given its shape and a function that reads a range of rows.
         before_batch: Called before each batch; an exception ends the scoring.
 
     Raises:
@@ -246,8 +256,9 @@ def evaluate(
     nll, correct, scored = 0.0, 0, 0
     for position_BT, counts_BT in windows.batches(batch_size, max_batches):
         before_batch()
-        batch = (ids[position_BT].astype(np.int32), ids[position_BT + 1].astype(np.int32), counts_BT)
-        batch_nll, batch_correct = _sum_batch(model, params, *map(put, batch))
+        readers = (_reader(ids, position_BT), _reader(ids, position_BT + 1), counts_BT.__getitem__)
+        batch = (put(counts_BT.shape, read) for read in readers)
+        batch_nll, batch_correct = _sum_batch(model, params, *batch)
         nll, correct, scored = nll + float(batch_nll), correct + int(batch_correct), scored + int(counts_BT.sum())
     return _mean(nll / scored, correct / scored, scored, tokens=len(ids) - 1, text_bytes=text_bytes)
 

@@ -6,6 +6,7 @@ state sharded) and ``model`` (matrix products are sharded too). XLA inserts the 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,7 +82,11 @@ class Layout:
         """Returns the layout over the first devices; several processes must use all of their devices."""
         devices = jax.devices()[: math.prod(sizes.values())]
         if jax.process_count() > 1 and len(devices) < jax.device_count():
-            raise ValueError(f"with many processes the mesh must use all {jax.device_count()} devices: got {sizes}")
+            raise ValueError(
+                f"the mesh of {jax.process_count()} processes must use all their {jax.device_count()} devices: got "
+                f"{','.join(f'{axis}={size}' for axis, size in sizes.items())}. Give --mesh, and a --batch that data "
+                f"times fsdp divides, or start fewer processes"
+            )
         shape = tuple(sizes[name] for name in AXES)
         return cls(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices))
 
@@ -98,10 +103,21 @@ class Layout:
         """
         return jax.tree_util.tree_map_with_path(self._sharding_for, tree)
 
-    def shard_batch(self, batch: np.ndarray) -> jax.Array:
-        """Returns a batch with its rows sharded, or replicated if they do not divide; processes copy only their own."""
-        divides = len(batch) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        return _shard(batch, NamedSharding(self.mesh, _ROWS) if divides else self.replicated)
+    def shard_batch(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
+        """Returns a batch with its rows sharded, or replicated if they do not divide.
+
+        Args:
+            shape: Its shape.
+            read: Returns a range of its rows; called only for those of this process's devices.
+        """
+        divides = shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
+        sharding = NamedSharding(self.mesh, _ROWS) if divides else self.replicated
+
+        def read_shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return read(index[0])
+
+        return jax.make_array_from_callback(shape, sharding, read_shard)
 
     def shard(self, tree: Any) -> Any:
         """Returns a tree of the host's parameters with their shardings; each device gets only its own shards."""

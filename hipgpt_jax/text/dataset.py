@@ -54,7 +54,7 @@ class Dataset:
                     f"{needed}. Use more text, or a shorter --seq"
                 )
 
-    def batch_at(self, step: int, *, seed: int, batch_size: int, length: int) -> np.ndarray:
+    def batch_at(self, step: int, *, seed: int, batch_size: int, length: int, rows: slice = slice(None)) -> np.ndarray:
         """Returns the training batch of a step, a pure function of the arguments.
 
         Windows start at uniformly drawn positions, with replacement.
@@ -64,6 +64,7 @@ class Dataset:
             seed: Seed of the data order.
             batch_size: Number of rows, ``B``.
             length: Predicted tokens per row, ``T``.
+            rows: Rows to return, all by default; the ids of no others are read.
 
         Returns:
             int32 ids ``[B, T + 1]``: inputs are ``[:, :-1]``, targets ``[:, 1:]``.
@@ -71,7 +72,7 @@ class Dataset:
         starts = len(self.train) - length
         # NumPy guarantees the raw stream of Philox across versions, unlike that of its distributions.
         words = np.random.Philox(key=[seed, step]).random_raw(batch_size)
-        return np.stack([self.train[start : start + length + 1] for start in words % starts]).astype(np.int32)
+        return np.stack([self.train[start : start + length + 1] for start in words[rows] % starts]).astype(np.int32)
 
 
 def _verify(path: Path, data: manifest.Manifest) -> None:

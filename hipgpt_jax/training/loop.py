@@ -218,11 +218,16 @@ class _Trainer:
         """Dispatches a step, and logs the metrics of all but the newest ``steps_in_flight``."""
         started, train = time.perf_counter(), self._job.train
         length = self._job.model.max_seq_len
-        batch = self._job.data.batch_at(step - 1, seed=train.seed, batch_size=train.batch_size, length=length)
+        shape = (train.batch_size, length + 1)
+        read = functools.partial(
+            self._job.data.batch_at, step - 1, seed=train.seed, batch_size=train.batch_size, length=length
+        )
+        # Each process reads the rows of its own devices.
+        batch = self._job.layout.shard_batch(shape, lambda rows: read(rows=rows))
         is_logged = _is_multiple(step, train.log_every) or step == train.steps
         # Queued on the device before the step: fetched later, it waits for no step but its own.
         learning_rate = jnp.asarray(self._schedule(step - 1)) if is_logged else None
-        state, measured = self._train_step(state, self._job.layout.shard_batch(batch))
+        state, measured = self._train_step(state, batch)
         self._in_flight.append(_InFlight(step, measured, learning_rate))
         # While the host waits for the step before and prepares the next batch, the device computes this one.
         self._fetch_metrics(self._job.steps_in_flight, started)
