@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
-from hipgpt_jax import files, json_files
-from hipgpt_jax.text import compression, tables
+from hipgpt_jax import compression, files, json_files
+from hipgpt_jax.text import tables
 
 MAX_LINE_BYTES = 1 << 26  # of JSON, whose objects take up to 25 times the memory of their text
 _KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".csv": "csv", ".parquet": "parquet"}
