@@ -1,6 +1,7 @@
 """Test helpers: records built without a model."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -202,8 +203,9 @@ def _of_the_same_type(value: Any, draw: random.Random) -> Any:
     return draw.sample(value, len(value)) if isinstance(value, list) else value
 
 
-def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
+def mutated(value: dict[str, Any], draw: random.Random, separators: tuple[str, str] | None = None) -> bytes:
     """Returns the JSON line of a record with a value or key replaced, removed or duplicated, or bytes changed."""
+    dumps = functools.partial(json.dumps, separators=separators)
     copy: Any = json.loads(json.dumps(value))
     first = draw.choice(list(value))
     place: Any = draw.choice([(first,), *_paths(value[first], (first,))])
@@ -218,7 +220,7 @@ def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
         inside[key] = draw.choice(_NASTY)
     elif way == 1:
         inside[key] = "HERE"
-        return json.dumps(copy).replace('"HERE"', draw.choice(_NASTY_TEXT)).encode() + b"\n"
+        return dumps(copy).replace('"HERE"', draw.choice(_NASTY_TEXT)).encode() + b"\n"
     elif way == 2:
         del inside[key]
     elif way == 3 and isinstance(inside, dict):
@@ -226,8 +228,8 @@ def mutated(value: dict[str, Any], draw: random.Random) -> bytes:
     elif way == 4 and isinstance(inside, list):
         inside.insert(key, inside[key])
     else:
-        line = bytearray(json.dumps(copy).encode())
+        line = bytearray(dumps(copy).encode())
         at = draw.randrange(len(line))
         line[at : at + draw.randrange(4)] = draw.randbytes(draw.randrange(4))
         return bytes(line).replace(b"\n", b" ") + b"\n"
-    return json.dumps(copy, ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass") + b"\n"
+    return dumps(copy, ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass") + b"\n"

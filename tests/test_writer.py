@@ -137,6 +137,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     fill(path, records.make_record())
     out = writer.RecordFile(path)
     own, shared = fingerprints(records.make_record())
+    assert not out.finished.differs("p1", writer._key(own)), "reads the file again for each prompt"
     out.check_prompt("p1", own)
     out.check_prompt("another", {**own, "seed": 8})
     out.check_shared(shared)

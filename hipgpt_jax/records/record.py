@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hipgpt_jax import config, json_files
 from hipgpt_jax.records import provenance
@@ -245,23 +245,6 @@ class Record:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-class Header(NamedTuple):
-    """The fields of a record that a resumed command needs; the others are not checked.
-
-    Attributes have the meaning of those of ``Record``.
-    """
-
-    # Checking all 200 numbers of a record of 50 tokens halves the speed of resuming: 12 instead of 27 MB/s.
-    id: str
-    sample: int
-    seed: int
-    prompt: str
-    prompt_ids: tuple[int, ...]
-    settings: Settings
-    run: Run
-    numerics: Numerics
-
-
 _PARTS: dict[str, type] = {
     "settings": Settings,
     "run": Run,
@@ -314,7 +297,7 @@ def parse(line: bytes, source: str) -> Record:
     Raises:
         ValueError: The line is not a record of this schema and contract.
     """
-    value = _parse_object(line, source)
+    value = parse_object(line, source)
     _schema().check(value, source)
     del value["schema"], value["contract"]
     for name in _PER_TOKEN:
@@ -322,17 +305,10 @@ def parse(line: bytes, source: str) -> Record:
             raise ValueError(
                 f"{source} is not a valid record: it has {len(value['ids'])} ids and {len(value[name])} {name}"
             )
-    return Record(**{name: _part(name, item) for name, item in value.items()})
+    return Record(**{name: part(name, item) for name, item in value.items()})
 
 
-def parse_header(line: bytes, source: str) -> Header:
-    """Parses the header of a line of a record file. Arguments and errors are those of ``parse``."""
-    value = _parse_object(line, source)
-    _header_schema().check(value, source)
-    return Header(**{name: _part(name, value[name]) for name in Header._fields})
-
-
-def _parse_object(line: bytes, source: str) -> dict[str, Any]:
+def parse_object(line: bytes, source: str) -> dict[str, Any]:
     """Parses a line as the JSON object of a record of this schema and contract."""
     try:
         value = json_files.parse(line.strip())
@@ -364,15 +340,7 @@ def _schema() -> json_files.Schema:
     return json_files.Schema("record", json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
 
 
-@functools.cache
-def _header_schema() -> json_files.Schema:
-    """Returns the schema of a header: that of a record, without its other fields."""
-    whole = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
-    fields = {name: whole["properties"][name] for name in Header._fields}
-    return json_files.Schema("record", {"type": "object", "properties": fields, "required": list(fields)})
-
-
-def _part(name: str, value: Any) -> Any:
+def part(name: str, value: Any) -> Any:
     """Returns a field's value as it is in a ``Record``."""
     part = _PARTS.get(name)
     return part(**{key: _frozen(item) for key, item in value.items()}) if part else _frozen(value)

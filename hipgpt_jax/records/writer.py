@@ -4,24 +4,27 @@ import array
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from hipgpt_jax import config, files, json_files
-from hipgpt_jax.records import record
+from hipgpt_jax.records import header, record
 
 # The beginning of every record. Only a file that begins so is cut or replaced; any other is somebody else's.
 _BEGINNING = re.compile(rb'(?:\xef\xbb\xbf)?\{\s*"schema"\s*:\s*\d+\s*,\s*"contract"\s*:')
 _PREFIX = b'{"schema":'
 _MAX_FOREIGN_LINE = 1 << 20  # a file of something else may be one line of gigabytes
 _UNSORTED = 1 << 16  # samples that are sorted together; one by one would take quadratic time
+
+_OF_PROMPT = ("prompt", "prompt_ids", "seed")
 
 Fingerprint = dict[str, Any]
 
@@ -81,7 +84,7 @@ class Samples:
         """Returns whether the set has a sample of the prompt."""
         return self._of(prompt_id).size > 0
 
-    def add(self, prompt_id: str, sample: int, fingerprint: str) -> None:
+    def add(self, prompt_id: str, sample: int, fingerprint: Hashable) -> None:
         """Adds a sample."""
         ids, samples, fingerprints = self._new
         ids.append(hash(prompt_id))
@@ -116,7 +119,7 @@ class Samples:
         pairs = zip(starts, ends, strict=True)
         return sum(len(_below(end, wanted)) - len(_below(start, wanted)) for start, end in pairs)
 
-    def differs(self, prompt_id: str, fingerprint: str) -> bool:
+    def differs(self, prompt_id: str, fingerprint: Hashable) -> bool:
         """Returns whether the set has samples of a prompt with another fingerprint."""
         *_, fingerprints = self._of(prompt_id)
         return bool((fingerprints != hash(fingerprint)).any())
@@ -251,7 +254,7 @@ class RecordFile:
 
     def check_prompt(self, prompt_id: str, expected: Fingerprint) -> None:
         """Raises ValueError if the file has a record of the prompt with another prompt fingerprint."""
-        if not self.finished.differs(prompt_id, _encode(expected)):
+        if not self.finished.differs(prompt_id, _key(expected)):
             return
         for _, one in self._records():  # only hashes are kept, so the file is read again to name the setting
             if one.id == prompt_id:
@@ -292,8 +295,8 @@ class RecordFile:
     def _read(self) -> None:
         for _, one in self._records():
             sample = f"sample {one.sample} of {one.id}"
-            self.finished.add(one.id, one.sample, _encode(_prompt_fingerprint_of(one)))
-            self._shared.setdefault(_encode(shared_fingerprint(one.settings, one.run, one.numerics)), sample)
+            self.finished.add(one.id, one.sample, _key_of(one))
+            self._shared.setdefault(_shared_key(one.settings, one.run, one.numerics), sample)
             if len(self.seeds) < 2:
                 self.seeds.add(one.seed)
         if (repeated := self.finished.repeated()) is not None:
@@ -305,7 +308,7 @@ class RecordFile:
         source, one = next(itertools.islice(found, 1, None))
         raise ValueError(f"{source} repeats sample {sample} of {one.id}: use another --output, or --overwrite")
 
-    def _records(self) -> Iterator[tuple[str, record.Header]]:
+    def _records(self) -> Iterator[tuple[str, header.Header]]:
         """Yields each line's name and record, drops a torn last line and adds a missing line feed."""
         is_ours = self._begins_with_record()
         line = None
@@ -317,7 +320,7 @@ class RecordFile:
                 self.dropped = len(line.text)
                 os.ftruncate(self._file, self._target.stat().st_size - self.dropped)
                 return
-            yield source, record.parse_header(line.text, source)
+            yield source, header.parse(line.text, source)
             is_ours = True
         if line is not None and not line.text.endswith(b"\n"):
             os.write(self._file, b"\n")
@@ -339,9 +342,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _prompt_fingerprint_of(one: record.Header) -> Fingerprint:
+def _key(own: Fingerprint) -> Hashable:
+    """Returns a hashable form of a prompt's fingerprint."""
+    return own["prompt"], tuple(own["prompt_ids"]), own["seed"], _encode_settings(own)
+
+
+def _encode_settings(own: Fingerprint) -> str:
+    return json.dumps({name: value for name, value in own.items() if name not in _OF_PROMPT}, sort_keys=True)
+
+
+def _key_of(one: header.Header) -> Hashable:
+    return one.prompt, one.prompt_ids, one.seed, _settings_key(one.settings)
+
+
+# Encoding the settings and the numerics of every record would take twice as long as reading it.
+@functools.lru_cache(maxsize=256)
+def _settings_key(settings: record.Settings) -> str:
+    return _encode_settings(prompt_fingerprint("", (), 0, vars(settings)))
+
+
+@functools.lru_cache(maxsize=256)
+def _shared_key(settings: record.Settings, run: record.Run, numerics: record.Numerics) -> str:
+    return json.dumps(shared_fingerprint(settings, run, numerics), sort_keys=True)
+
+
+def _prompt_fingerprint_of(one: header.Header) -> Fingerprint:
     return prompt_fingerprint(one.prompt, one.prompt_ids, one.seed, vars(one.settings))
-
-
-def _encode(fingerprint: Fingerprint) -> str:
-    return json.dumps(fingerprint, sort_keys=True)
