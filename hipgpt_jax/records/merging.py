@@ -4,17 +4,16 @@ Lines are sorted on disk in runs of bounded size, which are then merged. So memo
 """
 
 import contextlib
-import hashlib
 import heapq
 import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from hipgpt_jax import config
-from hipgpt_jax.records import record, writer
+from hipgpt_jax.records import header, record, writer
 from hipgpt_jax.text import prompts
 
 _RUN_BYTES = 1 << 25
@@ -28,7 +27,7 @@ class _Entry(NamedTuple):
     Attributes:
         name: Id of the prompt, as JSON in ASCII.
         sample: Index of the sample in ten digits, or ``_GRID``.
-        fingerprint: Hexadecimal hash of the prompt's settings.
+        fingerprint: Hash of the prompt's settings.
         source: Number of the file and of its line.
         content: The record's line, or the first and the last sample wanted and one more.
     """
@@ -80,21 +79,21 @@ class Merger:
 
     def _entries(self) -> Iterator[_Entry]:
         """Yields the records of all files, and the grid, in the order in which they are read."""
-        first: tuple[writer.Fingerprint, str] | None = None
+        first: tuple[str, str] | None = None
         for number, path in enumerate(self._paths):
             for line in record.lines(path):
                 if line.is_torn:
                     self.torn.append(path)
                     break
                 source = f"{path} line {line.number}"
-                one = record.parse_header(line.text, source)
-                shared = writer.shared_fingerprint(one.settings, one.run, one.numerics)
+                one = header.parse(line.text, source)
+                shared = writer.shared_key(one.settings, one.run, one.numerics)
                 first = first or (shared, source)
-                _check_equal(*first, shared, source)
-                own = writer.prompt_fingerprint(one.prompt, one.prompt_ids, one.seed, vars(one.settings))
-                digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+                if shared != first[0]:
+                    _refuse(json.loads(first[0]), first[1], json.loads(shared), source)
+                fingerprint = f"{hash(writer.key_of(one)):+020}"
                 text = line.text.decode("utf-8-sig").strip()
-                yield _Entry(json.dumps(one.id), f"{one.sample:010}", digest, f"{number:06} {line.number}", text)
+                yield _Entry(json.dumps(one.id), f"{one.sample:010}", fingerprint, f"{number:06} {line.number}", text)
         if self._grid is not None and not isinstance(self._grid, range):
             for name, wanted in self._grid:
                 yield _Entry(json.dumps(name), _GRID, "", "", f"{wanted.start} {wanted.stop}")
@@ -118,7 +117,9 @@ class Merger:
                 )
             if last is not None:
                 if entry.fingerprint != last.fingerprint:
-                    self._refuse_settings(last, entry)
+                    old, new = (header.parse(each.content.encode(), self._source(each)) for each in (last, entry))
+                    fingerprints = writer.fingerprint_of(old), writer.fingerprint_of(new)
+                    _refuse(fingerprints[0], self._source(last), fingerprints[1], self._source(entry))
                 if entry.sample == last.sample:
                     self._check_double(last, entry)
                     self.doubles += 1
@@ -140,16 +141,6 @@ class Merger:
         number, line = entry.source.split()
         return f"{self._paths[int(number)]} line {line}"
 
-    def _refuse_settings(self, one: _Entry, other: _Entry) -> None:
-        prints = []
-        for entry in (one, other):
-            head = record.parse_header(entry.content.encode(), self._source(entry))
-            prints += [
-                writer.prompt_fingerprint(head.prompt, head.prompt_ids, head.seed, vars(head.settings)),
-                self._source(entry),
-            ]
-        _check_equal(*prints)
-
     def _check_double(self, one: _Entry, other: _Entry) -> None:
         """Raises ValueError if two records of one sample hold different samples."""
         old, new = (record.parse(entry.content.encode(), self._source(entry)) for entry in (one, other))
@@ -169,13 +160,13 @@ def grid_of(several: Iterable[prompts.Prompt], default: range) -> Iterator[tuple
         yield prompt.name, range(first, first + prompt.generation.get("num_samples", len(default)))
 
 
-def _check_equal(old: writer.Fingerprint, old_source: str, new: writer.Fingerprint, new_source: str) -> None:
-    """Raises ValueError if two fingerprints differ; the message names the first setting that does."""
-    if name := next((name for name in old if old[name] != new[name]), None):
-        raise ValueError(
-            f"records of different settings cannot be merged: {name} is {config.shortened(old[name])} in {old_source} "
-            f"and {config.shortened(new[name])} in {new_source}"
-        )
+def _refuse(old: writer.Fingerprint, old_source: str, new: writer.Fingerprint, new_source: str) -> NoReturn:
+    """Raises ValueError with the first setting in which two fingerprints differ."""
+    name = next(name for name in old if old[name] != new[name])
+    raise ValueError(
+        f"records of different settings cannot be merged: {name} is {config.shortened(old[name])} in {old_source} and "
+        f"{config.shortened(new[name])} in {new_source}"
+    )
 
 
 def _sorted(entries: Iterable[_Entry], directory: Path) -> Iterator[_Entry]:

@@ -258,7 +258,7 @@ class RecordFile:
             return
         for _, one in self._records():  # only hashes are kept, so the file is read again to name the setting
             if one.id == prompt_id:
-                self._check_equal(_prompt_fingerprint_of(one), expected, f"sample {one.sample} of {prompt_id}")
+                self._check_equal(fingerprint_of(one), expected, f"sample {one.sample} of {prompt_id}")
 
     def _check_equal(self, old: Fingerprint, new: Fingerprint, sample: str) -> None:
         for name in (name for name in old if old[name] != new[name]):
@@ -295,8 +295,8 @@ class RecordFile:
     def _read(self) -> None:
         for _, one in self._records():
             sample = f"sample {one.sample} of {one.id}"
-            self.finished.add(one.id, one.sample, _key_of(one))
-            self._shared.setdefault(_shared_key(one.settings, one.run, one.numerics), sample)
+            self.finished.add(one.id, one.sample, key_of(one))
+            self._shared.setdefault(shared_key(one.settings, one.run, one.numerics), sample)
             if len(self.seeds) < 2:
                 self.seeds.add(one.seed)
         if (repeated := self.finished.repeated()) is not None:
@@ -351,7 +351,8 @@ def _encode_settings(own: Fingerprint) -> str:
     return json.dumps({name: value for name, value in own.items() if name not in _OF_PROMPT}, sort_keys=True)
 
 
-def _key_of(one: header.Header) -> Hashable:
+def key_of(one: header.Header) -> Hashable:
+    """Returns a hashable form of the prompt fingerprint of a record."""
     return one.prompt, one.prompt_ids, one.seed, _settings_key(one.settings)
 
 
@@ -362,9 +363,11 @@ def _settings_key(settings: record.Settings) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _shared_key(settings: record.Settings, run: record.Run, numerics: record.Numerics) -> str:
+def shared_key(settings: record.Settings, run: record.Run, numerics: record.Numerics) -> str:
+    """Returns ``shared_fingerprint`` as JSON."""
     return json.dumps(shared_fingerprint(settings, run, numerics), sort_keys=True)
 
 
-def _prompt_fingerprint_of(one: header.Header) -> Fingerprint:
+def fingerprint_of(one: header.Header) -> Fingerprint:
+    """Returns the prompt fingerprint of a record."""
     return prompt_fingerprint(one.prompt, one.prompt_ids, one.seed, vars(one.settings))
