@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import os
+import sys
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -37,6 +39,76 @@ def open(path: Path, suffix: str) -> io.BufferedReader:
         A stream. Reading it raises ValueError with path and cause if the file cannot be decompressed.
     """
     return io.BufferedReader(_Stream(path, _READERS[suffix](path)), _BUFFER_BYTES)
+
+
+def is_zstandard(path: Path) -> bool:
+    """Returns whether the name of a file is that of a Zstandard file."""
+    return path.suffix.lower() == ".zst"
+
+
+def open_frames(path: Path, size: int) -> io.BufferedReader:
+    """Opens the uncompressed content of the first ``size`` bytes of a Zstandard file, which are whole frames."""
+    return io.BufferedReader(_Stream(path, _read_zstandard(path, size)), _BUFFER_BYTES)
+
+
+def head(path: Path, count: int) -> bytes:
+    """Returns the first ``count`` bytes of the content of a Zstandard file, or as many as can be decompressed."""
+    content = b""
+    try:
+        for block in _read_zstandard(path):
+            content += block
+            if len(content) >= count:
+                break
+    except (EOFError, zstandard.ZstdError):
+        pass
+    return content[:count]
+
+
+def size_of_whole_frames(path: Path) -> int:
+    """Returns the size of a Zstandard file without a last frame that was cut short. Nothing is decompressed.
+
+    Raises:
+        ValueError: Something in the file is not a frame.
+
+    References:
+        Collet and Kucherawy, `Zstandard Compression <https://www.rfc-editor.org/rfc/rfc8878#section-3>`_, 2021.
+    """
+    with path.open("rb", buffering=0) as file:
+        size, end = os.fstat(file.fileno()).st_size, 0
+        while end < size:
+            start, end = end, _end_of_frame(file.fileno(), end)
+            if end < 0:
+                problem = f"is damaged or not a Zstandard file: no frame begins at byte {start}"
+                raise ValueError(f"{path} {problem}. Restore it, or use another file")
+            if end > size:
+                return start
+        return size
+
+
+def _end_of_frame(file: int, start: int) -> int:
+    """Returns the position after a frame, which is beyond the file if the frame is cut short; -1 if it is none."""
+    beyond = sys.maxsize
+    head = os.pread(file, 8, start)
+    magic, flags = head[:4], head[4:5]
+    if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:  # content of another program, to be skipped
+        return start + 8 + int.from_bytes(head[4:], "little") if len(head) == 8 else beyond
+    if not zstandard.FRAME_HEADER.startswith(magic):
+        return -1
+    if not flags:
+        return beyond
+    is_single, has_checksum = flags[0] >> 5 & 1, flags[0] >> 2 & 1
+    sizes = 1 - is_single, (0, 1, 2, 4)[flags[0] & 3], (is_single, 2, 4, 8)[flags[0] >> 6]
+    position, is_last = start + 5 + sum(sizes), False
+    while not is_last:
+        header = os.pread(file, 3, position)
+        if len(header) < 3:
+            return beyond
+        block = int.from_bytes(header, "little")
+        is_last, kind, length = block & 1, block >> 1 & 3, block >> 3
+        if kind == 3:
+            return -1
+        position += 3 + (1 if kind == 1 else length)  # 1: one byte, repeated
+    return position + 4 * has_checksum
 
 
 class _Stream(io.RawIOBase):
@@ -77,11 +149,12 @@ def _read_gzip(path: Path) -> Generator[bytes, None, None]:
             yield block
 
 
-def _read_zstandard(path: Path) -> Generator[bytes, None, None]:
+def _read_zstandard(path: Path, size: int = sys.maxsize) -> Generator[bytes, None, None]:
     # The library's own stream_reader takes a truncated file for one that ends there.
     frame = None
     with path.open("rb") as file:
-        while block := file.read(_ZSTANDARD_BLOCK_BYTES):
+        while block := file.read(min(_ZSTANDARD_BLOCK_BYTES, size)):
+            size -= len(block)
             while block:
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
                 yield frame.decompress(block)

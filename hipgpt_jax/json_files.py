@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hipgpt_jax import config, files
+from hipgpt_jax import compression, config, files
 
 MAX_LINE_BYTES = 1 << 28  # of a JSON Lines file; the record of a prompt of 10 MB has 28 MB
 _MAX_DIGITS = 31  # of an integer; ours have at most 19, and tokenizer_config.json of transformers has int(1e30)
@@ -126,7 +126,9 @@ def read_lines(path: Path, max_line_bytes: int | None = None) -> Iterator[Line]:
     """Yields the lines of a JSON Lines file except blank ones.
 
     Writers append whole lines in one write each, so only the last line can be incomplete. It is torn if it has no line
-    feed and is not valid JSON; a last line that lacks only its line feed is not torn.
+    feed and is not valid JSON; a last line that lacks only its line feed is not torn. A file whose name ends in
+    ``.zst`` is decompressed. Whole lines are appended to it in whole frames; a last frame that was cut short is a torn
+    line without content.
 
     Args:
         path: Path of the file.
@@ -134,12 +136,17 @@ def read_lines(path: Path, max_line_bytes: int | None = None) -> Iterator[Line]:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: A line is longer than the limit.
+        ValueError: A line is longer than the limit, or the file cannot be decompressed.
     """
-    with path.open("rb") as file:
+    is_packed, number = compression.is_zstandard(path), 0
+    total = path.stat().st_size  # another process may append to the file meanwhile
+    size = compression.size_of_whole_frames(path) if is_packed else total
+    with compression.open_frames(path, size) if is_packed else path.open("rb") as file:
         for number, text in files.numbered_lines(file, path, max_line_bytes or MAX_LINE_BYTES):
             if text.strip():
                 yield Line(number, text, not text.endswith(b"\n") and not _is_json(text))
+    if size < total:
+        yield Line(number + 1, b"", is_torn=True)
 
 
 def _is_json(text: bytes) -> bool:

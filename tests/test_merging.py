@@ -15,6 +15,7 @@ from unittest import mock
 import programs
 import pytest
 import records
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,6 +168,15 @@ def test_shards_and_single_samples_make_the_records_of_one_command(run: Callable
     summary = run("records", "summarize", "merged.jsonl").out.splitlines()
     assert summary[0] == "records    9 of 3 prompts, samples 3 to 7"
     assert summary[3:6] == ["seed       0", "tokens     54, 6.0 per sample (6 to 6)", "ends       9 length"]
+
+
+def test_a_merged_file_may_be_compressed(run: Callable[..., programs.Result]) -> None:
+    write(Path("a.jsonl"), of(("a", 1)), of(("a", 0)))
+    assert run("records", "merge", "a.jsonl", "--output", "b.jsonl.zst").code == 0
+    assert run("records", "merge", "b.jsonl.zst", "--output", "c.jsonl").code == 0
+    packed, plain = Path("b.jsonl.zst").read_bytes(), Path("c.jsonl").read_bytes()
+    assert zstandard.ZstdDecompressor().stream_reader(packed).read() == plain
+    assert plain == f"{of(('a', 0)).to_json()}\n{of(('a', 1)).to_json()}\n".encode()
 
 
 @pytest.mark.parametrize(

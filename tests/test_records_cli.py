@@ -70,6 +70,26 @@ def test_a_sample_that_is_missing_in_the_output_is_generated_alone(run) -> None:
     assert lines_of("nine.jsonl") == lines_of("ten.jsonl")
 
 
+def test_compressed_records_are_those_of_a_plain_file(run, monkeypatch, capsys) -> None:
+    flags = ("--prompt", "the king", "--num_samples", "6", "--batch_size", "2", "--output")
+    for name in ("a.jsonl", "a.jsonl.zst"):
+        assert run(*flags, name).code == 0
+    expected = lines_of("a.jsonl")
+    assert lines_of("a.jsonl.zst") == expected
+    whole = Path("a.jsonl.zst").read_bytes()
+    Path("a.jsonl.zst").write_bytes(whole[:-1])
+    inspected = programs.call("inspect", "a.jsonl.zst", "--html", "a.html", monkeypatch=monkeypatch, capsys=capsys)
+    assert "a.jsonl.zst: skipped an incomplete last line" in inspected.err
+    resumed = run(*flags, "a.jsonl.zst")
+    assert "a.jsonl.zst: dropped an incomplete last frame of" in resumed.err
+    assert re.search(r"a\.jsonl\.zst has [1-5] of the samples: [1-5] are left", resumed.err)
+    assert lines_of("a.jsonl.zst") == expected
+    replayed = programs.call("replay", "a.jsonl.zst", monkeypatch=monkeypatch, capsys=capsys)
+    assert replayed.out.splitlines()[-1] == "6 of 6 identical, log-probabilities equal to the bit"
+    assert run(*flags, "a.jsonl.zst", "--overwrite", "--num_samples", "1").code == 0
+    assert len(lines_of("a.jsonl.zst")) == 1
+
+
 def test_the_text_is_the_same_with_and_without_records(run) -> None:
     plain = run("--prompt", "the king", "--num_samples", "2", "--batch_size", "2")
     both = run("--prompt", "the king", "--num_samples", "2", "--batch_size", "2", "--output", "a.jsonl")

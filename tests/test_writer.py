@@ -1,11 +1,14 @@
 """Record files: appending, resuming and overwriting."""
 
+import itertools
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,17 @@ from unittest import mock
 
 import pytest
 import records
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hipgpt_jax.records import record, writer
+
+
+@pytest.fixture(params=["a.jsonl", "a.jsonl.zst"])
+def path(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A path of a record file in each of its two forms."""
+    return tmp_path / request.param
 
 
 def fill(path: Path, *made: record.Record, **how: Any) -> writer.RecordFile:
@@ -36,8 +46,7 @@ def samples_in(path: Path) -> list[int]:
     return [one.sample for one in record.read(path)]
 
 
-def test_appended_samples_are_found_when_the_file_is_opened_again(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+def test_appended_samples_are_found_when_the_file_is_opened_again(path: Path) -> None:
     first = [records.make_record(sample=i) for i in range(2)]
     assert len(fill(path, *first).finished) == 0
     again = fill(path, records.make_record(sample=2, id="q"))
@@ -46,8 +55,7 @@ def test_appended_samples_are_found_when_the_file_is_opened_again(tmp_path: Path
     assert list(record.read(path)) == [*first, records.make_record(sample=2, id="q")]
 
 
-def test_overwriting_happens_at_the_first_record(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+def test_overwriting_happens_at_the_first_record(path: Path) -> None:
     fill(path, records.make_record(sample=0))
     fill(path, overwrite=True)
     assert samples_in(path) == [0]
@@ -55,13 +63,12 @@ def test_overwriting_happens_at_the_first_record(tmp_path: Path) -> None:
     assert samples_in(path) == [5, 6]
 
 
-def test_a_new_file_without_a_record_is_removed(tmp_path: Path) -> None:
-    fill(tmp_path / "a.jsonl")
-    assert list(tmp_path.iterdir()) == []
+def test_a_new_file_without_a_record_is_removed(path: Path) -> None:
+    fill(path)
+    assert not path.exists()
 
 
-def test_overwriting_keeps_the_old_records_if_the_new_one_is_invalid(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+def test_overwriting_keeps_the_old_records_if_the_new_one_is_invalid(path: Path) -> None:
     fill(path, records.make_record(sample=0))
     out = writer.RecordFile(path, overwrite=True)
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -122,8 +129,7 @@ def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path, name: str) ->
         writer.RecordFile(tmp_path / name)
 
 
-def test_a_file_has_one_writer_at_a_time(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+def test_a_file_has_one_writer_at_a_time(path: Path) -> None:
     out = writer.RecordFile(path)
     with pytest.raises(ValueError, match="is being written by another process"):
         writer.RecordFile(path)
@@ -132,8 +138,7 @@ def test_a_file_has_one_writer_at_a_time(tmp_path: Path) -> None:
     assert samples_in(path) == [0]
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+def test_other_settings_are_refused_by_name(path: Path) -> None:
     fill(path, records.make_record())
     out = writer.RecordFile(path)
     own, shared = fingerprints(records.make_record())
@@ -166,8 +171,7 @@ def test_fingerprints_cover_all_settings_and_numerics() -> None:
     assert known >= set(value["numerics"]) - {"machine", "processor", "instruction_sets", "cores"}
 
 
-def test_a_prompt_with_records_of_several_settings_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+def test_a_prompt_with_records_of_several_settings_is_refused(path: Path) -> None:
     fill(path, records.make_record(sample=0), records.make_record(sample=1, seed=8))
     out = writer.RecordFile(path)
     assert out.seeds == {7, 8}
@@ -313,3 +317,113 @@ def test_a_pipe_gets_every_line(tmp_path: Path) -> None:
         fill(pipe, *made)
         text, _ = reader.communicate(timeout=60)
     assert [record.parse(line, "it") for line in text.splitlines()] == made
+
+
+def frames_of(content: bytes) -> list[bytes]:
+    """Returns the frames of a compressed file."""
+    frames = []
+    while content:
+        unpacker = zstandard.ZstdDecompressor().decompressobj()
+        unpacker.decompress(content)
+        content, whole = unpacker.unused_data, content
+        frames.append(whole[: len(whole) - len(content)])
+    return frames
+
+
+def test_a_torn_last_frame_is_dropped_wherever_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, made = tmp_path / "a.jsonl.zst", [records.babble(3, i, sample=i) for i in range(6)]
+    monkeypatch.setattr(writer, "_FRAME_BYTES", 2 * len(made[0].to_json()) - 100)
+    fill(path, *made)
+    whole = path.read_bytes()
+    ends = [0, *itertools.accumulate(map(len, frames_of(whole)))]
+    assert len(ends) == 5  # the first record is a frame, and so are each two others
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        kept = max(end for end in ends if end <= cut)
+        samples = (0, 1, 3, 5, 6)[ends.index(kept)]
+        assert samples_in(path) == [*range(samples)]
+        if cut % 7 and cut not in ends:
+            continue
+        out = fill(path, *made[samples:])
+        assert (len(out.finished), out.dropped) == (samples, cut - kept)
+        assert list(record.read(path)) == made
+
+
+def test_buffered_records_are_appended_each_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, now = tmp_path / "a.jsonl.zst", 100.0
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now)
+    out = writer.RecordFile(path)
+    found = []
+    for sample, now in enumerate((100.0, 100.5, 100.9, 101.1, 101.2)):  # noqa: B007
+        out.append(records.make_record(sample=sample))
+        found.append(samples_in(path))
+    assert found == [[0], [0], [0], [0, 1, 2, 3], [0, 1, 2, 3]]
+    out.flush_if_due()
+    assert samples_in(path) == [0, 1, 2, 3]
+    now = 102.1
+    out.flush_if_due()
+    assert samples_in(path) == [0, 1, 2, 3, 4]
+    out.close()
+    assert len(frames_of(path.read_bytes())) == 3
+
+
+def test_frames_of_other_programs_are_read_and_continued(tmp_path: Path) -> None:
+    path, made = tmp_path / "a.jsonl.zst", [records.make_record(sample=i) for i in range(3)]
+    lines = "".join(one.to_json() + "\n" for one in made[:2]).encode()
+    stream = zstandard.ZstdCompressor(level=19).compressobj()
+    parts = [stream.compress(lines[:1000]), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    parts += [stream.compress(lines[1000:-1]), stream.flush()]
+    path.write_bytes(b"\x50\x2a\x4d\x18\x03\0\0\0abc" + b"".join(parts))  # a skippable frame; no last line feed
+    assert fill(path, made[2]).dropped == 0
+    assert list(record.read(path)) == made
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"notes of mine", "is damaged or not a Zstandard file: no frame begins at byte 0. Restore it, or use another"),
+        (zstandard.compress(b"notes of mine\n"), "line 1 is not JSON"),
+        (zstandard.compress(b"notes of mine"), "line 1 is not a record"),
+        (zstandard.compress(random.Random(0).randbytes(300_000))[:-5], "line 1 is not a record"),
+        (
+            zstandard.compress(b'{"schema":2,"contract":2,"id"'),
+            "line 1 is incomplete, in a whole frame: unpack the file",
+        ),
+        (zstandard.compress(records.make_record().to_json().encode()) + b"(\xb5/x", "no frame begins at byte"),
+    ],
+)
+def test_other_compressed_files_are_refused_and_unchanged(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        writer.RecordFile(path)
+    assert path.read_bytes() == content
+    path.rename(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="line 1 is not"):
+        writer.RecordFile(tmp_path / "a.jsonl")
+
+
+def test_a_full_disk_leaves_complete_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    monkeypatch.setattr(writer, "_FRAME_BYTES", 1)
+    fill(path, records.babble(100, 0, sample=0))
+    size = path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(writer, "_FRAME_BYTES", 1 << 20)
+    monkeypatch.setattr(writer, "_SECONDS_PER_FRAME", 1000)
+    out = writer.RecordFile(path)
+    out._flushed = time.monotonic()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, before[1]))
+        out.append(records.babble(100, 1, sample=1))
+        out.append(records.babble(100, 2, sample=2))
+        with pytest.raises(OSError, match=r"no room for sample 1 of p1 .*The file is whole"):
+            out.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.stat().st_size == size
+    assert samples_in(path) == [0]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(out._file)

@@ -178,6 +178,8 @@ def _record(
                 out.flush()
                 out.buffer.write(record.to_json().encode() + b"\n")  # UTF-8, whatever the locale
                 out.buffer.flush()
+        elif isinstance(out, writer.RecordFile):
+            out.flush_if_due()
         advance(statistics)
         yield output
 

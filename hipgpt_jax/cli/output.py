@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from hipgpt_jax import files
+from hipgpt_jax import compression, files
 from hipgpt_jax.cli import program
 from hipgpt_jax.records import writer
 
@@ -87,7 +87,8 @@ def open_records(
     out = writer.RecordFile(Path(name), overwrite=overwrite)
     try:
         if out.dropped:
-            program.note(f"{name}: dropped an incomplete last line of {out.dropped} bytes, left by a killed command")
+            kind = "frame" if compression.is_zstandard(out.path) else "line"
+            program.note(f"{name}: dropped an incomplete last {kind} of {out.dropped} bytes, left by a killed command")
         yield out
     finally:
         out.close()

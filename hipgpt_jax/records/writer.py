@@ -9,19 +9,24 @@ import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import zstandard
 
-from hipgpt_jax import config, files, json_files
+from hipgpt_jax import compression, config, files, json_files
 from hipgpt_jax.records import header, record
 
 # The beginning of every record. Only a file that begins so is cut or replaced; any other is somebody else's.
 _BEGINNING = re.compile(rb'(?:\xef\xbb\xbf)?\{\s*"schema"\s*:\s*\d+\s*,\s*"contract"\s*:')
 _PREFIX = b'{"schema":'
+_HEAD_BYTES = 200
 _MAX_FOREIGN_LINE = 1 << 20  # a file of something else may be one line of gigabytes
+_FRAME_BYTES = 1 << 20
+_SECONDS_PER_FRAME = 1.0
 _UNSORTED = 1 << 16  # samples that are sorted together; one by one would take quadratic time
 
 _OF_PROMPT = ("prompt", "prompt_ids", "seed")
@@ -163,10 +168,13 @@ class RecordFile:
     Each line is appended by one write, and removed again if the disk is full. So after a kill at any moment the file
     has whole lines and at most one torn last line, which is dropped when the file is next opened.
 
+    If the name ends in ``.zst``, the records of a second are compressed together and appended as one Zstandard frame,
+    in the same way. A kill loses at most those records.
+
     Attributes:
         path: Path of the file.
         finished: Samples in the file.
-        dropped: Size in bytes of the torn last line that was dropped on opening.
+        dropped: Size in bytes of the torn last line or frame that was dropped on opening.
         seeds: Up to two of the seeds in the file.
     """
 
@@ -186,6 +194,11 @@ class RecordFile:
         self.dropped = 0
         self.seeds: set[int] = set()
         self._shared: dict[str, str] = {}  # a sample for each shared fingerprint
+        self._packer = zstandard.ZstdCompressor(write_checksum=True) if compression.is_zstandard(path) else None
+        self._buffer = bytearray()  # lines of the next frame
+        self._first_buffered = ""  # name of the sample of the first of them
+        self._flushed = 0.0  # time
+        self._last: json_files.Line | None = None
         try:
             self._target = files.destination(path)
             self._is_new = not self._target.exists()
@@ -212,16 +225,40 @@ class RecordFile:
         """Appends a record.
 
         Raises:
-            OSError: The disk is full; the file still ends with the line before.
+            OSError: The disk is full; the file still ends with the line or frame before.
         """
         line = new.to_json().encode() + b"\n"
+        self._first_buffered = self._first_buffered or f"sample {new.sample} of {new.id}"
+        self._buffer += line
+        if self._packer is None or len(self._buffer) >= _FRAME_BYTES:
+            self.flush()
+        else:
+            self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        """Appends the buffered records if the last frame is a second old."""
+        if self._buffer and time.monotonic() >= self._flushed + _SECONDS_PER_FRAME:
+            self.flush()
+
+    def flush(self) -> None:
+        """Appends the buffered records; only a compressed file has any. Raises OSError if the disk is full."""
+        if not self._buffer:
+            return
+        data, sample = bytes(self._buffer), self._first_buffered
+        self._buffer.clear()
+        self._first_buffered, self._flushed = "", time.monotonic()
+        self._write(data, sample)
+
+    def _write(self, data: bytes, sample: str) -> None:
+        """Appends whole lines by one write, or nothing; ``sample`` is the first of them."""
+        data = self._packer.compress(data) if self._packer else data
         if self._replace and self._is_regular:
             os.ftruncate(self._file, 0)
         self._replace = False
         start = os.fstat(self._file).st_size
         written, reason = 0, "the disk is full"
         try:
-            while written < len(line) and (count := os.write(self._file, line[written:])):
+            while written < len(data) and (count := os.write(self._file, data[written:])):
                 written += count
                 if self._is_regular:
                     break  # a short write means a full disk; a pipe may take a line in parts
@@ -229,20 +266,23 @@ class RecordFile:
             if not self._is_regular:
                 raise
             reason = error.strerror or str(error)
-        if written < len(line):
+        if written < len(data):
             os.ftruncate(self._file, start)
             raise OSError(
-                f"{self.path}: no room for sample {new.sample} of {new.id} ({reason}). The file is whole; "
+                f"{self.path}: no room for {sample} ({reason}). The file is whole; "
                 f"make room and run the same command again to resume"
             )
 
     def close(self) -> None:
         """Flushes the file to disk and closes it. A file that was created here and got no record is removed."""
         try:
+            self.flush()
             if self._is_regular:
                 self._remove_if_unused()
                 os.fsync(self._file)
         except OSError as error:
+            if error.strerror is None:  # of a frame that has no room
+                raise
             raise OSError(f"{self.path} could not be flushed to disk: {error.strerror}") from error
         finally:
             os.close(self._file)
@@ -282,8 +322,12 @@ class RecordFile:
             self._target.unlink(missing_ok=True)
 
     def _begins_with_record(self) -> bool:
-        with self._target.open("rb") as file:
-            return _BEGINNING.match(file.read(200)) is not None
+        if self._packer is None:
+            with self._target.open("rb") as file:
+                return _BEGINNING.match(file.read(_HEAD_BYTES)) is not None
+        head = compression.head(self.path, _HEAD_BYTES)
+        # A first frame that was cut short may have no block that can be decompressed, for us or anybody else.
+        return _BEGINNING.match(head) is not None or not (head or compression.size_of_whole_frames(self.path))
 
     def _check_replaceable(self) -> None:
         if self._target.stat().st_size and not self._begins_with_record():
@@ -301,6 +345,7 @@ class RecordFile:
                 self.seeds.add(one.seed)
         if (repeated := self.finished.repeated()) is not None:
             self._refuse_repeated(*repeated)
+        self._repair()
 
     def _refuse_repeated(self, prompt: int, sample: int) -> None:
         """Raises ValueError for a sample that is in the file twice, of a prompt with a hash."""
@@ -309,21 +354,28 @@ class RecordFile:
         raise ValueError(f"{source} repeats sample {sample} of {one.id}: use another --output, or --overwrite")
 
     def _records(self) -> Iterator[tuple[str, header.Header]]:
-        """Yields each line's name and record, drops a torn last line and adds a missing line feed."""
+        """Yields each line's name and record, except for a torn last line."""
         is_ours = self._begins_with_record()
-        line = None
-        for line in json_files.read_lines(self._target, None if is_ours else _MAX_FOREIGN_LINE):
-            source = f"{self.path} line {line.number}"
-            if line.is_torn:
-                if not is_ours or not line.text.startswith(_PREFIX[: len(line.text)]):
-                    raise ValueError(f"{source} is not a record: use another --output, or --overwrite")
-                self.dropped = len(line.text)
-                os.ftruncate(self._file, self._target.stat().st_size - self.dropped)
-                return
-            yield source, header.parse(line.text, source)
-            is_ours = True
-        if line is not None and not line.text.endswith(b"\n"):
-            os.write(self._file, b"\n")
+        for line in json_files.read_lines(self.path, None if is_ours else _MAX_FOREIGN_LINE):
+            self._last, source = line, f"{self.path} line {line.number}"
+            if not line.is_torn:
+                yield source, header.parse(line.text, source)
+                is_ours = True
+            elif not is_ours or not line.text.startswith(_PREFIX[: len(line.text)]):
+                raise ValueError(f"{source} is not a record: use another --output, or --overwrite")
+            elif line.text and self._packer:
+                raise ValueError(f"{source} is incomplete, in a whole frame: unpack the file, and use that as --output")
+
+    def _repair(self) -> None:
+        """Drops a torn last line or frame, and adds a missing line feed."""
+        line = self._last
+        if line is not None and line.is_torn:
+            size = os.fstat(self._file).st_size
+            whole = compression.size_of_whole_frames(self.path) if self._packer else size - len(line.text)
+            os.ftruncate(self._file, whole)
+            self.dropped = size - whole
+        elif line is not None and not line.text.endswith(b"\n"):
+            self._write(b"\n", "a line feed")
 
 
 @contextlib.contextmanager
@@ -337,7 +389,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     with (
         files.replacing(files.destination(path)) as temporary,
         contextlib.closing(RecordFile(path, overwrite=True)),  # for its checks and its lock
-        temporary.open("wb") as file,
+        zstandard.open(temporary, "wb") if compression.is_zstandard(path) else temporary.open("wb") as file,
     ):
         yield file
 
