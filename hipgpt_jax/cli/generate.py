@@ -51,8 +51,8 @@ _OUTPUT = _string(
     "output",
     None,
     "Record file to append to, one JSON line per sample; samples that it already holds are skipped. A name that ends "
-    "in .zst compresses it. - writes the records to stdout instead of the text. Records of a --prompts_file are written "
-    "instead of the text, too.",
+    "in .zst compresses it. - writes the records to stdout instead of the text. Records of a --prompts_file are "
+    "written instead of the text, too.",
 )
 _OVERWRITE = _boolean("overwrite", False, "Replace the records in --output.")
 _SHARD = _string(
