@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipgpt_jax import compilation, config, devices, notebook
+from hipgpt_jax import compilation, config, devices, files, notebook
 from hipgpt_jax.generation import requests
 from hipgpt_jax.records import planning, provenance, record, recorder, replay
 from hipgpt_jax.runs import directory, loading, weights
@@ -499,12 +499,13 @@ def load_run(
         step = directory.parse_step(step)
     elif step is not None:
         step = config.require_int("step", step, 0, "a training step, best or latest")
+    files.require_local("name" if where is None else "where", name if where is None else where)
     invocation = provenance.Invocation()
     name, path = directory.parse_run(name) if where is None else (name, Path(where))
-    files = loading.open_run(name, step, decoding or config.DecodingConfig(), path)
+    run_files = loading.open_run(name, step, decoding or config.DecodingConfig(), path)
     started = devices.start(device, _LOG.info)
     compilation.check_cache(_LOG.warning)
-    return Run(files, started, invocation)
+    return Run(run_files, started, invocation)
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[record.Record]:
@@ -512,8 +513,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[record.Record]:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: A line is not a record of this version's schema and contract.
+        ValueError: The path is a URL, or a line is not a record of this version's schema and contract.
     """
+    files.require_local("path", path)
     return record.read(Path(path))
 
 

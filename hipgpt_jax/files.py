@@ -15,6 +15,8 @@ from typing import BinaryIO, TextIO
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"(?:/dev|/proc/(?:thread-)?self)/fd/(\d{1,9})")
 _MAX_NAME = 235
+# With one slash too, to which Path reduces two. A drive letter is no scheme, and ./gs:/ is a path.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @contextlib.contextmanager
@@ -39,6 +41,21 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def require_local(name: str, path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if a path is a URL such as ``gs://bucket/file``.
+
+    Args:
+        name: Name of the flag or the argument.
+        path: Its value.
+    """
+    text = os.fspath(path)
+    if _URL.match(text):
+        raise ValueError(
+            f"{name} must be a path on this machine: got the URL {shortened(text)}. Copy it to a local or shared disk, "
+            f"or mount its store, and give the path there"
+        )
 
 
 def destination(path: Path) -> Path:

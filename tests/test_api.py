@@ -274,3 +274,15 @@ def test_a_step_may_be_given_as_text(tiny: Path) -> None:
 def test_a_device_other_than_that_of_jax_is_refused() -> None:
     with pytest.raises(ValueError, match=r"device 'cuda': JAX "):
         hipgpt_jax.load_run("shakespeare", device="cuda")
+
+
+def test_url_is_no_path() -> None:
+    for url in ("gs://bucket/run", Path("s3://bucket/run")):
+        with pytest.raises(ValueError, match="where must be a path on this machine: got the URL "):
+            hipgpt_jax.load_run("tiny", where=url)
+        with pytest.raises(ValueError, match="path must be a path on this machine"):
+            hipgpt_jax.read_records(url)
+    with pytest.raises(ValueError, match="name must be a path on this machine"):
+        hipgpt_jax.load_run("hf://openai/gpt2")
+    with pytest.raises(ValueError, match="--data-path must be a path on this machine: got the URL https:"):
+        hipgpt_jax.train(data_path="https://host/a.txt")

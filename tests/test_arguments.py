@@ -163,44 +163,38 @@ def test_text_flags_are_decoded(values: flags.FlagValues) -> None:
 
 
 def test_every_flag_is_classified_as_text_or_not() -> None:
-    names = {
-        "data-path",
-        "device",
-        "dtype",
-        "folder",
-        "html",
-        "metrics",
-        "numerics",
-        "output",
-        "overflow",
-        "prompts_file",
-    }
-    names |= {
-        "penalty_scope",
-        "records",
-        "run-dir",
-        "run-name",
-        "split",
-        "step",
-        "unit",
-        "tokenizer-path",
-        "weights-dtype",
-        "init-from",
-        "mesh",
-        "coordinator",
-        "seeds",
-        "choices",
-        "prompt_ids",
-        "shard",
-        "only",
-        "command",
-        "missing",
-    }
+    names = {"coordinator", "device", "dtype", "mesh", "metrics", "numerics", "overflow"}
+    names |= {"penalty_scope", "prompt_ids", "seeds", "shard", "split", "step", "unit", "weights-dtype"}
     strings = {
         flag for values in FLAGS.values() for flag in values if "string" in values[flag].flag_type().split("enum")[0]
     }
-    assert strings >= arguments.TEXT_FLAGS
-    assert strings - arguments.TEXT_FLAGS <= names, "add the new flag to TEXT_FLAGS, or to this list if it is no text"
+    assert strings >= arguments.TEXT_FLAGS | arguments.PATH_FLAGS
+    assert strings - arguments.TEXT_FLAGS - arguments.PATH_FLAGS <= names, (
+        "add the new flag to TEXT_FLAGS or PATH_FLAGS, or to this list if it is neither"
+    )
+
+
+PATHS = [(name, flag) for name, values in FLAGS.items() for flag in values if flag in arguments.PATH_FLAGS]
+
+
+@pytest.mark.parametrize(("name", "flag"), [*PATHS, *((name, "flagfile") for name in FLAGS)])
+def test_url_is_no_path(
+    name: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in ("gs://bucket/text", "s3://a/b.jsonl", "https://host/run", "hf://datasets/x", "gs:/bucket", "file:///a"):
+        result = programs.call(name, f"--{flag}", url, monkeypatch=monkeypatch, capsys=capsys)
+        assert (result.code, result.out) == (2 if name == "replay" else 1, "")
+        assert result.err == (
+            f"{name}: error: --{flag} must be a path on this machine: got the URL {url}. Copy it to a local or shared "
+            f"disk, or mount its store, and give the path there\n"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_path_with_a_colon_is_no_url(values: flags.FlagValues) -> None:
+    for path in ("c:/a", "run:10", "./gs:/a", "a/s3://b", "/x://y"):
+        assert parsed(values, "--output", path) == {"output": path}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Several processes over loopback, as on several hosts: equal losses, restarts, and the end of a job that lost one."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -244,3 +245,34 @@ def test_process_reads_only_its_rows(work: Path) -> None:
         assert starts == [int(start) for step in words for start in step[2 * number : 2 * number + 2]]
         assert sorted(rows) == sorted(16 * row + shift for row in (2 * number, 2 * number + 1) for shift in (0, 1))
         assert verified == (number == 0), "process 0 alone reads the whole file"
+
+
+# Starts the tasks of a step with the variables that Slurm sets and JAX reads.
+SRUN = """#!/usr/bin/env bash
+[[ $1 == --kill-on-bad-exit=1 ]]
+shift
+for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait $pid || code=1; done
+exit ${code:-0}
+"""
+
+
+@pytest.mark.slow
+def test_slurm_script_trains_and_resumes(work: Path) -> None:
+    tools = work / "tools"
+    tools.mkdir()
+    for name, text in (
+        ("srun", SRUN),
+        ("hipgpt-train", f'#!/bin/sh\nexec {sys.executable} -m hipgpt_jax.cli.train "$@"\n'),
+    ):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    script = Path(__file__).parents[1] / "docs" / "examples" / "slurm" / "train.sbatch"
+    own = {"RUN": "jobs", "SLURM_STEP_NODELIST": "localhost", "PATH": f"{tools}:{os.environ['PATH']}"}
+    for tasks, mesh, steps in (("2", "data=4", ("--steps", "20")), ("1", "fsdp=2", ("--extend", "--steps", "24"))):
+        # The port follows from the number of the job.
+        env = {**environment(), **own, "SLURM_JOB_ID": str(os.getpid() + int(tasks)), "SLURM_NTASKS": tasks}
+        words = ["bash", str(script), *TINY, *steps, "--mesh", mesh]
+        done = subprocess.run(words, cwd=work, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert max(losses_of(work / "checkpoints/jobs")) == int(steps[-1])

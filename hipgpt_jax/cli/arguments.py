@@ -9,11 +9,30 @@ from typing import NamedTuple
 
 from absl import flags
 
-from hipgpt_jax import config
+from hipgpt_jax import config, files
 
 # Flags with text values, which ``config.valid_text`` decodes; other values, such as paths, are left unchanged.
 TEXT_FLAGS = frozenset(
     {"allow", "ban", "ids", "logit_bias", "prompt", "sample-prompt", "separator", "stop", "text-field", "title"}
+)
+
+# Flags whose values are paths, or may be.
+PATH_FLAGS = frozenset(
+    {
+        *(
+            "choices",
+            "command",
+            "data-path",
+            "folder",
+            "html",
+            "init-from",
+            "missing",
+            "only",
+            "output",
+            "prompts_file",
+        ),
+        *("records", "run-dir", "run-name", "tokenizer-path"),
+    }
 )
 
 SHELLS = ("bash", "zsh", "fish")
@@ -79,7 +98,7 @@ def parse(
 
     Raises:
         flags.Error: A flag is unknown, lacks its value or has an invalid one; or a flag file cannot be read.
-        ValueError: There is an operand too many.
+        ValueError: There is an operand too many, or a path is a URL.
     """
     for flag in values:
         values[flag].unparse()
@@ -157,6 +176,7 @@ def _read_file(
     values: flags.FlagValues, known: Mapping[str, str], word: _Word, name: str, opened: tuple[str, ...]
 ) -> Iterator[_Argument]:
     """Reads the arguments in a flag file."""
+    files.require_local(f"{word.location}--flagfile", name.strip())
     path = os.path.expanduser(name.strip())
     if not path:
         raise flags.Error(f"{word.location}--flagfile needs the name of a file")
@@ -194,6 +214,8 @@ def _set(values: flags.FlagValues, given: _Argument, operand: str | None) -> Non
     if value is None:
         raise flags.Error(f"{location}--{flag} needs a value")
     value = config.valid_text(value) if flag in TEXT_FLAGS else value.strip() if location else value
+    if flag in PATH_FLAGS:
+        files.require_local(f"{location}--{flag}" if given.flag else f"{location}the argument", value)
     try:
         values[flag].parse(value)
     except flags.IllegalFlagValueError as error:
