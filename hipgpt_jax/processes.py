@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ SHUTDOWN_SECONDS = 10
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 _SILENT = "4"
+_LOST = re.compile("Gloo|NCCL|RCCL|Connection closed by peer|Socket closed")
 _JAX_LEVEL = "1"  # which JAX sets when it is imported, also for processes started from there
 _handlers: list[Any] = []  # native code refers to them until the process ends
 
@@ -79,17 +81,20 @@ def joined(
             f"the processes of the job cannot connect: {devices.first_line(error)}. Give --coordinator, "
             f"--num_processes and --process_id, or start them through Slurm, Open MPI or Kubernetes"
         ) from error
-    reasons[0] = (
-        f"JAX ended this process, because another process of the job ended or did not answer for {HEARTBEAT_SECONDS} "
-        f"s. The run is as it was at its last saved state: start all processes again with --resume "
-        f"({_LOG_LEVEL}=0 shows JAX's own message)"
+    lost = (
+        f"another process of the job ended or did not answer for {HEARTBEAT_SECONDS} s. The run is as it was at its "
+        f"last saved state: start all processes again with --resume"
     )
+    reasons[0] = f"JAX ended this process, because {lost} ({_LOG_LEVEL}=0 shows JAX's own message)"
     try:
         yield
         # Process 0 writes the last files alone, and JAX waits for it only for SHUTDOWN_SECONDS.
         wait_for_all("end")
-    except BaseException:
+    except BaseException as error:
         reasons.clear()  # this process has a reason of its own
+        # An exchange that was under way may fail before the coordination service notices.
+        if isinstance(error, Exception) and _LOST.search(str(error)):
+            raise RuntimeError(f"{lost} ({devices.first_line(error)})") from error
         raise
 
 

@@ -276,3 +276,17 @@ def test_slurm_script_trains_and_resumes(work: Path) -> None:
         done = subprocess.run(words, cwd=work, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert max(losses_of(work / "checkpoints/jobs")) == int(steps[-1])
+
+
+def test_failed_exchange_is_reported_as_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.distributed.initialize", lambda *given, **more: None)
+    monkeypatch.setattr(processes, "_exit_on_abort", lambda *given: None)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    monkeypatch.setenv("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
+    for error, message in (
+        (RuntimeError("UNKNOWN: Gloo AllGather failed: closed"), r"^another process of the job ended .* AllGather failed"),
+        (ValueError("--lr is wrong"), "^--lr is wrong$"),
+    ):
+        joined = processes.joined("a:1", 2, 0, device="cpu", log=print, report=print)
+        with pytest.raises((RuntimeError, ValueError), match=message), joined:
+            raise error
