@@ -284,7 +284,10 @@ def test_failed_exchange_is_reported_as_a_lost_process(monkeypatch: pytest.Monke
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
     monkeypatch.setenv("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
     for error, message in (
-        (RuntimeError("UNKNOWN: Gloo AllGather failed: closed"), r"^another process of the job ended .* AllGather failed"),
+        (
+            RuntimeError("UNKNOWN: Gloo AllGather failed: closed"),
+            r"^another process of the job ended .* AllGather failed",
+        ),
         (ValueError("--lr is wrong"), "^--lr is wrong$"),
     ):
         joined = processes.joined("a:1", 2, 0, device="cpu", log=print, report=print)
