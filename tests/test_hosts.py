@@ -136,7 +136,7 @@ def test_run_restarts_on_other_numbers_of_processes(work: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "victim", "seconds"), [(4, 2, processes.HEARTBEAT_SECONDS + 10), (2, 0, 10)])
+@pytest.mark.parametrize(("number", "victim", "seconds"), [(4, 2, processes.HEARTBEAT_SECONDS + 10), (2, 0, 20)])
 def test_killed_process_ends_the_others_with_one_line(work: Path, number: int, victim: int, seconds: float) -> None:
     flags = (*LONG, "--run-name", "killed")
     job = Job(work, *[flags] * number)
@@ -151,7 +151,8 @@ def test_killed_process_ends_the_others_with_one_line(work: Path, number: int, v
             continue
         assert result.code == 1
         assert len(errors_of(result)) == 1, result.err
-        assert errors_of(result)[0].startswith("train: error: JAX ended this process, because another process of the")
+        assert errors_of(result)[0].startswith("train: error: ")
+        assert "another process of the job ended or did not answer" in errors_of(result)[0]
     assert [state.fault for state in states.verify_states(run) if state.fault] == []
     reached = directory.read_checkpoint("killed", directory=run)
     reached.verify()
