@@ -54,7 +54,7 @@ class Job:
     def end(self) -> list[programs.Result]:
         """Waits for all processes."""
         try:
-            outputs = [process.communicate(timeout=400) for process in self.started]
+            outputs = [process.communicate(timeout=900) for process in self.started]
         finally:
             for process in self.started:
                 process.kill()
@@ -64,7 +64,7 @@ class Job:
 
     def wait_for_step(self, run: Path, step: int) -> None:
         """Waits until a step is logged."""
-        until = time.monotonic() + 300
+        until = time.monotonic() + 600
         while not (run / "metrics.jsonl").exists() or max(losses_of(run), default=0) < step:
             assert all(process.poll() is None for process in self.started), self.end()
             assert time.monotonic() < until
@@ -114,7 +114,7 @@ def test_several_processes_train_as_one(work: Path) -> None:
 @pytest.mark.slow
 def test_run_restarts_on_other_numbers_of_processes(work: Path) -> None:
     """SIGTERM in one process stops all after the same step, and 4, 2, 1 and 4 processes continue one run."""
-    flags = (*TINY, "--steps", "600", "--ckpt-every", "100")
+    flags = (*TINY, "--steps", "300", "--ckpt-every", "100")
     one = programs.spawn("train", *flags, "--run-name", "one", cwd=work)
     assert one.code == 0, one.err
     run, reached = work / "checkpoints/many", [0]
@@ -122,13 +122,13 @@ def test_run_restarts_on_other_numbers_of_processes(work: Path) -> None:
         more = ("--run-name", "many", "--mesh", shape, *(["--resume"] if reached[-1] else []))
         job = Job(work, *[(*flags, *more)] * number)
         if len(reached) < 4:
-            job.wait_for_step(run, reached[-1] + 20)
+            job.wait_for_step(run, reached[-1] + 10)
             job.started[-1].send_signal(signal.SIGTERM)
         ended = job.end()
         assert [result.code for result in ended] == [0] * number, ended
         reached.append(max(losses_of(run)))
     assert reached == sorted(set(reached))
-    assert reached[3] < reached[4] == 600
+    assert reached[3] < reached[4] == 300
     expected, found = losses_of(work / "checkpoints/one"), losses_of(run)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([*found.values()], [*expected.values()], atol=1e-3)
@@ -136,7 +136,7 @@ def test_run_restarts_on_other_numbers_of_processes(work: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "victim", "seconds"), [(4, 2, processes.HEARTBEAT_SECONDS + 10), (2, 0, 20)])
+@pytest.mark.parametrize(("number", "victim", "seconds"), [(4, 2, processes.HEARTBEAT_SECONDS + 30), (2, 0, 50)])
 def test_killed_process_ends_the_others_with_one_line(work: Path, number: int, victim: int, seconds: float) -> None:
     flags = (*LONG, "--run-name", "killed")
     job = Job(work, *[flags] * number)
@@ -171,7 +171,7 @@ def test_failed_process_ends_the_others(work: Path) -> None:
     (work / "checkpoints/moved").rename(work / "elsewhere")
     failed = time.monotonic()
     ended = job.end()
-    assert time.monotonic() - failed < processes.SHUTDOWN_SECONDS + 10
+    assert time.monotonic() - failed < processes.SHUTDOWN_SECONDS + 30
     assert [result.code for result in ended] == [1, 1]
     assert [len(errors_of(result)) for result in ended] == [1, 1], ended
     assert "checkpoints/moved was moved, renamed or deleted" in ended[0].err
