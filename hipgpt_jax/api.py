@@ -62,16 +62,23 @@ class Run:
         rule: Name and digest of the rule that samples follow; None for none. See ``with_rule``.
     """
 
-    def __init__(self, files: loading.RunFiles, device: devices.Device, invocation: provenance.Invocation) -> None:
-        """Loads the weights. JAX must have started on ``device``."""
+    def __init__(
+        self,
+        files: loading.RunFiles,
+        device: devices.Device,
+        invocation: provenance.Invocation,
+        number: int | str | None = None,
+    ) -> None:
+        """Loads the weights. JAX must have started on ``device``; ``number`` is that of ``devices.local``."""
         from hipgpt_jax.generation import scheduler
 
         model = files.checkpoint.model
         self.files = files
         self.device = device
+        chosen = devices.local(number, per_replica=files.decoding.resolve_mesh(model))
         params = weights.read(files.checkpoint.weights, model)
         attention = device.attention(files.decoding.dtype, model.head_dim)
-        self._scheduler = scheduler.Scheduler(model, params, files.decoding, attention)
+        self._scheduler = scheduler.Scheduler(model, params, files.decoding, attention, on=chosen)
         self.load_seconds = invocation.elapsed()
         self.recorder = recorder.Recorder(files, device, invocation, self.load_seconds)
         self.rule: str | None = None
@@ -470,6 +477,7 @@ def load_run(
     device: str = "auto",
     decoding: config.DecodingConfig | None = None,
     where: str | Path | None = None,
+    devices: int | str | None = None,
 ) -> Run:
     """Loads a run: one in ``checkpoints/``, else one of the package.
 
@@ -479,13 +487,16 @@ def load_run(
         name: Name of the run, or the path of its directory.
         step: Training step, ``best`` or ``latest``; the latest if absent.
         device: One of ``devices.DEVICES``. JAX must not have started on another one already.
-        decoding: Window, stride, overflow rule, batch size and dtype; the defaults of ``hipgpt-generate`` if absent.
+        decoding: Window, stride, overflow rule, batch size, dtype and mesh; the defaults of ``hipgpt-generate`` if
+            absent.
         where: Directory of the run, if it is not in ``checkpoints/``.
+        devices: Number of devices, or ``all``. Each has ``batch_size`` samples of its own, and they are the same as
+            those of one device. As many as a model needs if absent.
 
     Raises:
         TypeError: An argument has the wrong type.
         FileNotFoundError: The run, the step or a file does not exist.
-        ValueError: A file is not the one named by the run's config, or JAX has no such device.
+        ValueError: A file is not the one named by the run's config, or JAX has no such device or number of devices.
     """
     for argument, value, kinds in (
         ("name", name, str),
@@ -503,9 +514,13 @@ def load_run(
     invocation = provenance.Invocation()
     name, path = directory.parse_run(name) if where is None else (name, Path(where))
     run_files = loading.open_run(name, step, decoding or config.DecodingConfig(), path)
-    started = devices.start(device, _LOG.info)
+    started = _start(device)
     compilation.check_cache(_LOG.warning)
-    return Run(run_files, started, invocation)
+    return Run(run_files, started, invocation, devices)
+
+
+def _start(device: str) -> devices.Device:
+    return devices.start(device, _LOG.info)
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[record.Record]:

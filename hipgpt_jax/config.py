@@ -21,6 +21,7 @@ MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 2**32  # a sample's index is one 32-bit word of its random key
 MAX_ALTERNATIVES = 20
 NUMBERING = frozenset({"num_samples", "first_sample"})  # which samples there are; the only settings that affect none
+MAX_MESH = 2**16
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 _T = TypeVar("_T")
@@ -226,6 +227,19 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(map(str, texts))
 
 
+def _mesh(name: str, value: Any) -> str | None:
+    """Returns the axis ``model`` of a mesh, such as ``model=2``; None for a single device."""
+    if value is None:
+        return None
+    axis, _, size = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if axis != "model" or not (size.isascii() and size.isdecimal() and 1 <= int(size) <= MAX_MESH):
+        raise ValueError(
+            f"{name} must be model=N (devices that share the model): got {shortened(value)}. It has no other axis: "
+            f"devices=N gives each device samples of its own"
+        )
+    return None if int(size) == 1 else f"model={int(size)}"
+
+
 def _field(default: _T, rule: _Rule) -> _T:
     """Returns a dataclass field with a default and the rule for its value."""
     return dataclasses.field(default=default, metadata={"rule": rule})
@@ -378,9 +392,10 @@ class DecodingConfig:
             logits and sampling are always float32.
         numerics: ``fast``, or ``invariant``: a sample's tokens and statistics do not depend on ``batch_size``, to the
             bit. Slower, in float32 and on CPUs only.
+        mesh: ``model=N``: N devices share the model, their weights and KV cache are sharded. None for one device.
 
     Raises:
-        ValueError: A value is out of range, or invariant numerics are not in float32.
+        ValueError: A value is out of range, or invariant numerics are not in float32 or have a mesh.
     """
 
     window: int | None = _field(None, _optional(_integer(1, "tokens that the model may see")))
@@ -389,11 +404,14 @@ class DecodingConfig:
     batch_size: int = _field(1, _integer(1, "samples decoded in parallel"))
     dtype: str = _field("float32", _choice(DTYPES))
     numerics: str = _field("fast", _choice(NUMERICS))
+    mesh: str | None = _field(None, _mesh)
 
     def __post_init__(self) -> None:
         _validate(self)
         if self.numerics == "invariant" and self.dtype != "float32":
             raise ValueError(f"numerics invariant needs dtype float32: got {self.dtype}")
+        if self.numerics == "invariant" and self.mesh is not None:
+            raise ValueError(f"numerics invariant excludes mesh: got {self.mesh}")
 
     def resolve_window(self, model: ModelConfig) -> int:
         """Returns the window ``W`` for ``model``.
@@ -409,6 +427,22 @@ class DecodingConfig:
         if self.window_stride > window:
             raise ValueError(f"window_stride must be at most the window of {window} tokens: got {self.window_stride}")
         return window
+
+    def resolve_mesh(self, model: ModelConfig) -> int:
+        """Returns the number of devices that share ``model``.
+
+        Raises:
+            ValueError: They do not divide its heads and the width of its feed-forward layers.
+        """
+        size = 1 if self.mesh is None else int(self.mesh.partition("=")[2])
+        if model.num_heads % size or model.ff_hidden_dim % size:
+            common = math.gcd(model.num_heads, model.ff_hidden_dim)
+            possible = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ValueError(
+                f"mesh must divide the model (of {model.num_heads} heads and {model.ff_hidden_dim} feed-forward "
+                f"features): got {self.mesh}. Choose N from {possible}"
+            )
+        return size
 
     def check_fits(self, window: int, prompt_tokens: int, num_tokens: int) -> None:
         """Raises ValueError if ``overflow`` is ``error`` and a sample would overflow ``window``."""

@@ -7,7 +7,9 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hipgpt_jax import config
 
 DEVICES = ("auto", "cpu", "rocm", "cuda")
 PLUGIN_FAMILIES = ("cuda12", "cuda13", "rocm7", "rocm10")
@@ -174,6 +176,53 @@ def start(device: str, log: Callable[[str], None], *, deterministic: bool = True
             f"anything else uses JAX, or use device='auto'"
         )
     return Device(first.platform, first.device_kind)
+
+
+def check_number(number: object) -> None:
+    """Raises ValueError if a number of devices is neither ``all``, nor None, nor an integer of at least 1."""
+    if number is not None and number != "all" and _as_number(number) is None:
+        raise ValueError(f"devices must be all, or an integer of at least 1: got {config.shortened(number)}")
+
+
+def local(number: int | str | None = None, *, per_replica: int = 1) -> list[Any]:
+    """Returns devices of this process for replicas of a model.
+
+    Args:
+        number: Number of devices, as an integer or in digits, or ``all``; those of one replica if absent.
+        per_replica: Devices that share a model.
+
+    Raises:
+        ValueError: JAX has fewer devices, they are not of one kind, or they do not divide into replicas.
+    """
+    import jax
+
+    check_number(number)
+    if per_replica == 1 and number is None:
+        return list(jax.device_put(0).devices())  # the default device, which a user may have set
+    found = jax.local_devices()
+    present = f"JAX has {len(found)} ({found[0].platform})"
+    if found[0].platform == "cpu":
+        present += ". JAX_NUM_CPU_DEVICES sets how many a CPU is divided into"
+    if number is None and per_replica > len(found):
+        raise ValueError(f"mesh is too large: model={per_replica} needs {per_replica} devices, and {present}")
+    wanted = per_replica if number is None else len(found) if number == "all" else _as_number(number)
+    assert wanted is not None
+    if wanted > len(found):
+        raise ValueError(f"devices must be at most {len(found)} here: got {wanted}, and {present}")
+    if wanted % per_replica:
+        raise ValueError(f"devices must be a multiple of {per_replica}, which share a model by the mesh: got {wanted}")
+    chosen = found[:wanted]
+    if len(kinds := {device.device_kind for device in chosen}) > 1:
+        raise ValueError(f"devices must be of one kind, to compute the same bits: got {', '.join(sorted(kinds))}")
+    return chosen
+
+
+def _as_number(value: object) -> int | None:
+    """Returns a positive integer, given as one or in digits; None for anything else."""
+    if isinstance(value, str):
+        value = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
+    number = config.as_int(value)
+    return number if number is not None and number > 0 else None
 
 
 def step_on_main_thread(environ: Mapping[str, str] = os.environ) -> bool:

@@ -29,6 +29,10 @@ _FIELDS: dict[type, dict[str, tuple[str, str]]] = {
             "numerics",
             "With invariant, a sample does not depend on --batch_size to the last bit; slower, and on CPUs only.",
         ),
+        "mesh": (
+            "mesh",
+            "Share a model larger than one device between N: model=N; part of the numerics. One device if absent.",
+        ),
     },
     config.SamplingConfig: {
         "temperature": ("temp", "Temperature; 0 takes the most likely token."),
@@ -119,6 +123,11 @@ _SHARED: dict[str, tuple[str | None, str]] = {
         "Checkpoint step to load, or best for the one with the lowest validation loss; the latest if absent.",
     ),
     "device": ("auto", "Device of the computation; auto takes a GPU if JAX finds one."),
+    "devices": (
+        None,
+        "Number of devices, or all: each has --batch_size samples of its own, and the same tokens. As many as a model "
+        "needs if absent.",
+    ),
     "text-field": (corpus.DEFAULT_TEXT_FIELD, "Field or column of the text in .jsonl, .csv and .parquet files."),
     "records": (None, "The record file; the flag's name may be omitted."),
 }
@@ -130,6 +139,7 @@ _DEFINE: dict[Any, Any] = {
     float: absl.flags.DEFINE_float,
     float | None: absl.flags.DEFINE_float,
     str: absl.flags.DEFINE_string,
+    str | None: absl.flags.DEFINE_string,
     tuple[str, ...]: absl.flags.DEFINE_multi_string,
     tuple[int | str, ...]: absl.flags.DEFINE_multi_string,
     tuple[tuple[int | str, float], ...]: absl.flags.DEFINE_multi_string,
@@ -178,7 +188,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Several and existing runs": ("seeds", "reset", "resume", "extend"),
     "Parts of the samples": ("shard", "only", "num_samples", "first_sample"),
-    "Devices": ("device", "mesh", "distributed", "coordinator", "num_processes", "process_id"),
+    "Devices": ("device", "devices", "mesh", "distributed", "coordinator", "num_processes", "process_id"),
 }
 
 # Names that other programs have for a flag.
@@ -199,7 +209,7 @@ _SYNONYMS = {
 }
 
 # Arguments of the package's functions whose flags have the same name.
-_ARGUMENTS = ("device", "mesh", "shard", "step")
+_ARGUMENTS = ("device", "devices", "mesh", "shard", "step")
 
 # A name in an error message is translated, but not in explanations in parentheses, in quoted values or in choices.
 _NAME = re.compile(r"\([^)]*\)|'[^']*'|one of [^:]*|(?P<name>\b[a-z_0-9]+\b)")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import absl.flags
 
-from hipgpt_jax import api, config
+from hipgpt_jax import api, config, devices
 from hipgpt_jax.cli import flags, generate_output, output, program
 from hipgpt_jax.records import planning, provenance, shards, writer
 from hipgpt_jax.runs import directory, loading
@@ -64,6 +64,7 @@ _SHARD = _string(
 _ONLY = _string("only", None, "Generate only the samples listed in this file, as hipgpt-records merge writes it.")
 _VERBOSE = _boolean("verbose", False, flags.VERBOSE_HELP)
 _DEVICE = flags.define_shared(FLAGS, "device")
+_DEVICES = flags.define_shared(FLAGS, "devices")
 
 _ESCAPE = re.compile(r"\\[nrt]")  # typed instead of the character that it stands for
 _MANY_SLOTS = 16  # the logits of more slots may exceed the memory that glibc keeps
@@ -86,6 +87,7 @@ def _generate() -> None:
         eos_id=-1 if FLAGS.eos_id is None else FLAGS.eos_id,
         seed=0 if FLAGS.seed == -1 else FLAGS.seed,
     )
+    devices.check_number(_DEVICES.value)
     _check_flags(generation)
     shard = None if _SHARD.value is None else shards.Shard.parse(_SHARD.value)
     cells = None if _ONLY.value is None else shards.Cells(Path(_ONLY.value))
@@ -111,7 +113,7 @@ def _generate() -> None:
         parent = checkpoint.directory.parent
         root = "the package" if parent == directory.SHIPPED else f"{parent}/"
         program.note(f"{checkpoint.run} step {checkpoint.step} of {root} on {device}, seed {generation.seed}")
-        run = api.Run(source, device, origin)
+        run = api.Run(source, device, origin, _DEVICES.value)
         if records:
             records.check_shared(run.recorder.shared_fingerprint())
             program.outlive_stdout(matters=_shows_text())

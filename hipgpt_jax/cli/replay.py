@@ -49,6 +49,12 @@ _BATCH_SIZE = absl.flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_MESH = absl.flags.DEFINE_string(
+    "mesh",
+    None,
+    "Share the model between N devices: model=N; the record's own if absent. Another mesh rounds differently.",
+    flag_values=FLAGS,
+)
 _FORCED = absl.flags.DEFINE_boolean(
     "forced",
     False,
@@ -151,6 +157,7 @@ def _replay() -> None:
         raise ValueError("--ids is empty: give at least one id")
     if _FORCED.value and _BATCH_SIZE.value is not None:
         raise ValueError("--forced generates nothing, so --batch_size does not affect it: give one of them")
+    config.DecodingConfig(mesh=_MESH.value)  # a mesh that is none is an error, not a reason to skip every record
     _check(path, chosen)
     device = program.start_device(_DEVICE.value)
     tally = _Tally()
@@ -203,7 +210,7 @@ def _entries(path: Path, chosen: set[str] | None) -> Iterator[_Entry]:
             continue
         name = f"{_shown(one.id)} sample {one.sample}"
         try:
-            yield _Entry(name, one, replay.decoding_config(one, _BATCH_SIZE.value))
+            yield _Entry(name, one, replay.decoding_config(one, _BATCH_SIZE.value, _MESH.value))
         except ValueError as error:
             yield _Entry(name, problem=str(error))
 
@@ -354,12 +361,12 @@ def _mismatch(one: "comparison.Mismatch") -> str:
 def _changes(old: record.Record, run: api.Run) -> set[str]:
     """Returns the differences in software and numerics between a record and this replay."""
     new = run.recorder.common_fields()
-    before = {**vars(old.numerics), **vars(old.versions), "config_sha256": old.run.config_sha256}
+    before = {**old.numerics.fields(), **vars(old.versions), "config_sha256": old.run.config_sha256}
     now = {**new["numerics"], **new["versions"], "config_sha256": new["run"]["config_sha256"]}
     return {
-        f"{name}: {_shown(str(before[name]))} in the record, {_shown(str(now[name]))} now"
-        for name in before
-        if before[name] != now[name]
+        f"{name}: {_shown(str(before.get(name)))} in the record, {_shown(str(now.get(name)))} now"
+        for name in before | now
+        if before.get(name) != now.get(name)
     }
 
 

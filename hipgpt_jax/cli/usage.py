@@ -8,6 +8,7 @@ from hipgpt_jax.cli import arguments, flags
 
 _WIDTH = 100
 _PLACEHOLDERS = {"run-name": "RUN", "init-from": "RUN[:STEP]", "step": "STEP", "mesh": "AXES", "coordinator": "ADDRESS"}
+_PLACEHOLDERS |= {"devices": "N"}
 _PLACEHOLDERS |= {"metrics": "A,B", "ids": "A,B", "seeds": "A,B", "prompt_ids": "A,B"}
 _PLACEHOLDERS |= {"logit_bias": "TOKEN=X", "ban": "TOKEN", "allow": "TOKEN"}
 # Flags of every program, with a placeholder of their value and their help.

@@ -49,7 +49,8 @@ class Backend:
         crosses_blocks: Whether a program may take steps beyond the last block that it needs at first.
         freezes_blocks: Whether all blocks but the last are only read. Possible with one slot that crosses no blocks.
         transposes_kernels: Whether kernels are stored transposed; see ``parameters.transpose_kernels``.
-        exports_programs: Whether traced programs are cached on disk. cuDNN's attention cannot be exported.
+        exports_programs: Whether traced programs are cached on disk. Neither cuDNN's attention nor shardings can be
+            exported.
         fewest_rows: Least number of rows of a program: 2 if a row's bits must not depend on the number of rows.
         compiler_options: XLA options of all programs.
         decode_options: Further XLA options of the decode programs.
@@ -97,7 +98,13 @@ class Backend:
 
 
 def backend_for(
-    platform: str, model: config.ModelConfig, window: int, batch_size: int, *, invariant: bool = False
+    platform: str,
+    model: config.ModelConfig,
+    window: int,
+    batch_size: int,
+    *,
+    invariant: bool = False,
+    mesh_size: int = 1,
 ) -> Backend:
     """Returns the backend of a platform, ``cpu`` or a GPU's name.
 
@@ -107,6 +114,7 @@ def backend_for(
         window: Tokens that the model sees.
         batch_size: Slots of all replicas.
         invariant: Whether the bits of a sample must not depend on the batch size. There are at least two slots then.
+        mesh_size: Devices that share the model.
 
     Raises:
         ValueError: ``invariant`` on a GPU, or against an option in ``XLA_FLAGS``.
@@ -117,11 +125,13 @@ def backend_for(
     if invariant and _FUSION_TYPE in os.environ.get("XLA_FLAGS", ""):
         raise ValueError(f"numerics invariant sets {_FUSION_TYPE}, which is in XLA_FLAGS too: remove it there")
     plan = topk.plan_for(model.vocab_size, platform)
-    num_replicas = _num_replicas(model, batch_size) if is_cpu else 1
+    # Devices that share a model communicate in the order of their programs, so one thread dispatches all of them.
+    num_replicas = _num_replicas(model, batch_size) if is_cpu and mesh_size == 1 else 1
     fewest_rows = _FEWEST_INVARIANT_ROWS if invariant else 1
     num_slots = max(batch_size // num_replicas, fewest_rows)
     return Backend(
-        layout=kv.cpu_layout(window) if is_cpu else kv.gpu_layout(window),
+        # XLA gathers a sharded array to constrain its memory layout, so blocks of several devices are not stacked.
+        layout=kv.cpu_layout(window) if is_cpu else kv.gpu_layout(window, stacked=mesh_size == 1),
         plan=plan,
         # One plan if the smallest bucket is the whole vocabulary already.
         decode_plans=(plan,) if is_cpu else tuple(dict.fromkeys((plan.smallest, plan.full_vocab))),
@@ -130,7 +140,7 @@ def backend_for(
         crosses_blocks=not is_cpu,
         freezes_blocks=is_cpu and num_slots == 1,
         transposes_kernels=not is_cpu or invariant,
-        exports_programs=is_cpu,
+        exports_programs=is_cpu and mesh_size == 1,
         fewest_rows=fewest_rows,
         compiler_options=_INVARIANT_OPTIONS if invariant else {},
         decode_options=in_place_options(os.environ) if is_cpu else {},

@@ -1,6 +1,7 @@
-"""Compiled programs of a model on a device."""
+"""Compiled programs of a model on its devices."""
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hipgpt_jax import config
-from hipgpt_jax.generation import backends, decoding, export_cache, logprobs, topk
+from hipgpt_jax import config, devices
+from hipgpt_jax.generation import backends, decoding, export_cache, logprobs, placement, topk
 from hipgpt_jax.model import cache as kv
 from hipgpt_jax.model import parameters
 
@@ -40,7 +41,7 @@ class Program(NamedTuple):
 
 
 class Executables:
-    """A model on a device and its compiled programs, shared by all replicas.
+    """A model on a device, or on several that share it, and its compiled programs.
 
     A program is compiled once: ahead, by ``compiling``, or when it is first used. Both use one table and the same
     argument shapes, so nothing that was compiled ahead is compiled again.
@@ -50,26 +51,48 @@ class Executables:
         window: Tokens that the model sees.
         stride: Tokens by which a full window slides.
         backend: Choices that depend on the platform.
-        params: The parameters on the device.
+        params: The parameters on the devices.
         functions: The jitted functions by name.
     """
 
     def __init__(
-        self, model: config.ModelConfig, dtype: str, window: int, stride: int, attention: str, backend: backends.Backend
+        self,
+        model: config.ModelConfig,
+        dtype: str,
+        window: int,
+        stride: int,
+        attention: str,
+        backend: backends.Backend,
+        where: placement.Placement | None = None,
     ) -> None:
         self.model, self.window, self.stride, self.backend = model, window, stride, backend
         self.params: parameters.Params = {}
         self._dtype, self._attention = dtype, attention
+        self._placement = where or placement.Placement(devices.local())
         self._compiled: dict[Program, futures.Future[_Executable]] = {}
         self._lock = threading.Lock()
-        self._device = jax.devices()[0]
-        self.functions = _functions(model, dtype, attention, window, stride, backend)
+        self.functions = self._functions()
 
     def with_rule(self, rule: topk.Rule) -> "Executables":
         """Returns programs of the same parameters that apply a rule."""
-        backend = self.backend.with_rule(rule)
-        other = Executables(self.model, self._dtype, self.window, self.stride, self._attention, backend)
-        other.params, other._device = self.params, self._device
+        other = self._uncompiled()
+        other.backend = self.backend.with_rule(rule)
+        other.functions = other._functions()
+        return other
+
+    def on(self, where: placement.Placement) -> "Executables":
+        """Returns the same programs for other devices; they are traced once for all, and compiled for each."""
+        other = self._uncompiled()
+        other._placement = where
+        return other
+
+    def _functions(self) -> dict[str, Any]:
+        settings = self.model, self._dtype, self._attention, self.window, self.stride, self.backend
+        return _functions(*settings, self._placement)
+
+    def _uncompiled(self) -> "Executables":
+        other = copy.copy(self)
+        other._compiled, other._lock = {}, threading.Lock()
         return other
 
     @property
@@ -79,15 +102,13 @@ class Executables:
 
     def load(self, params: parameters.Params) -> None:
         """Loads parameters. Nothing is recompiled, as the model is the same."""
-        params = jax.device_put(parameters.cast(params, self._dtype))
-        (self._device,) = next(iter(jax.tree.leaves(params))).devices()
-        params = jax.device_put(params, self._device)  # committed, as the results of the programs are
+        params = self._placement.put(parameters.cast(params, self._dtype))
         self.params = parameters.transpose_kernels(params) if self.backend.transposes_kernels else params
 
     def blank_state(self) -> decoding.DecodeState:
         """Returns unused slots, without a cache."""
         state = decoding.blank_state(self.backend.num_slots, self.window, self.model.vocab_size)
-        return jax.device_put(state, self._device, may_alias=False)  # the programs overwrite it
+        return self._placement.put(state, may_alias=False)  # the programs overwrite it
 
     def blocks(self, rows: int, first: int, last: int) -> tuple[kv.Block, ...]:
         """Returns the shapes of the cache blocks from index ``first`` up to ``last``."""
@@ -95,7 +116,8 @@ class Executables:
 
     def empty_blocks(self, first: int, last: int) -> tuple[kv.Block, ...]:
         """Returns zeroed cache blocks from index ``first`` up to ``last``."""
-        return kv.empty(self.blocks(self.backend.num_slots, first, last), self._device)
+        shapes = self.blocks(self.backend.num_slots, first, last)
+        return kv.empty(shapes, self._placement.shardings(shapes))
 
     def programs_for(self, first: int, num_tokens: int, *, top_logprobs: bool) -> Iterator[Program]:
         """Yields the programs that decode a sample, so that none is compiled after its first token.
@@ -177,10 +199,14 @@ class Executables:
 
     def lower(self, program: Program) -> jax.stages.Lowered:
         """Lowers a program for the shapes of its arguments."""
-        # Bound to the device, so that programs accept one another's results.
-        sharding = jax.sharding.SingleDeviceSharding(self._device)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self.shapes(program))
-        return self.functions[program.name].lower(*shapes)
+        args = self.shapes(program)
+
+        def bind(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            # Parameters are on the devices already, and their kernels may be transposed.
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or sharding)
+
+        # Bound to the devices, so that programs accept one another's results.
+        return self.functions[program.name].lower(*jax.tree.map(bind, args, self._placement.shardings(args)))
 
     def shapes(self, program: Program) -> tuple[object, ...]:
         """Returns the shapes of a program's arguments."""
@@ -210,7 +236,13 @@ class Executables:
 
 
 def _functions(
-    model: config.ModelConfig, dtype: str, attention: str, window: int, stride: int, backend: backends.Backend
+    model: config.ModelConfig,
+    dtype: str,
+    attention: str,
+    window: int,
+    stride: int,
+    backend: backends.Backend,
+    where: placement.Placement,
 ) -> dict[str, Any]:
     """Returns the jitted functions by name.
 
@@ -220,7 +252,7 @@ def _functions(
     settings = repr((model, dtype, attention, window, stride, backend))
 
     def jit(function: _Executable, name: str, **options: Any) -> Any:
-        function = _named(function, name)
+        function = _named(function, name, where)
         options["compiler_options"] = {**backend.compiler_options, **options.get("compiler_options", {})}
         return jax.jit(export_cache.cached(function, settings) if backend.exports_programs else function, **options)
 
@@ -264,11 +296,11 @@ def _functions(
     }
 
 
-def _named(function: _Executable, name: str) -> _Executable:
-    """Returns ``function`` under another name: that of its program in profiles, logs and the cache."""
+def _named(function: _Executable, name: str, where: placement.Placement) -> _Executable:
+    """Returns ``function`` with its results placed, under the name of its program in profiles, logs and the cache."""
 
     def call(*args: Any) -> Any:
-        return function(*args)
+        return where.constrain(function(*args))
 
     call.__name__ = name
     return call

@@ -10,15 +10,15 @@ sequences belong to the caller's thread alone.
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hipgpt_jax import config
-from hipgpt_jax.generation import backends, engine, executables, logprobs, requests, topk, waiting
+from hipgpt_jax import config, devices
+from hipgpt_jax.generation import backends, engine, executables, logprobs, placement, requests, topk, waiting
 from hipgpt_jax.model import parameters
 from hipgpt_jax.text import tokenizer
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 
 class Scheduler:
-    """Generates samples, up to ``batch_size`` at a time; when one ends, the next request takes its slot.
+    """Generates samples, up to ``batch_size`` per device at a time; when one ends, the next request takes its slot.
 
-    Streams and batches run the same compiled step, so they give the same tokens bit for bit.
+    Streams and batches run the same compiled step, so they give the same tokens bit for bit. So do any number of
+    devices.
 
     Attributes:
         model: Shape of the model.
@@ -43,15 +44,17 @@ class Scheduler:
         decoding: config.DecodingConfig,
         attention: str = "xla",
         platform: str | None = None,
+        on: Sequence[Any] | None = None,
     ) -> None:
         """Loads parameters; nothing is compiled before the first token.
 
         Args:
             model: Shape of the model.
             params: Its parameters.
-            decoding: Window, stride, overflow rule, batch size and type.
+            decoding: Window, stride, overflow rule, batch size, type and mesh.
             attention: As of ``transformer.Transformer``.
             platform: ``cpu`` or a GPU's name, whose backend is used; by default the platform that JAX computes on.
+            on: The devices: a replica on each, or on as many together as the mesh has. By default those of one replica.
 
         Raises:
             ValueError: The window or the stride does not fit the model, or the platform lacks the numerics.
@@ -61,36 +64,43 @@ class Scheduler:
         self._decoding = decoding
         platform = platform or jax.default_backend()
         invariant = decoding.numerics == "invariant"
-        backend = backends.backend_for(platform, model, self.window, decoding.batch_size, invariant=invariant)
-        self._programs = executables.Executables(
-            model, decoding.dtype, self.window, decoding.window_stride, attention, backend
+        size = decoding.resolve_mesh(model)
+        backend = backends.backend_for(
+            platform, model, self.window, decoding.batch_size, invariant=invariant, mesh_size=size
         )
-        self._programs.load(params)
+        on = on or devices.local(per_replica=size)
+        first, *others = (placement.Placement(on[start : start + size]) for start in range(0, len(on), size))
+        programs = executables.Executables(
+            model, decoding.dtype, self.window, decoding.window_stride, attention, backend, first
+        )
+        self._programs = [programs, *map(programs.on, others)]
+        self.load(params)
 
     def with_rule(self, rule: topk.Rule) -> "Scheduler":
         """Returns a scheduler of the same parameters whose samples follow a rule."""
         other = copy.copy(self)
-        other._programs = self._programs.with_rule(rule)
+        other._programs = [programs.with_rule(rule) for programs in self._programs]
         return other
 
     @property
     def plan(self) -> topk.Plan:
         """How all slots are sampled together."""
-        return self._programs.backend.plan
+        return self._programs[0].backend.plan
 
     @property
     def module(self) -> "transformer.Transformer":
         """The model as a Flax module."""
-        return self._programs.module
+        return self._programs[0].module
 
     @property
     def params(self) -> parameters.Params:
-        """Its parameters on the device."""
-        return self._programs.params
+        """Its parameters on the devices of the first replica."""
+        return self._programs[0].params
 
     def load(self, params: parameters.Params) -> None:
         """Loads other parameters of the same model; nothing is recompiled."""
-        self._programs.load(params)
+        for programs in self._programs:
+            programs.load(params)
 
     def check(self, request: requests.Request) -> None:
         """Raises ValueError if a request cannot be served."""
@@ -126,7 +136,11 @@ class Scheduler:
         Raises:
             ValueError: A request is empty, or cannot fit the window while overflow is an error.
         """
-        replicas = [_Replica(self._programs, measure=measure) for _ in range(self._programs.backend.num_replicas)]
+        replicas = [
+            _Replica(programs, measure=measure)
+            for programs in self._programs
+            for _ in range(programs.backend.num_replicas)
+        ]
         queue = waiting.WaitingQueue(self._programs, self._sequences(incoming, vocabulary, keeps=measure))
         return _run_one(replicas[0], queue) if len(replicas) == 1 else _run_several(replicas, queue)
 
@@ -183,7 +197,7 @@ class _Replica:
     """An engine, and the sequences in its slots."""
 
     def __init__(self, programs: executables.Executables, *, measure: bool) -> None:
-        self._programs, self._measures = programs, measure
+        self.programs, self._measures = programs, measure
         self._engine = engine.Engine(programs)
         self._slots: list[_Slot | None] = [None] * programs.backend.num_slots
         self._in_flight: list[_InFlight] = []
@@ -201,10 +215,16 @@ class _Replica:
         assert taken.batch is not None
         sequence = taken.sequence
         records_top = self._measures and sequence.request.generation.top_logprobs > 0
-        needed = self._programs.programs_for(len(taken.context), sequence.max_tokens, top_logprobs=records_top)
-        with self._programs.compiling(needed):
+        needed = self.programs.programs_for(len(taken.context), sequence.max_tokens, top_logprobs=records_top)
+        with self.programs.compiling(needed):
             self._slots[index] = _Slot(sequence)
-            self._engine.insert(taken.batch.prefix(taken.context), index, sequence.request)
+            self._engine.insert(taken.batch.prefix(taken.context, self.programs), index, sequence.request)
+
+    def advance(self, taken: "list[tuple[int, waiting.Waiting]]") -> list[_InFlight]:
+        """Gives free slots, by their indices, to sequences and steps."""
+        for index, one in taken:
+            self.insert(index, one)
+        return self.step()
 
     def step(self) -> list[_InFlight]:
         """Dispatches the next tokens of every sequence, and fetches those that were dispatched before."""
@@ -222,7 +242,7 @@ class _Replica:
         """
         # 64 slots of D256 L8 that end at different tokens make 3534 tokens/s; 3099 if slots idle in the next program.
         slots = [each for program in programs for each in program.slots.values()]
-        backend = self._programs.backend
+        backend = self.programs.backend
         if backend.waits_for_ends:
             waits_for_stops = backend.num_slots == 1 and backend.max_steps > 1
             if any(
@@ -239,7 +259,7 @@ class _Replica:
 
     def _step_limit(self, slot: _Slot) -> int:
         """Returns the most tokens of a program; the first one of a single slot on a CPU is not kept waiting."""
-        return 1 if self._programs.backend.freezes_blocks and not slot.num_dispatched else slot.budget
+        return 1 if self.programs.backend.freezes_blocks and not slot.num_dispatched else slot.budget
 
     def _count(self, decoded: engine.Decoded, slots: dict[int, _Slot]) -> _InFlight:
         """Counts dispatched tokens, and dispatches what is recorded of them."""
@@ -253,9 +273,9 @@ class _Replica:
         outputs = _Fetched(
             output.token_B,
             output.stats if self._measures else None,
-            self._programs.top_logprobs(output.logits_BV) if records_top else None,
+            self.programs.top_logprobs(output.logits_BV) if records_top else None,
         )
-        if not self._programs.backend.waits_for_ends:
+        if not self.programs.backend.waits_for_ends:
             for x in jax.tree.leaves(outputs):  # a copy that is requested later would come after further steps
                 x.copy_to_host_async()
         return _InFlight(counted, decoded.first_slot, outputs)
@@ -285,7 +305,7 @@ def _run_one(replica: _Replica, queue: waiting.WaitingQueue) -> Iterator[request
     """Runs the sequences of a queue on one replica. Outputs are yielded one by one, so that a text grows steadily."""
     while True:
         for slot in replica.free_slots:
-            for taken in _take(queue):
+            for taken in _take(queue, replica.programs):
                 if isinstance(taken, requests.Output):
                     yield taken
                 else:
@@ -299,25 +319,25 @@ def _run_one(replica: _Replica, queue: waiting.WaitingQueue) -> Iterator[request
 def _run_several(replicas: list[_Replica], queue: waiting.WaitingQueue) -> Iterator[requests.Output]:
     """Runs the sequences of a queue on replicas side by side.
 
-    On a CPU, JAX runs the programs of one thread in turn, so each replica has a thread of its own.
+    On a CPU, JAX runs the programs of one thread in turn, so each replica has a thread of its own. All replicas step
+    together, so the order of the outputs does not depend on the threads' timing.
     """
     with contextlib.ExitStack() as stack:
         threads = [stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in replicas]
         outputs: list[requests.Output] = []
         while True:
             # 64 prompts at D256 L8 take 140 ms in both threads instead of 180 ms in one, on 2 cores.
-            inserts = []
+            steps: list[tuple[_Replica, futures.Future[list[_InFlight]]]] = []
             for replica, thread in zip(replicas, threads, strict=True):
+                new: list[tuple[int, waiting.Waiting]] = []
                 for slot in replica.free_slots:
-                    for taken in _take(queue):
+                    for taken in _take(queue, replica.programs):
                         if isinstance(taken, requests.Output):
                             yield taken
                         else:
-                            inserts.append(thread.submit(replica.insert, slot, taken))
-            for insert in inserts:
-                insert.result()
-            pairs = zip(replicas, threads, strict=True)
-            steps = [(replica, thread.submit(replica.step)) for replica, thread in pairs if replica.is_busy]
+                            new.append((slot, taken))
+                if new or replica.is_busy:
+                    steps.append((replica, thread.submit(replica.advance, new)))
             yield from outputs  # the consumer works while the replicas do
             if not steps:
                 return
@@ -325,9 +345,11 @@ def _run_several(replicas: list[_Replica], queue: waiting.WaitingQueue) -> Itera
             outputs = [output for replica, program in fetched for output in replica.append_outputs(program)]
 
 
-def _take(queue: waiting.WaitingQueue) -> Iterator[requests.Output | waiting.Waiting]:
+def _take(
+    queue: waiting.WaitingQueue, programs: executables.Executables
+) -> Iterator[requests.Output | waiting.Waiting]:
     """Yields the ends of sequences with a ``max_tokens`` of 0, then the next sequence that needs a slot."""
-    while taken := queue.take():
+    while taken := queue.take(programs):
         if taken.batch is not None:
             yield taken
             return

@@ -138,7 +138,7 @@ def cpu_layout(window: int) -> Layout:
     return Layout(tuple(sizes))
 
 
-def gpu_layout(window: int) -> Layout:
+def gpu_layout(window: int, *, stacked: bool = True) -> Layout:
     """Returns the blocks for a GPU: a quarter of the window, at least 256 positions, and the rest.
 
     >>> gpu_layout(32).block_sizes, gpu_layout(1024).block_sizes
@@ -148,14 +148,14 @@ def gpu_layout(window: int) -> Layout:
     # takes 0.6 ms with one block of 1024 positions and 0.9 ms with four of 512 in all; a step of 64 rows 1.5 and 1.3
     # ms.
     first = min(window, max(SMALLEST_BLOCK_ON_GPU, -(-window // _BLOCKS_PER_WINDOW)))
-    return Layout((first, window - first) if window > first else (first,), stacked=True)
+    return Layout((first, window - first) if window > first else (first,), stacked=stacked)
 
 
-def empty(shapes: tuple[Block, ...], device: Any = None) -> tuple[Block, ...]:
-    """Returns blocks of zeros of the given shapes on a device."""
+def empty(shapes: tuple[Block, ...], shardings: Any = None) -> tuple[Block, ...]:
+    """Returns blocks of zeros of the given shapes, with the shardings of a like tree or on the default device."""
     zeros = {x: np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)}
     # The buffers are donated, so they must not alias the host's array.
-    return jax.tree.map(lambda x: jax.device_put(zeros[x], device, may_alias=False), shapes)
+    return jax.device_put(jax.tree.map(zeros.__getitem__, shapes), shardings, may_alias=False)
 
 
 def stack(block: Block) -> Block:

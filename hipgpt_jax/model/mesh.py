@@ -1,4 +1,4 @@
-"""The device mesh, and one table of how each parameter is sharded over it.
+"""The device mesh, and one table of how each parameter and the KV cache are sharded over it.
 
 The axes are ``data`` (each device has its own rows of the batch), ``fsdp`` (likewise, with parameters and optimizer
 state sharded) and ``model`` (matrix products are sharded too). XLA inserts the communication.
@@ -6,12 +6,12 @@ state sharded) and ``model`` (matrix products are sharded too). XLA inserts the 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "model")
 
@@ -37,6 +37,8 @@ _SPECS = {
     ("ln_f", "scale"): _REPLICATED,
     ("ln_f", "bias"): _REPLICATED,
 }
+# The fields of a ``cache.Block`` are sharded by heads, which are the third axis from the end.
+_CACHE_FIELDS = ("keys", "values")
 
 
 def parse(text: str | None, *, batch_size: int, available: int) -> dict[str, int]:
@@ -75,7 +77,7 @@ def parse(text: str | None, *, batch_size: int, available: int) -> dict[str, int
 class Layout:
     """Shardings of arrays over a mesh with the axes ``AXES``."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     @classmethod
     def create(cls, sizes: dict[str, int]) -> "Layout":
@@ -87,8 +89,17 @@ class Layout:
                 f"{','.join(f'{axis}={size}' for axis, size in sizes.items())}. Give --mesh, and a --batch that data "
                 f"times fsdp divides, or start fewer processes"
             )
-        shape = tuple(sizes[name] for name in AXES)
-        return cls(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices))
+        return cls(_make_mesh(sizes, devices))
+
+    @classmethod
+    def over_model(cls, devices: Sequence[Any]) -> "Layout":
+        """Returns the layout over devices that share a model, all on the axis ``model``."""
+        return cls(_make_mesh({"data": 1, "fsdp": 1, "model": len(devices)}, devices))
+
+    @property
+    def abstract(self) -> "Layout":
+        """The layout of as many devices, whichever they are: a program that is constrained by it suits all of them."""
+        return Layout(self.mesh.abstract_mesh)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -96,7 +107,7 @@ class Layout:
         return NamedSharding(self.mesh, _REPLICATED)
 
     def shardings_for(self, tree: Any) -> Any:
-        """Returns the sharding of each array of a tree of parameters, or of optimizer state with their paths.
+        """Returns the sharding of each array of a tree: parameters, optimizer state with their paths, cache blocks.
 
         Raises:
             ValueError: An axis does not divide a parameter.
@@ -131,7 +142,7 @@ class Layout:
 
     def _sharding_for(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        spec = _SPECS[names[-2:]] if leaf.ndim else _REPLICATED
+        spec = _spec_for(path, names, leaf)
         for size, axes in zip(leaf.shape, spec, strict=False):
             axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
             divisor = math.prod(self.mesh.shape[axis] for axis in axes)
@@ -141,6 +152,18 @@ class Layout:
                     f"{size} does not divide. Choose other sizes for fsdp and model"
                 )
         return NamedSharding(self.mesh, spec)
+
+
+def _spec_for(path: tuple[Any, ...], names: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    if leaf.ndim and names:
+        return _SPECS[names[-2:]]
+    is_cache = any(isinstance(key, jax.tree_util.GetAttrKey) and key.name in _CACHE_FIELDS for key in path)
+    return PartitionSpec(*[None] * (leaf.ndim - 3), "model") if is_cache else _REPLICATED
+
+
+def _make_mesh(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
+    shape = tuple(sizes[name] for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _shard(value: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -136,6 +136,7 @@ class Numerics:
         batch_size: Slots of the decode step, ``--batch_size``; None if the arithmetic is invariant to it.
         xla_flags: ``XLA_FLAGS``, with paths cut to file names.
         environment: Settings of JAX and of GPU libraries that can change a number, if not at their defaults.
+        mesh: Devices that share the model, ``model=N``; None, and absent from the JSON, for one device.
     """
 
     platform: str
@@ -149,6 +150,11 @@ class Numerics:
     batch_size: int | None
     xla_flags: str
     environment: tuple[str, ...]
+    mesh: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the fields of the JSON."""
+        return {name: value for name, value in vars(self).items() if name != "mesh" or value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,6 +248,7 @@ class Record:
         """Returns the record as one line of JSON, without a line feed."""
         value: dict[str, Any] = {"schema": SCHEMA, "contract": CONTRACT}
         value |= {name: vars(part) if name in _PARTS else part for name, part in vars(self).items()}
+        value["numerics"] = self.numerics.fields()
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 

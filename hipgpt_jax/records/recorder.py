@@ -45,6 +45,7 @@ class Recorder:
             batch_size=None if decoding.numerics == "invariant" else decoding.batch_size,
             xla_flags=numerics.xla_flags(),
             environment=numerics.environment(),
+            mesh=decoding.mesh,
         )
 
     def build(self, sequence: requests.Sequence) -> record.Record:
@@ -86,9 +87,10 @@ class Recorder:
 
     def common_fields(self) -> dict[str, Any]:
         """Returns the fields that all records have in common, as in their JSON."""
-        parts = {"run": self._run, "numerics": self._numerics, "versions": self._versions}
         return {
-            **{name: vars(part) for name, part in parts.items()},
+            "run": vars(self._run),
+            "numerics": self._numerics.fields(),
+            "versions": vars(self._versions),
             "argv": self._invocation.argv,
             "started": self._started,
         }

@@ -11,12 +11,15 @@ MAX_BATCH_SIZE = 4096
 _INVARIANT_BATCH_SIZE = 16  # of records whose tokens do not depend on it
 
 
-def decoding_config(recorded: record.Record, batch_size: int | None = None) -> config.DecodingConfig:
+def decoding_config(
+    recorded: record.Record, batch_size: int | None = None, mesh: str | None = None
+) -> config.DecodingConfig:
     """Returns the decoding configuration of a record.
 
     Args:
         recorded: The record.
         batch_size: Batch size that replaces the record's.
+        mesh: Mesh that replaces the record's.
 
     Raises:
         ValueError: A value is out of range, or the record's batch size is above ``MAX_BATCH_SIZE``.
@@ -31,7 +34,13 @@ def decoding_config(recorded: record.Record, batch_size: int | None = None) -> c
             )
     decoding, _, _ = recorded.settings.configs()
     numerics = "invariant" if recorded_size is None else "fast"
-    return dataclasses.replace(decoding, batch_size=batch_size, dtype=recorded.numerics.dtype, numerics=numerics)
+    return dataclasses.replace(
+        decoding,
+        batch_size=batch_size,
+        dtype=recorded.numerics.dtype,
+        numerics=numerics,
+        mesh=recorded.numerics.mesh if mesh is None else mesh,
+    )
 
 
 def request(recorded: record.Record) -> requests.Request:

@@ -63,6 +63,7 @@ def shared_fingerprint(settings: record.Settings, run: record.Run, numerics: rec
         **{name: getattr(numerics, name) for name in names},
         "batch_size": "invariant" if numerics.batch_size is None else numerics.batch_size,
         "environment": list(numerics.environment),
+        "mesh": numerics.mesh,
     }
 
 

@@ -144,6 +144,7 @@ def open_run(name: str, step: int | str | None, decoding: config.DecodingConfig,
         ValueError: A file is not the one named by the config, or ``decoding`` does not fit the model.
     """
     checkpoint = directory.read_checkpoint(name, step, path)
+    decoding.resolve_mesh(checkpoint.model)
     _check_memory(decoding.batch_size, decoding.resolve_window(checkpoint.model), checkpoint.model.vocab_size)
     checkpoint.verify()
     vocabulary = tokenizer.Tokenizer.load(checkpoint.tokenizer)
