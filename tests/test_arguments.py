@@ -163,7 +163,7 @@ def test_text_flags_are_decoded(values: flags.FlagValues) -> None:
 
 
 def test_every_flag_is_classified_as_text_or_not() -> None:
-    names = {"coordinator", "device", "dtype", "mesh", "metrics", "numerics", "overflow"}
+    names = {"coordinator", "device", "devices", "dtype", "mesh", "metrics", "numerics", "overflow"}
     names |= {"penalty_scope", "prompt_ids", "seeds", "shard", "split", "step", "unit", "weights-dtype"}
     strings = {
         flag for values in FLAGS.values() for flag in values if "string" in values[flag].flag_type().split("enum")[0]

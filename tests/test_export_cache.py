@@ -289,7 +289,7 @@ def test_compiled_code_is_freed_with_its_scheduler() -> None:
     """By reference counting alone. XLA maps memory per program, and Linux allows 65,530 mappings per process."""
     source = fresh()
     outputs_of(source, (2,))
-    programs = weakref.ref(source._programs)
+    programs = weakref.ref(source._programs[0])
     gc.disable()
     try:
         del source

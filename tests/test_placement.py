@@ -86,7 +86,7 @@ def test_bits_do_not_depend_on_the_number_of_devices(number: int, shape: dict[st
 
 
 def _prefer_even(logits_V: jax.Array, context_W: jax.Array, length: jax.Array) -> jax.Array:
-    return logits_V + (jnp.arange(len(logits_V)) % 2 == 0) * 2.0
+    return logits_V + jnp.where(jnp.arange(len(logits_V)) % 2 == 0, 2.0, 0.0)
 
 
 @pytest.mark.slow
@@ -164,6 +164,14 @@ def test_nan_does_not_leak_on_a_mesh() -> None:
     assert outputs[1] == outputs_of(make(mesh="model=2"), requested)[1]
 
 
+def _step_on_one(model: config.ModelConfig) -> Any:
+    """Returns the compiled step of one device."""
+    backend = backends.backend_for("cpu", model, 256, 3)
+    held = executables.Executables(model, "float32", 256, 1, "xla", backend)
+    held.load(fakes.random_params(model))
+    return held.lower(executables.Program("decode", blocks=2)).compile()
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_devices_that_share_a_model_keep_their_heads(platform: str) -> None:
     """No step gathers the cache or the weights, and on a CPU none copies the cache."""
@@ -182,9 +190,9 @@ def test_devices_that_share_a_model_keep_their_heads(platform: str) -> None:
     assert max(sizes) <= 3 * model.embed_dim
     if platform == "cpu":
         cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held.blocks(3, 0, 2))) // 2
-        memory = step.memory_analysis()
+        memory, on_one = step.memory_analysis(), _step_on_one(model).memory_analysis()
         assert memory.alias_size_in_bytes >= cache_bytes
-        assert memory.temp_size_in_bytes < block.size * 4 + 3 * 10 * 4 * model.vocab_size
+        assert memory.temp_size_in_bytes < on_one.temp_size_in_bytes + block.size * block.dtype.itemsize
 
 
 @pytest.mark.parametrize(
