@@ -287,5 +287,5 @@ def test_the_documented_defaults() -> None:
     sampling = (1.0, 5, 0.9, 1.1, 0.0, 0.0, 0.0, "all", 0, (), (), ())
     assert dataclasses.astuple(config.SamplingConfig()) == sampling
     assert dataclasses.astuple(config.GenerationConfig()) == (50, 1, 0, 0, -1, (), 0, 0)
-    assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1, "float32", "fast")
+    assert dataclasses.astuple(config.DecodingConfig()) == (None, 1, "roll", 1, "float32", "fast", None)
     assert training_config.TrainConfig().batch_size == 4

@@ -6,11 +6,13 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from hipgpt_jax import compression, files
 from hipgpt_jax.cli import program
-from hipgpt_jax.records import writer
+
+if TYPE_CHECKING:
+    from hipgpt_jax.records import writer
 
 _STDOUT = Path("/dev/stdout")
 _NAMES_OF_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
@@ -67,7 +69,7 @@ def begins_with(path: Path, marker: bytes) -> bool:
 @contextlib.contextmanager
 def open_records(
     name: str | None, *, overwrite: bool, inputs: Iterable[str | None]
-) -> Iterator[writer.RecordFile | TextIO | None]:
+) -> "Iterator[writer.RecordFile | TextIO | None]":
     """Opens the file of ``--output``.
 
     Args:
@@ -84,6 +86,8 @@ def open_records(
     for path in filter(None, inputs):
         if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
             raise ValueError(f"--output {name} is an input of this command: give another name")
+    from hipgpt_jax.records import writer  # imports NumPy, which hipgpt-inspect does not need
+
     out = writer.RecordFile(Path(name), overwrite=overwrite)
     try:
         if out.dropped:
