@@ -1,4 +1,4 @@
-"""Record files merged: order, doubles, missing samples, and what cannot be merged."""
+"""Record files merged: order, duplicates, missing samples, and what cannot be merged."""
 
 import dataclasses
 import hashlib
@@ -55,7 +55,7 @@ CELLS = st.tuples(st.sampled_from(NAMES), st.integers(0, 12))
 
 @given(st.lists(CELLS, min_size=1, max_size=30), st.randoms(use_true_random=False), st.sampled_from([1, 5000, 10**6]))
 @settings(deadline=None, derandomize=True, database=None, max_examples=30)
-def test_records_are_sorted_and_doubles_dropped(
+def test_records_are_sorted_and_duplicates_dropped(
     directory: Path, cells: list[Cell], chance: random.Random, run_bytes: int
 ) -> None:
     files: list[list[Cell]] = [[], [], []]
@@ -68,7 +68,7 @@ def test_records_are_sorted_and_doubles_dropped(
     different = sorted(set(cells), key=lambda cell: (json.dumps(cell[0]), cell[1]))
     assert [(one.id, one.sample) for one in merged] == different
     assert merged == [of(cell) for cell in different], "unchanged"
-    assert (merger.samples, merger.doubles) == (len(different), len(cells) - len(different))
+    assert (merger.samples, merger.duplicates) == (len(different), len(cells) - len(different))
     assert merger.prompts == len({name for name, _ in cells})
     largest = {name: max(sample for other, sample in cells if other == name) for name, _ in cells}
     assert set(lost) == {(name, sample) for name, last in largest.items() for sample in range(last)} - set(cells)
@@ -77,7 +77,7 @@ def test_records_are_sorted_and_doubles_dropped(
     assert sorted(path.name for path in directory.iterdir()) == ["0.jsonl", "1.jsonl", "2.jsonl"]
 
 
-def test_equal_records_of_other_times_and_machines_are_doubles(tmp_path: Path) -> None:
+def test_equal_records_of_other_times_and_machines_are_duplicates(tmp_path: Path) -> None:
     one = of(("a", 0))
     later = dataclasses.replace(
         one,
@@ -87,7 +87,7 @@ def test_equal_records_of_other_times_and_machines_are_doubles(tmp_path: Path) -
         timings=record.Timings(load=9.0, first_token=9.0, total=9.0),
     )
     merger, merged, _ = merge([write(tmp_path / "a.jsonl", one), write(tmp_path / "b.jsonl", later)])
-    assert (merged, merger.doubles) == ([one], 1)
+    assert (merged, merger.duplicates) == ([one], 1)
 
 
 def test_different_records_of_a_sample_are_refused_with_both(tmp_path: Path) -> None:
@@ -194,9 +194,14 @@ def test_a_merged_file_may_be_compressed(run: Callable[..., programs.Result]) ->
         (("merge", "a.jsonl", "--output", "c.txt", "--overwrite"), "c.txt does not begin with one"),
         (("merge", "a.jsonl", "--output", "b.jsonl", "--first_sample", "1"), "--first_sample needs --num_samples"),
         (("merge", "a.jsonl", "--output", "b.jsonl", "--parse_special"), "--parse_special needs --prompts_file"),
+        (
+            ("merge", "a.jsonl", "--output", "b.jsonl", "--missing", "a.jsonl"),
+            "a.jsonl exists and is not a list of samples",
+        ),
+        (("merge", "a.jsonl", "--output", "b.jsonl", "--missing", "./b.jsonl"), "b.jsonl is the --output too"),
         (("merge", "c.txt", "--output", "b.jsonl"), "c.txt line 1 is not JSON"),
         (("summarize", "a.jsonl", "--output", "b"), "--output is a flag of merge: summarize has none"),
-        (("summarize", "empty.jsonl"), "empty.jsonl have no records"),
+        (("summarize", "empty.jsonl"), "no records in empty.jsonl"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(

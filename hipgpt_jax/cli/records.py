@@ -68,9 +68,15 @@ def _merge(paths: list[Path]) -> None:
         raise ValueError(f"--output {target} exists: give another name, or --overwrite")
     if target.exists() and any(target.samefile(path) for path in paths):
         raise ValueError(f"--output {target} is one of the files to merge: give another name")
+    missing = None if _MISSING.value is None else output.path_of(_MISSING.value)
+    if missing is not None:
+        if files.destination(missing) == files.destination(target):
+            raise ValueError(f"--missing {missing} is the --output too: give another name")
+        is_ours = functools.partial(output.begins_with, marker=b'"first_sample"')
+        output.check("missing", missing, source=None, kind="list of samples", is_ours=is_ours)
     merger = merging.Merger(paths, target.resolve().parent, _grid())
     with contextlib.ExitStack() as stack:
-        listed = None if _MISSING.value is None else stack.enter_context(files.writing(output.path_of(_MISSING.value)))
+        listed = None if missing is None else stack.enter_context(files.writing(missing))
         merged = stack.enter_context(writer.replacing(target))
         for part in merger.lines():
             if isinstance(part, bytes):
@@ -80,11 +86,11 @@ def _merge(paths: list[Path]) -> None:
                 line = {"id": name, "first_sample": samples.start, "num_samples": len(samples)}
                 listed.write(f"{json.dumps(line, ensure_ascii=False)}\n")
         if not merger.samples:
-            raise ValueError(f"{', '.join(map(str, paths))} have no records")
+            raise ValueError(f"no records in {', '.join(map(str, paths))}")
     for path in merger.torn:
         program.note(f"{path}: skipped an incomplete last line")
-    doubles = f", {merger.doubles} equal records dropped" if merger.doubles else ""
-    program.note(f"{target}: {merger.samples} samples of {merger.prompts} prompts{doubles}")
+    duplicates = f", {merger.duplicates} equal records dropped" if merger.duplicates else ""
+    program.note(f"{target}: {merger.samples} samples of {merger.prompts} prompts{duplicates}")
     if merger.missing:
         where = f"{_MISSING.value} lists them" if _MISSING.value else "--missing FILE lists them"
         raise ValueError(f"{target} lacks {merger.missing} samples: {where}, for hipgpt-generate --only")
@@ -96,7 +102,7 @@ def _grid() -> Iterable[tuple[str, range]] | range | None:
     generation = flags.build(config.GenerationConfig, FLAGS, num_samples=1 if number is None else number)
     if _PROMPTS_FILE.value is not None:
         several = prompts.PromptFile(Path(_PROMPTS_FILE.value), parse_special=_PARSE_SPECIAL.value)
-        return merging.grid_of(several, generation.samples)
+        return ((prompt.name, prompt.samples(generation.samples)) for prompt in several)
     if _PARSE_SPECIAL.value:
         raise ValueError("--parse_special needs --prompts_file, whose prompts it applies to")
     if number is None and generation.first_sample:
@@ -110,7 +116,7 @@ def _summarize(paths: list[Path]) -> None:
         for one in record.read(path):
             found.add(one)
     if not len(found):
-        raise ValueError(f"{', '.join(map(str, paths))} have no records")
+        raise ValueError(f"no records in {', '.join(map(str, paths))}")
     for name, value in found.lines():
         print(f"{name:10} {program.printable(value)}")
 

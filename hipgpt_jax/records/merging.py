@@ -1,4 +1,4 @@
-"""One record file out of several: sorted, without doubles, and the samples that are missing in it.
+"""One record file out of several: sorted, without duplicates, and the samples that are missing in it.
 
 Lines are sorted on disk in runs of bounded size, which are then merged. So memory does not grow with the files.
 """
@@ -14,7 +14,6 @@ from typing import NamedTuple, NoReturn
 
 from hipgpt_jax import config
 from hipgpt_jax.records import header, record, writer
-from hipgpt_jax.text import prompts
 
 _RUN_BYTES = 1 << 25
 _SAME = ("ids", "tokens", "text", "finish_reason", "stop", "error")
@@ -29,7 +28,7 @@ class _Entry(NamedTuple):
         sample: Index of the sample in ten digits, or ``_GRID``.
         fingerprint: Hash of the prompt's settings.
         source: Number of the file and of its line.
-        content: The record's line, or the first and the last sample wanted and one more.
+        content: The record's line, or the start and the end of the samples that must be there.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Merger:
     Attributes:
         samples: Number of different samples.
         prompts: Number of different prompts.
-        doubles: Number of records that repeat another one.
+        duplicates: Number of records that repeat another one.
         missing: Number of missing samples.
         torn: Files whose last line was cut short and skipped.
     """
@@ -62,7 +61,7 @@ class Merger:
                 the largest one of the same prompt.
         """
         self._paths, self._directory, self._grid = paths, directory, grid
-        self.samples = self.prompts = self.doubles = self.missing = 0
+        self.samples = self.prompts = self.duplicates = self.missing = 0
         self.torn: list[Path] = []
 
     def lines(self) -> Iterator[bytes | tuple[str, range]]:
@@ -121,8 +120,8 @@ class Merger:
                     fingerprints = writer.fingerprint_of(old), writer.fingerprint_of(new)
                     _refuse(fingerprints[0], self._source(last), fingerprints[1], self._source(entry))
                 if entry.sample == last.sample:
-                    self._check_double(last, entry)
-                    self.doubles += 1
+                    self._check_duplicate(last, entry)
+                    self.duplicates += 1
                     continue
             if sample > expected:
                 yield self._miss(name, range(expected, sample))
@@ -141,7 +140,7 @@ class Merger:
         number, line = entry.source.split()
         return f"{self._paths[int(number)]} line {line}"
 
-    def _check_double(self, one: _Entry, other: _Entry) -> None:
+    def _check_duplicate(self, one: _Entry, other: _Entry) -> None:
         """Raises ValueError if two records of one sample hold different samples."""
         old, new = (record.parse(entry.content.encode(), self._source(entry)) for entry in (one, other))
         for name in _SAME:
@@ -149,15 +148,8 @@ class Merger:
                 raise ValueError(
                     f"{self._source(one)} and {self._source(other)} are different records of sample {old.sample} of "
                     f"{config.shortened(old.id)}: {name} {config.shortened(getattr(old, name))} and "
-                    f"{config.shortened(getattr(new, name))}. hipgpt-replay tells which one is right"
+                    f"{config.shortened(getattr(new, name))}. hipgpt-replay of both files shows which one is right"
                 )
-
-
-def grid_of(several: Iterable[prompts.Prompt], default: range) -> Iterator[tuple[str, range]]:
-    """Yields the name of each prompt and its samples; ``default`` are those of a prompt without numbers of its own."""
-    for prompt in several:
-        first = prompt.generation.get("first_sample", default.start)
-        yield prompt.name, range(first, first + prompt.generation.get("num_samples", len(default)))
 
 
 def _refuse(old: writer.Fingerprint, old_source: str, new: writer.Fingerprint, new_source: str) -> NoReturn:

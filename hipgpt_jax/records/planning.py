@@ -69,7 +69,7 @@ class Plan:
             names.add(prompt)
             self._count(prompt, self._wanted(prompt))
             if cells and prompt.name in cells:
-                samples = self._samples(prompt)
+                samples = prompt.samples(self._generation.samples)
                 listed[prompt.name] = max(samples, listed.get(prompt.name, samples), key=len)
         names.check_unique(requested)
         if cells:
@@ -107,20 +107,12 @@ class Plan:
 
     def _wanted(self, prompt: prompts.Prompt) -> list[range]:
         """Returns the samples of a prompt that are in the shard and in the list of cells."""
-        samples = self._samples(prompt)
+        samples = prompt.samples(self._generation.samples)
         if self._shard.count == 1 and self._cells is None:
             return [samples]  # before computing the prompt's name
         name = prompt.name
         parts = [samples] if self._cells is None else self._cells.part(name, samples)
         return [part for one in parts if (part := self._shard.part(name, one))]
-
-    def _samples(self, prompt: prompts.Prompt) -> range:
-        if not config.NUMBERING & prompt.generation.keys():
-            return self._generation.samples
-        first, number = (
-            prompt.generation.get(name, getattr(self._generation, name)) for name in ("first_sample", "num_samples")
-        )
-        return range(first, first + number)
 
     def _check(self, prompt: prompts.Prompt) -> None:
         """Raises the errors of ``RunFiles.resolve``, without tokenizing the prompt where possible."""

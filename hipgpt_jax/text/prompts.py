@@ -82,6 +82,13 @@ class Prompt:
         text = {"parse_special": text} if self.parse_special and self.ids is None else text
         return hashlib.sha256(f"[{_ENCODER.encode(text)}, {settings}]".encode()).hexdigest()[:16]
 
+    def samples(self, default: range) -> range:
+        """Returns the indices of the samples; ``default`` are those of a prompt without a number of its own."""
+        if not config.NUMBERING & self.generation.keys():
+            return default
+        first = self.generation.get("first_sample", default.start)
+        return range(first, first + self.generation.get("num_samples", len(default)))
+
     @property
     def name(self) -> str:
         """The id, or the digest of a prompt without an id."""
