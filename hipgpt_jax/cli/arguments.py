@@ -19,19 +19,8 @@ TEXT_FLAGS = frozenset(
 # Flags whose values are paths, or may be.
 PATH_FLAGS = frozenset(
     {
-        *(
-            "choices",
-            "command",
-            "data-path",
-            "folder",
-            "html",
-            "init-from",
-            "missing",
-            "only",
-            "output",
-            "prompts_file",
-        ),
-        *("records", "run-dir", "run-name", "tokenizer-path"),
+        *("choices", "command", "data-path", "folder", "html", "init-from", "missing", "only", "output"),
+        *("prompts_file", "records", "run-dir", "run-name", "tokenizer-path"),
     }
 )
 
